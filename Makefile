@@ -1,0 +1,62 @@
+# Needs make and Python 3.10 or newer. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+# An extra index to take torch from, such as https://download.pytorch.org/whl/cpu for the small build without CUDA.
+TORCH_INDEX ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo bench test lint format train clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@echo
+	@echo "ARGS='...' is passed on to demo and bench. Where pip would fetch a CUDA build that you do not want:"
+	@echo "  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+
+demo: $(VENV)/.run ## make a film with the bundled model, cached and uncached, in out/demo
+	$(BIN)/python -m flowcache_core demo --out out/demo $(ARGS)
+
+bench: $(VENV)/.run ## measure reuse against quality, into out/reuse.json
+	@mkdir -p out
+	$(BIN)/python -m flowcache_core bench reuse --json out/reuse.json $(ARGS)
+
+test: lint ## lint, types and all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(VENV)/.run ## show how the bundled model is trained
+	$(BIN)/python -m flowcache_core.training --help
+
+clean: ## remove the virtual environment, outputs and caches
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that it comes from where it was asked for and nothing else decides about it
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "Python 3.10 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,20 @@
+"""FlowCache for ComfyUI: chunkwise caching for autoregressive video models. Importable without ComfyUI; the nodes load on demand."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():  # type: ignore[no-untyped-def]
+    """The host's entry point (ComfyUI V3 extension API)."""
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes.chunkwise import ChunkwiseCache
+    from .nodes.latent import EmptyARVideoLatent
+    from .nodes.load_model import LoadARVideoModel
+    from .nodes.report import CacheReport
+    from .nodes.sampler import ARChunkSampler
+
+    class FlowCache(ComfyExtension):
+        async def get_node_list(self):  # type: ignore[no-untyped-def]
+            return [LoadARVideoModel, EmptyARVideoLatent, ChunkwiseCache, ARChunkSampler, CacheReport]
+
+    return FlowCache()

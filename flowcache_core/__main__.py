@@ -1,0 +1,64 @@
+"""`python -m flowcache_core demo` and `python -m flowcache_core bench NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .bench import reuse
+from .demo import run as demo
+from .device import device_name
+from .plot import line_plot
+
+BENCHES = (reuse,)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="flowcache_core", description="FlowCache: faster autoregressive video, on the bundled model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo.add_arguments(commands.add_parser("demo", help="one prompt through several arms, with films, map, table and report.json"))
+    benches = commands.add_parser("bench", help="measure a sweep of settings").add_subparsers(dest="bench", required=True)
+    for bench in BENCHES:
+        one = benches.add_parser(bench.NAME, help=(bench.__doc__ or "").splitlines()[0])
+        bench.add_arguments(one)
+        one.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
+    args = parser.parse_args()
+    try:
+        if args.command == "demo":
+            demo.main(args)
+        else:
+            _bench(args)
+    except ValueError as error:
+        print(f"flowcache: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowcache: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> None:
+    bench = next(b for b in BENCHES if args.bench == b.NAME)
+    result = {"bench": bench.NAME, "device": device_name(), "commit": demo.commit(), **bench.run(args)}
+    rows = result["rows"]
+    print(_table(rows))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            lines.setdefault(row["rule"], []).append((row["share"], row["psnr"]))
+        line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    keys = list(rows[0])
+    widths = {k: max(len(k), *(len(str(r[k])) for r in rows)) for k in keys}
+    return "\n".join("  ".join(str(r[k]).rjust(widths[k]) for k in keys) for r in [dict(zip(keys, keys, strict=True)), *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Fidelity of one film to another: PSNR over the whole film, SSIM averaged over its frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def psnr(film: Tensor, reference: Tensor) -> float:
+    """Two films [T, 3, H, W] in 0..1 -> dB, from the mean squared error of all pixels; 100 when they are equal."""
+    error = float((film.double() - reference.double()).square().mean())
+    return 100.0 if error == 0 else float(-10 * torch.tensor(error).log10())
+
+
+def ssim(film: Tensor, reference: Tensor) -> float:
+    """Two films [T, 3, H, W] in 0..1 -> 0..1; Wang et al. 2004, Gaussian window of 11 pixels, sigma 1.5, per channel."""
+    at = torch.arange(11, dtype=torch.float32) - 5
+    line = torch.exp(-at.square() / (2 * 1.5**2))
+    line = line / line.sum()
+    kernel = torch.outer(line, line).expand(3, 1, 11, 11)
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, groups=3)
+
+    a, b = film.float().cpu(), reference.float().cpu()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+    cov = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
+    return float(score.mean())

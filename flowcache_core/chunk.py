@@ -1,0 +1,21 @@
+"""The unit of everything: latent frames that are denoised together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk at one step. `start` and `frames` count latent frames; `step` runs from 0; the commit pass has `step` == `steps`."""
+
+    index: int
+    start: int
+    frames: int
+    step: int
+    steps: int
+
+    @property
+    def committing(self) -> bool:
+        """True in the extra pass that rewrites a finished chunk's keys and values from its clean latent."""
+        return self.step == self.steps

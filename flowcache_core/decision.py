@@ -1,0 +1,83 @@
+"""What a cache policy can decide for one chunk at one step, and what it may look at to decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from .chunk import Chunk
+
+if TYPE_CHECKING:
+    from .state import ChunkState
+
+Signature = Literal["latent", "time"]
+Replay = Literal["velocity", "residual"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run the network."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Replay an earlier output. `what`: velocity, or the residual of the block stack; `order`: 0 holds, 1 extrapolates."""
+
+    what: Replay = "velocity"
+    order: int = 0
+
+
+Decision = Compute | Reuse
+
+
+class Signals(Protocol):
+    """What is known before a step is decided."""
+
+    def change(self, signature: Signature) -> float:
+        """Relative L1 change since the chunk's previous step, mean|now - before| / mean|before|.
+
+        "latent": of the chunk's noisy latent; costs one host sync. "time": of the network's time modulation; known before
+        sampling, costs nothing.
+        """
+        ...
+
+
+class CachePolicy(Protocol):
+    """Frozen settings plus a rule. All memory is in `state`; the session calls `decide` once per chunk and step."""
+
+    name: ClassVar[str]
+
+    @property
+    def keeps(self) -> Replay | None:
+        """Which output of computed steps the session has to remember; None when nothing is ever reused."""
+        ...
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a field of a policy is shown and checked: one place for default, range and help."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    options: tuple[str, ...] = ()
+    advanced: bool = False
+
+
+def setting(default: Any, help: str, **kw: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(help, **kw)})
+
+
+def check(policy: Any) -> None:
+    """Raises ValueError, with the range, for a field outside its own."""
+    for name, f in policy.__dataclass_fields__.items():
+        rule, value = f.metadata.get("setting"), getattr(policy, name)
+        if rule is None:
+            continue
+        if rule.options and value not in rule.options:
+            raise ValueError(f"{name} is {value!r}: use one of {', '.join(rule.options)}")
+        if rule.low is not None and not rule.low <= value <= rule.high:
+            raise ValueError(f"{name} is {value}: it must lie between {rule.low} and {rule.high}")

@@ -1,0 +1,129 @@
+"""The demonstration: the same film through several arms, side by side, with the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..bench.metrics import psnr, ssim
+from ..device import device_name, fast_dtype
+from ..film import frames_of, side_by_side, write_film
+from ..generate import Job, decode, generate, generate_upstream
+from ..plot import chunk_map
+from ..policies.chunkwise import Chunkwise
+from ..report import RunReport
+from .bundle import NAME, Bundle, load_bundle
+
+ARMS = ("upstream", "uncached", "chunkwise")
+PROMPT = "red circle moves right, blue square moves down"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", default=PROMPT, help="sprites, colours and directions, such as: %(default)s")
+    parser.add_argument("--frames", type=int, default=57, help="pixel frames, a whole number of chunks (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default %(default)s)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which ways to run it, of %(default)s")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Raises ValueError, before any file is written, for arguments that cannot work."""
+    arms = _arms(args.arms)
+    job = Job(args.prompt, args.frames, args.steps, args.seed)
+    bundle = load_bundle(fast_dtype())
+    job.schedule(bundle)
+    films: dict[str, Tensor] = {}
+    reports: dict[str, RunReport] = {}
+    decode_s: dict[str, float] = {}
+    _warm_up(bundle)
+    for arm in arms:
+        latents, reports[arm] = run_arm(bundle, job, arm)
+        began = time.perf_counter()
+        films[arm] = decode(bundle, latents)
+        decode_s[arm] = time.perf_counter() - began
+
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [_row(arm, films, reports[arm], decode_s[arm]) for arm in arms]
+    for arm in arms:
+        write_film(out / f"{arm}.mp4", frames_of(films[arm]), job.fps)
+        chunk_map(reports[arm]).save(out / f"{arm}_map.png")
+    write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
+    text = {
+        "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "model": NAME, "prompt": job.prompt,
+        "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
+    }  # fmt: skip
+    (out / "report.json").write_text(json.dumps(text, indent=1) + "\n")
+    print(table(rows))
+    print(f"films, map and report.json are in {out}")
+
+
+def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
+    schedule = job.schedule(bundle)
+    with tqdm(total=schedule.chunk_steps, desc=f"{arm:>10}", unit="step") as bar:
+        if arm == "upstream":
+            return generate_upstream(bundle, job, lambda chunk: bar.update())
+        return generate(bundle, job, Chunkwise() if arm == "chunkwise" else None, lambda chunk: bar.update())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the report as aligned text; speed is against the uncached arm."""
+    base = next((r["wall_s"] for r in rows if r["arm"] == "uncached"), None)
+    lines = [f"{'arm':>10}  {'seconds':>8}  {'speed':>6}  {'chunk-steps':>12}  {'tokens':>7}  {'PSNR dB':>8}  {'SSIM':>6}  {'KV MiB':>7}"]
+    for r in rows:
+        speed = f"{base / r['wall_s']:.2f}x" if base else "-"
+        share = f"{r['tokens_computed'] / r['tokens']:.0%}"
+        psnr_db, ssim_ = ("-", "-") if r["psnr"] is None else (f"{r['psnr']:.1f}", f"{r['ssim']:.3f}")
+        steps, kv = f"{r['chunk_steps_computed']}/{r['chunk_steps']}", r["kv_peak_bytes"] / 2**20
+        lines.append(f"{r['arm']:>10}  {r['wall_s']:8.2f}  {speed:>6}  {steps:>12}  {share:>7}  {psnr_db:>8}  {ssim_:>6}  {kv:7.1f}")
+    return "\n".join(lines)
+
+
+def _row(arm: str, films: dict[str, Tensor], report: RunReport, decode_s: float) -> dict[str, Any]:
+    done = report.as_dict()
+    compared = arm != "uncached" and "uncached" in films
+    return {
+        "arm": arm,
+        "wall_s": done["wall_s"],
+        "seconds": {**done["seconds"], "decode": round(decode_s, 3)},
+        "chunk_steps": done["chunk_steps"],
+        "chunk_steps_computed": done["chunk_steps_computed"],
+        "tokens": done["tokens"],
+        "tokens_computed": done["tokens_computed"],
+        "psnr": round(psnr(films[arm], films["uncached"]), 2) if compared else None,
+        "ssim": round(ssim(films[arm], films["uncached"]), 4) if compared else None,
+        "kv_peak_bytes": done["kv_peak_bytes"],
+        "host_syncs": done["host_syncs"],
+    }
+
+
+def _arms(text: str) -> list[str]:
+    arms = [a.strip() for a in text.split(",") if a.strip()]
+    unknown = [a for a in arms if a not in ARMS]
+    if unknown or not arms:
+        raise ValueError(f"there is no arm {', '.join(unknown) or '(none given)'}: choose from {', '.join(ARMS)}")
+    return arms
+
+
+def _warm_up(bundle: Bundle) -> None:
+    """One short film, so that the first arm does not pay for what every process pays once."""
+    generate(bundle, Job("", 9, 2))
+
+
+def commit() -> str:
+    """The checkout's commit, with + when files are changed; unknown outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "-C", str(here), "diff", "--quiet", "HEAD", "--", "."], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")

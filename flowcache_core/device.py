@@ -1,0 +1,24 @@
+"""What machine this is."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def fast_dtype() -> torch.dtype:
+    """The dtype for a small model on the processor: bfloat16 where it is multiplied natively, else float32."""
+    return torch.bfloat16 if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def device_name() -> str:
+    """The accelerator, or the processor's name with the number of threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        model = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"

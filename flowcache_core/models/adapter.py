@@ -1,0 +1,53 @@
+"""What the session needs of a network, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ..chunk import Chunk
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One evaluation of one chunk. x: [B, C, F, h, w]; sigma: its noise level; text: as `ModelAdapter.text` made it."""
+
+    x: Tensor
+    sigma: float
+    chunk: Chunk
+    text: Any
+    fps: int
+
+
+class ModelAdapter(Protocol):
+    """The only code that knows one network. Latents are [B, C, F, h, w], velocities (noise - clean) have the same shape."""
+
+    name: ClassVar[str]
+    layers: int
+    heads: int
+    head_dim: int
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of h x w."""
+        ...
+
+    def text(self, context: Tensor) -> Any:
+        """What is computed once per prompt: the text's keys and values of every layer."""
+        ...
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        """-> velocity, and the residual of the block stack [B, T, d]."""
+        ...
+
+    def replay(self, call: Call, residual: Tensor) -> Tensor:
+        """Velocity from an old residual: embedding and head run at the current noise level, the blocks do not."""
+        ...
+
+    def time_changes(self, sigmas: Sequence[float], fps: int) -> list[float]:
+        """Relative L1 change of the time modulation at every step against the step before it (0 for the first)."""
+        ...

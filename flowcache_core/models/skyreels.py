@@ -1,0 +1,237 @@
+"""SkyReels-V2 diffusion forcing: the Wan 2.1 transformer with a noise level per latent frame and an embedding for the frame rate.
+
+The network knows neither chunks nor caches. Whoever calls it hands over `attend`, which receives the rotated queries
+and keys of one layer and returns the attention output: bidirectional, block-causal, or against a KV cache.
+Parameter names are those of the released checkpoints (`blocks.0.self_attn.q.weight`, `fps_projection.2.bias`, ...).
+Architecture: Wan 2.1 report section 4.2, SkyReels-V2 report section 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.attention import attention
+
+PATCH = 2
+HEAD_DIM = 128
+FREQUENCIES = 256
+EPS = 1e-6
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries, keys, values), each [B, heads, T, head_dim] -> [B, heads, T, head_dim]."""
+TextKV = Sequence[tuple[Tensor, Tensor]]
+"""Per layer: text keys and values, [B, heads, L, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkyReelsConfig:
+    """Sizes, all of them readable from the shapes of a checkpoint."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    text_dim: int = 4096
+    channels: int = 16
+    fps: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> SkyReelsConfig:
+        """`shapes`: key -> shape. Raises ValueError with the reason when they are not those of this network."""
+        missing = [k for k in ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.modulation") if k not in shapes]
+        if missing:
+            raise ValueError(f"this is not a SkyReels-V2 or Wan 2.1 checkpoint: it has no {missing[0]}")
+        dim, channels = shapes["patch_embedding.weight"][:2]
+        if dim % HEAD_DIM:
+            raise ValueError(f"the width {dim} is not a multiple of {HEAD_DIM}, the size of a head in this family")
+        layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        return cls(dim, shapes["blocks.0.ffn.0.weight"][0], layers, shapes["text_embedding.0.weight"][1], channels,
+                   "fps_embedding.weight" in shapes)  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, ops: Any, **kw: Any) -> None:
+        super().__init__()
+        self.heads = dim // HEAD_DIM
+        self.q, self.k, self.v, self.o = (ops.Linear(dim, dim, **kw) for _ in range(4))
+        self.norm_q, self.norm_k = (ops.RMSNorm(dim, eps=EPS, **kw) for _ in range(2))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, heads, T, head_dim]."""
+        return x.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        q = rotate(self.split(self.norm_q(self.q(x))), rope)
+        k = rotate(self.split(self.norm_k(self.k(x))), rope)
+        y: Tensor = self.o(attend(q, k, self.split(self.v(x))).transpose(1, 2).flatten(2))
+        return y
+
+
+class CrossAttention(SelfAttention):
+    def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, dim] -> keys and values [B, heads, L, head_dim], the same at every step of a run."""
+        return self.split(self.norm_k(self.k(text))), self.split(self.v(text))
+
+    def look_up(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        q = self.split(self.norm_q(self.q(x)))
+        y: Tensor = self.o(attention(q, *kv).transpose(1, 2).flatten(2))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int, ops: Any, **kw: Any) -> None:
+        super().__init__()
+        self.norm1 = ops.LayerNorm(dim, eps=EPS, elementwise_affine=False, **kw)
+        self.self_attn = SelfAttention(dim, ops, **kw)
+        self.norm3 = ops.LayerNorm(dim, eps=EPS, elementwise_affine=True, **kw)
+        self.cross_attn = CrossAttention(dim, ops, **kw)
+        self.norm2 = ops.LayerNorm(dim, eps=EPS, elementwise_affine=False, **kw)
+        self.ffn = nn.Sequential(ops.Linear(dim, ffn_dim, **kw), nn.GELU(approximate="tanh"), ops.Linear(ffn_dim, dim, **kw))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim, **kw))
+
+    def forward(self, x: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(e0) + e0).unbind(2)
+        x = gated(x, self.self_attn(modulated(self.norm1(x), shift_a, scale_a), rope, attend), gate_a)
+        x = x + self.cross_attn.look_up(self.norm3(x), text)
+        return gated(x, self.ffn(modulated(self.norm2(x), shift_f, scale_f)), gate_f)
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out: int, ops: Any, **kw: Any) -> None:
+        super().__init__()
+        self.norm = ops.LayerNorm(dim, eps=EPS, elementwise_affine=False, **kw)
+        self.head = ops.Linear(dim, out, **kw)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim, **kw))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation.to(e) + e.unsqueeze(2)).unbind(2)
+        y: Tensor = self.head(modulated(self.norm(x), shift, scale))
+        return y
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """[B, T, d] with one shift and scale [B, F, d] per latent frame, broadcast over the frame's tokens."""
+    x = x.unflatten(1, (shift.shape[1], -1))
+    return (x * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + (y.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """[B, heads, T, head_dim] by complex phases [T, head_dim / 2]; neighbouring channels form a pair."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+
+
+def rope_table(start: int, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Phases of a grid of tokens, complex64 [frames * height * width, head_dim / 2]; `start`: position of the first frame.
+
+    The head is split 44/42/42 between time, height and width; base 10000 each.
+    """
+    side = 2 * (HEAD_DIM // 6)
+    phases = []
+    for axis, (first, count, size) in enumerate(((start, frames, HEAD_DIM - 2 * side), (0, height, side), (0, width, side))):
+        where = torch.arange(first, first + count, dtype=torch.float64)
+        angle = torch.outer(where, 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+        shape = [1, 1, 1, size // 2]
+        shape[axis] = count
+        phases.append(angle.view(shape).expand(frames, height, width, -1))
+    angles = torch.cat(phases, -1).flatten(0, 2)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    """Timesteps of any shape -> [..., 256]: 128 cosines, then 128 sines."""
+    half = FREQUENCIES // 2
+    angle = t.double().unsqueeze(-1) * torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float64) / half)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class SkyReelsV2(nn.Module):
+    """The transformer. `operations` supplies Linear, LayerNorm, RMSNorm, Conv3d and Embedding; torch.nn is the default."""
+
+    def __init__(self, config: SkyReelsConfig, operations: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype or torch.get_default_dtype()
+        kw, d = {"device": device, "dtype": dtype}, config.dim
+        self.patch_embedding = operations.Conv3d(config.channels, d, (1, PATCH, PATCH), stride=(1, PATCH, PATCH), **kw)
+        self.text_embedding = nn.Sequential(operations.Linear(config.text_dim, d, **kw), nn.GELU(approximate="tanh"), operations.Linear(d, d, **kw))
+        self.time_embedding = nn.Sequential(operations.Linear(FREQUENCIES, d, **kw), nn.SiLU(), operations.Linear(d, d, **kw))
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(d, 6 * d, **kw))
+        if config.fps:
+            self.fps_embedding = operations.Embedding(2, d, **kw)
+            self.fps_projection = nn.Sequential(operations.Linear(d, d, **kw), nn.SiLU(), operations.Linear(d, 6 * d, **kw))
+        self.blocks = nn.ModuleList(Block(d, config.ffn_dim, operations, **kw) for _ in range(config.layers))
+        self.head = Head(d, config.channels * PATCH * PATCH, operations, **kw)
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] -> tokens [B, F * h/2 * w/2, d]."""
+        tokens: Tensor = self.patch_embedding(x)
+        return tokens.flatten(2).transpose(1, 2)
+
+    def modulation(self, t: Tensor, fps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timesteps [B, F] (0..1000; F may be 1 for one level all over) -> for the head [B, F, d], for the blocks [B, F, 6, d]."""
+        e: Tensor = self.time_embedding(sinusoid(t).to(dtype))
+        e0: Tensor = self.time_projection(e).unflatten(-1, (6, -1))
+        if self.config.fps:
+            which = torch.full((1, 1), 0 if fps == 16 else 1, dtype=torch.long, device=t.device)
+            e0 = e0 + self.fps_projection(self.fps_embedding(which).to(e)).unflatten(-1, (6, -1))
+        return e, e0
+
+    def text_kv(self, text: Tensor) -> TextKV:
+        """Text embeddings [B, L, text_dim] -> keys and values of every layer."""
+        hidden = self.text_embedding(text)
+        return [block.cross_attn.text_kv(hidden) for block in self._blocks]
+
+    def stack(self, tokens: Tensor, e0: Tensor, text: TextKV, rope: Tensor, attend: Attend) -> Tensor:
+        """All blocks. tokens [B, T, d], e0 [B, F, 6, d] with F dividing T, rope [T, 64] -> [B, T, d]."""
+        for layer, block in enumerate(self._blocks):
+            tokens = block(tokens, e0, text[layer], rope, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+        return tokens
+
+    def velocity(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Tokens [B, T, d] -> velocity (noise - clean) [B, C, F, h, w]; `grid`: frames, h/2, w/2."""
+        y: Tensor = self.head(tokens, e)
+        f, h, w = grid
+        y = y.view(-1, f, h, w, 1, PATCH, PATCH, self.config.channels)
+        return y.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.channels, f, h * PATCH, w * PATCH)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextKV, attend: Attend, start: int = 0, fps: int = 24) -> Tensor:
+        """Latents [B, C, F, h, w] at timesteps t [B, F or 1] -> velocity, same shape. `start`: position of the first frame."""
+        grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
+        e, e0 = self.modulation(t, fps, x.dtype)
+        rope = rope_table(start, *grid, device=x.device)
+        return self.velocity(self.stack(self.embed(x), e0, text, rope, attend), e, grid)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Fresh weights for training: Xavier matrices, zero output and frame-rate projections, as upstream starts."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for part in (self.time_embedding, self.text_embedding):
+            for module in part:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02 if part is self.time_embedding else 1 / math.sqrt(module.in_features))
+        for block in self._blocks:
+            nn.init.normal_(block.modulation, std=self.config.dim**-0.5)
+        nn.init.normal_(self.head.modulation, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.head.head.weight)
+        if self.config.fps:
+            nn.init.zeros_(cast(nn.Linear, self.fps_projection[2]).weight)

@@ -1,0 +1,66 @@
+"""SkyReels-V2 behind the adapter seam: timesteps, rotary positions of a chunk, and what a replayed step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..schedule import timestep
+from .adapter import Attend, Call
+from .skyreels import HEAD_DIM, PATCH, SkyReelsV2, TextKV, rope_table
+
+
+class SkyReelsAdapter:
+    """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
+
+    name: ClassVar[str] = "skyreels-v2-df"
+    head_dim: ClassVar[int] = HEAD_DIM
+
+    def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
+        self.network, self.dtype = network, dtype or network.dtype
+        self.layers, self.heads = network.config.layers, network.config.heads
+        self._ropes: dict[tuple[int, int, int, int], Tensor] = {}
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        if height % PATCH or width % PATCH:
+            raise ValueError(
+                f"latents of {width}x{height} do not divide into patches of {PATCH}: use a picture whose sides are multiples of 16 pixels"
+            )
+        return (height // PATCH) * (width // PATCH)
+
+    def text(self, context: Tensor) -> TextKV:
+        return self.network.text_kv(context)
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        e, e0 = self._modulation(call)
+        tokens = self.network.embed(call.x)
+        out = self.network.stack(tokens, e0, call.text, self._rope(call), attend)
+        return self.network.velocity(out, e, self._grid(call)), out - tokens
+
+    def replay(self, call: Call, residual: Tensor) -> Tensor:
+        e, _ = self._modulation(call)
+        return self.network.velocity(self.network.embed(call.x) + residual, e, self._grid(call))
+
+    def time_changes(self, sigmas: Sequence[float], fps: int) -> list[float]:
+        """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
+        where = next(self.network.parameters()).device
+        t = torch.tensor([[timestep(s)] for s in sigmas], device=where)
+        e0 = self.network.modulation(t, fps, self.dtype)[1].float().flatten(1)
+        change = (e0[1:] - e0[:-1]).abs().mean(1) / e0[:-1].abs().mean(1)
+        return [0.0, *change.tolist()]
+
+    def _modulation(self, call: Call) -> tuple[Tensor, Tensor]:
+        t = torch.full((1, 1), timestep(call.sigma), device=call.x.device)
+        return self.network.modulation(t, call.fps, call.x.dtype)
+
+    def _grid(self, call: Call) -> tuple[int, int, int]:
+        return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH
+
+    def _rope(self, call: Call) -> Tensor:
+        key = (call.chunk.start, *self._grid(call))
+        if key not in self._ropes:
+            self._ropes[key] = rope_table(*key, device=call.x.device)
+        return self._ropes[key]

@@ -1,0 +1,6 @@
+"""Cache policies. To add one: a file with a frozen dataclass that has `decide`, and its name in POLICIES."""
+
+from .always import Always
+from .chunkwise import Chunkwise
+
+POLICIES = (Always, Chunkwise)

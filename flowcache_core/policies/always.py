@@ -1,0 +1,19 @@
+"""The policy that never reuses: the uncached run that everything else is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..chunk import Chunk
+from ..decision import Compute, Decision, Signals
+from ..state import ChunkState
+
+
+@dataclass(frozen=True)
+class Always:
+    name: ClassVar[str] = "always"
+    keeps: ClassVar[None] = None
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+        return Compute()

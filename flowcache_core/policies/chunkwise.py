@@ -1,0 +1,67 @@
+"""FlowCache's chunkwise reuse (ICLR 2026, section 3): every chunk accumulates its own drift and decides for itself.
+
+drift += change of the signature since the previous step; below the threshold the last output is replayed, otherwise the
+network runs and the drift starts again from zero. What is replayed is the velocity, integrated with the current step
+size, or the residual of the block stack; never the old latent increment, which is too short once the steps grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..chunk import Chunk
+from ..decision import Compute, Decision, Replay, Reuse, Signals, Signature, check, setting
+from ..state import ChunkState
+
+
+@dataclass(frozen=True)
+class Chunkwise:
+    """Settings of Chunkwise Cache. Raises ValueError for a value outside its range."""
+
+    name: ClassVar[str] = "chunkwise"
+
+    threshold: float = setting(0.1, "How far a chunk may drift before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005)
+    warmup_steps: int = setting(5, "The first steps of every chunk that are always computed.", low=1, high=1000)
+    max_reuse: int = setting(8, "At most this many reused steps in a row.", low=1, high=1000)
+    signature: Signature = setting(
+        "latent",
+        "What drift is measured on: the chunk's noisy latent (follows the content) or the time modulation (known before sampling).",
+        options=("latent", "time"), advanced=True,
+    )  # fmt: skip
+    replay: Replay = setting(
+        "velocity", "What a reused step replays: the velocity or the residual of the block stack.", options=("velocity", "residual"), advanced=True
+    )
+    order: int = setting(0, "0 holds the last output; 1 extrapolates along the line through the last two.", low=0, high=1, advanced=True)
+    start_percent: float = setting(0.0, "Before this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
+    end_percent: float = setting(1.0, "After this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.start_percent > self.end_percent:
+            raise ValueError(f"start_percent {self.start_percent} lies after end_percent {self.end_percent}: swap them")
+
+    @property
+    def keeps(self) -> Replay:
+        return self.replay
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+        if self.threshold == 0 or chunk.step == 0:
+            return self._compute(state)
+        state.drift += signals.change(self.signature)
+        progress = chunk.step / chunk.steps
+        must = (
+            state.computed < self.warmup_steps
+            or chunk.step == chunk.steps - 1
+            or state.reused_in_a_row >= self.max_reuse
+            or not self.start_percent <= progress <= self.end_percent
+        )
+        if must or state.drift >= self.threshold:
+            return self._compute(state)
+        state.reused_in_a_row += 1
+        return Reuse(self.replay, self.order)
+
+    def _compute(self, state: ChunkState) -> Decision:
+        state.drift, state.reused_in_a_row = 0.0, 0
+        state.computed += 1
+        return Compute()

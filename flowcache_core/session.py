@@ -1,0 +1,122 @@
+"""One sampling run. Read this first: for every chunk and step it decides, then computes or replays.
+
+The sampler asks for velocities; the policy decides; the adapter runs the network; the KV store holds the history.
+The decision is made once per chunk and step, by the first branch that arrives, and every other branch follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from torch import Tensor
+
+from .chunk import Chunk
+from .decision import CachePolicy, Compute, Decision, Reuse, Signature
+from .kv.cache import Branches, CachedAttention, KVStore
+from .models.adapter import Call, ModelAdapter
+from .policies.always import Always
+from .report import RunReport
+from .schedule import ChunkSchedule
+from .state import ChunkState, RunState
+
+
+class Session:
+    """A run of `schedule` over latents [batch, C, frames, h, w] at noise levels `sigmas` (steps + 1 of them, ending in 0).
+
+    Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
+    """
+
+    def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], batch: int = 1,
+                 policy: CachePolicy | None = None, fps: int = 24) -> None:  # fmt: skip
+        if len(sigmas) != schedule.steps + 1:
+            raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
+        self.adapter, self.schedule, self.sigmas, self.fps = adapter, schedule, tuple(sigmas), fps
+        self.policy: CachePolicy = policy or Always()
+        self.report = RunReport(schedule.chunks, schedule.steps)
+        self.state = RunState()
+        self._frame_tokens = adapter.tokens_per_frame(*grid)
+        self._kv = KVStore(batch, adapter.layers, adapter.heads, adapter.head_dim, schedule.frames * self._frame_tokens)
+        self._text: dict[Branches, object] = {}
+        self._time_changes: list[float] | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.report.close()
+        self._kv.free()
+        self._text.clear()
+        self.state.clear()
+
+    def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
+        """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
+        call = Call(x, self.sigmas[chunk.step], chunk, self._text_of(context, branches), self.fps)
+        state = self.state.of(chunk.index)
+        if chunk.committing:
+            if state.decided_at != chunk.step:
+                state.decided_at = chunk.step
+                self.report.committed(chunk.frames * self._frame_tokens)
+            return self._compute(call, branches)[0]
+        match self._decide(call, state):
+            case Reuse(what, order) if branches in state.predictions:
+                value = state.predict(branches, call.sigma, order)
+                return value if what == "velocity" else self.adapter.replay(call, value)
+            case _:
+                velocity, residual = self._compute(call, branches)
+                if self.policy.keeps:
+                    state.keep(branches, call.sigma, velocity if self.policy.keeps == "velocity" else residual)
+                return velocity
+
+    def commit(self, chunk: Chunk) -> None:
+        """A finished chunk is history from now on: only its keys and values stay."""
+        self.state.drop(chunk.index)
+
+    def _decide(self, call: Call, state: ChunkState) -> Decision:
+        chunk = call.chunk
+        if state.decided_at != chunk.step or state.decision is None:
+            state.decision = self.policy.decide(chunk, _Signals(self, call, state), state)
+            state.decided_at = chunk.step
+            computed = isinstance(state.decision, Compute)
+            self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift)
+        return state.decision
+
+    def _compute(self, call: Call, branches: Branches) -> tuple[Tensor, Tensor]:
+        chunk, tokens = call.chunk, self._frame_tokens
+        oldest = self.schedule.span(max(0, chunk.index - self.schedule.reach + 1))[0]
+        cache, rows = self._kv.of(branches)
+        attend = CachedAttention(cache, rows, oldest * tokens, chunk.start * tokens, (chunk.start + chunk.frames) * tokens)
+        with self.report.clock("network", call.x.device):
+            out = self.adapter.forward(call, attend)
+        self.report.kv_bytes(self._kv.bytes)
+        return out
+
+    def _text_of(self, context: Tensor, branches: Branches) -> object:
+        if branches not in self._text:
+            self._text[branches] = self.adapter.text(context)
+        return self._text[branches]
+
+    def time_change(self, step: int) -> float:
+        if self._time_changes is None:
+            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps)
+        return self._time_changes[step]
+
+
+class _Signals:
+    """Measures what the policy asks for; the one place where a decision waits for the device."""
+
+    def __init__(self, session: Session, call: Call, state: ChunkState) -> None:
+        self.session, self.call, self.state = session, call, state
+
+    def change(self, signature: Signature) -> float:
+        if signature == "time":
+            return self.session.time_change(self.call.chunk.step)
+        now, before = self.call.x, self.state.latent
+        self.state.latent = now
+        if before is None or before.shape != now.shape:
+            return float("inf")
+        self.session.report.host_syncs += 1
+        return float(((now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)).item())

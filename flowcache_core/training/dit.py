@@ -1,0 +1,137 @@
+"""Trains the small SkyReels-V2 network on procedural video, in latents of the small VAE.
+
+One set of weights has to be right for everything that sampling does, so every batch draws how it is run: block-causal
+(with or without a limited window) or bidirectional, and which noise levels its chunks have: a row of the real
+asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk.
+Loss: mean squared error of the velocity (noise - clean), on the chunks that still carry noise.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..models.attention import BlockCausal, bidirectional
+from ..models.skyreels import Attend, SkyReelsConfig, SkyReelsV2
+from ..models.wan_vae import WanVAE
+from ..models.word_text import encode_prompt
+from ..schedule import TRAIN_STEPS, flow_sigmas
+from .loop import Loop, optimisers
+from .scenes import make_scene, render
+from .vae import channels_last
+
+CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
+FRAMES, LATENTS, CHUNK = 57, 15, 3
+TOKENS_PER_FRAME = 64
+CHUNKS = LATENTS // CHUNK
+
+
+class Clips:
+    """A growing pool of encoded clips on disk: every step may add one, so training starts at once and data stays fresh."""
+
+    def __init__(self, vae: WanVAE, folder: Path) -> None:
+        self.vae, self.folder = vae, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        channels_last(vae)
+        self.latents: list[Tensor] = []
+        while (path := folder / f"{len(self.latents)}.pt").exists():
+            self.latents.append(torch.load(path, weights_only=True))
+
+    def fps(self, index: int) -> int:
+        return 16 if index % 8 == 7 else 24
+
+    @torch.no_grad()
+    def grow(self) -> None:
+        index = len(self.latents)
+        film = render(make_scene(index, FRAMES, fps=self.fps(index))).transpose(0, 1)[None] * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            z = self.vae.encode(film.contiguous(memory_format=torch.channels_last_3d))[0].half()
+        torch.save(z, self.folder / f"{index}.pt")
+        self.latents.append(z)
+
+    def caption(self, index: int) -> str:
+        return make_scene(index, FRAMES, fps=self.fps(index)).caption
+
+
+def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
+    """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss."""
+    steps = dice.randint(16, 60)
+    table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, dice.choice([3.0, 5.0, 8.0, 8.0])))
+    kind = dice.random()
+    if kind < 0.45:
+        lead, lag = dice.randint(1, steps + 12 * (CHUNKS - 1)), dice.randint(2, 12)
+        index = [lead - k * lag for k in range(CHUNKS)]
+    elif kind < 0.65:
+        index = [dice.randint(1, steps)] * CHUNKS
+    else:
+        index = sorted((dice.randint(1, steps) for _ in range(CHUNKS)), reverse=True)
+        for k in range(dice.choice([0, 1, 1, 2, 3, 4])):
+            index[k] = steps + 1
+    index = [min(max(i, 0), steps + 1) for i in index]
+    levels = [table[i] for i in index]
+    counts = [level > 0 for level in levels]
+    if dice.random() < 0.3:
+        prefix = dice.uniform(0, 50) / TRAIN_STEPS
+        levels = [level or prefix for level in levels]
+    if not any(counts):
+        return draw_levels(dice)
+    return levels, counts
+
+
+def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
+    dice = random.Random(step)
+    if len(clips.latents) < 64:
+        for _ in range(64):
+            clips.grow()
+    if step % 2 == 0 or len(clips.latents) < 600:
+        clips.grow()
+    picked = [dice.randrange(len(clips.latents)) for _ in range(batch)]
+    clean = torch.stack([clips.latents[i] for i in picked]).float()
+    prompts = ["" if dice.random() < 0.1 else clips.caption(i) for i in picked]
+    text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts])
+    drawn = [draw_levels(dice) for _ in range(batch)]
+    sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(CHUNK, 1)
+    counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(CHUNK, 1)[:, None, :, None, None]
+    noise = torch.randn_like(clean)
+    s = sigma[:, None, :, None, None]
+    noisy = (1 - s) * clean + s * noise
+
+    ends = [(k + 1) * CHUNK * TOKENS_PER_FRAME for k in range(CHUNKS)]
+    causal = dice.random() < 0.72
+    window = dice.choice([2, 3, 4]) if dice.random() < 0.25 else None
+    attend: Attend = BlockCausal(ends, window) if causal else bidirectional
+    times = (sigma * TRAIN_STEPS).floor()
+    fps = clips.fps(picked[0])
+    same = torch.tensor([clips.fps(i) == fps for i in picked], dtype=torch.float32).view(-1, 1, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = net(noisy, times, net.text_kv(text), attend, fps=fps)
+    error = (v.float() - (noise - clean)).square() * counts * same
+    return error.sum() / ((counts * same).sum() * clean[0, :, 0].numel())
+
+
+def train(out: Path, steps: int, batch: int = 6) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`; needs `vae.safetensors` there."""
+    vae = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
+    clips = Clips(vae, out / "clips")
+    torch.manual_seed(0)
+    net = SkyReelsV2(CONFIG)
+    net.initialise()
+    loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
+    loop.run(lambda step: loss_of(net, clips, step, batch), net.parameters(), lambda: f"clips {len(clips.latents)}")
+    export(out)
+
+
+def export(out: Path) -> None:
+    saved = torch.load(out / "dit.pt", weights_only=True)
+    meta = {
+        "format": "pt",
+        "architecture": "skyreels-v2-df",
+        "chunk_frames": str(CHUNK),
+        "window_chunks": str(CHUNKS),
+        "steps_trained": str(saved["step"]),
+    }
+    save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, out / "dit.safetensors", meta)

@@ -1,0 +1,87 @@
+"""What every training run shares: a seeded, resumable loop with an averaged copy of the weights and a progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .muon import Muon
+
+
+def cosine(step: int, total: int, warmup: int = 100, floor: float = 0.03) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def optimisers(model: nn.Module, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and convolutions inside the network, AdamW for embeddings, norms, biases and outputs."""
+    inner = [
+        p for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim >= 2 and name.endswith(".weight") and not name.startswith(("patch_", "head.", "fps_embedding"))
+    ]  # fmt: skip
+    taken = {id(p) for p in inner}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01), Muon(inner, muon_rate)]
+
+
+class Loop:
+    """Runs `loss_of(step)` for `total` steps from wherever `path` left off; the average of the weights is in `average`."""
+
+    def __init__(self, model: nn.Module, path: Path, total: int, opts: list[torch.optim.Optimizer], decay: float, save_every: int = 100) -> None:
+        self.model, self.path, self.total, self.opts, self.decay, self.save_every = model, path, total, opts, decay, save_every
+        self.rates = [group["lr"] for opt in opts for group in opt.param_groups]
+        self.average: dict[str, Tensor] = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
+        self.step = 0
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            model.load_state_dict(saved["model"])
+            for opt, state in zip(opts, saved["optimisers"], strict=True):
+                opt.load_state_dict(state)
+            self.average, self.step = saved["average"], saved["step"]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step,
+                    "optimisers": [o.state_dict() for o in self.opts]}, partial)  # fmt: skip
+        partial.replace(self.path)
+
+    def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str) -> None:
+        parameters = list(parameters)
+        smooth = 0.0
+        with tqdm(total=self.total, initial=self.step, desc=self.path.stem, mininterval=5) as bar:
+            while self.step < self.total:
+                torch.manual_seed(self.step)
+                factor, at = cosine(self.step, self.total), 0
+                for opt in self.opts:
+                    for group in opt.param_groups:
+                        group["lr"] = self.rates[at] * factor
+                        at += 1
+                loss = loss_of(self.step)
+                for opt in self.opts:
+                    opt.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                for opt in self.opts:
+                    opt.step()
+                self._blend()
+                self.step += 1
+                smooth = loss.item() if smooth == 0.0 else 0.98 * smooth + 0.02 * loss.item()
+                bar.update()
+                bar.set_postfix_str(f"loss {smooth:.4f} {describe()}", refresh=False)
+                if self.step % self.save_every == 0 or self.step == self.total:
+                    self.save()
+
+    @torch.no_grad()
+    def _blend(self) -> None:
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            self.average[name].lerp_(value.float(), 1 - decay)

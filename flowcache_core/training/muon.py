@@ -1,0 +1,42 @@
+"""Muon: momentum whose matrix is orthogonalised before each update (Jordan et al. 2024).
+
+torch.optim.Muon takes matrices only; here a convolution counts as the matrix [out, in * kernel], which is what makes the
+small VAE train in minutes instead of hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """[m, n] -> about the nearest matrix with singular values near 1, by a quintic Newton-Schulz iteration in bfloat16."""
+    x = matrix.bfloat16()
+    if wide := x.shape[0] > x.shape[1]:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if wide else x).type_as(matrix)
+
+
+class Muon(torch.optim.Optimizer):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(mean, group["momentum"]).flatten(1))
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)

@@ -1,0 +1,205 @@
+"""Procedural video: sprites that move over a textured background, with a caption and the true motion mask.
+
+Everything is drawn from a seed, so a data set is a range of integers. Shapes are signed distances with one pixel
+of antialiasing, backgrounds are sums of low-frequency waves, and a panning camera moves both by sub-pixel steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HELD_OUT = 10_000_000
+"""Seeds from here on are never trained on."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 235),
+    "yellow": (240, 220, 40),
+    "magenta": (230, 50, 210),
+    "cyan": (40, 215, 225),
+    "orange": (245, 135, 25),
+    "purple": (125, 45, 190),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.4, 0.6), "": (0.8, 1.1), "quickly": (1.3, 1.6)}
+"""Pixels per frame at 24 frames per second, for a picture 128 pixels wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sprite:
+    """One object. `x`, `y`: centre at frame 0; `vx`, `vy`: pixels per frame; `walls`: bounce at the borders."""
+
+    colour: str
+    shape: str
+    radius: float
+    x: float
+    y: float
+    vx: float
+    vy: float
+    verb: str
+    direction: str = ""
+    pace: str = ""
+    walls: bool = True
+
+    @property
+    def clause(self) -> str:
+        return " ".join(w for w in (self.colour, self.shape, self.verb, self.direction, self.pace) if w)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A clip before it is drawn. `pan`: camera velocity in pixels per frame; `occluder`: x, width of a grey bar or None."""
+
+    size: int
+    frames: int
+    seed: int
+    sprites: tuple[Sprite, ...]
+    pan: tuple[float, float]
+    pan_word: str
+    occluder: tuple[float, float] | None
+
+    @property
+    def caption(self) -> str:
+        clauses = [s.clause for s in self.sprites]
+        if self.pan_word:
+            clauses.append(f"camera pans {self.pan_word}")
+        if self.occluder:
+            clauses.append("grey bar stands still")
+        return ", ".join(clauses)
+
+
+def _mover(rng: np.random.Generator, size: int, frames: int, colour: str, still: bool, hurry: float) -> Sprite:
+    scale = size / 128
+    radius = float(rng.uniform(10, 18)) * scale
+    low, high = radius + 1, size - radius - 1
+    shape = str(rng.choice(SHAPES))
+    x, y = (float(rng.uniform(low, high)) for _ in range(2))
+    kind = "stands" if still else str(rng.choice(["moves", "bounces", "enters", "leaves", "stands"], p=[0.56, 0.12, 0.1, 0.1, 0.12]))
+    if kind == "stands":
+        return Sprite(colour, shape, radius, x, y, 0.0, 0.0, "stands still")
+
+    word = str(rng.choice(list(DIRECTIONS)))
+    dx, dy = DIRECTIONS[word]
+    pace = str(rng.choice(list(SPEEDS), p=[0.25, 0.5, 0.25]))
+    if kind in ("bounces", "leaves", "enters") and pace == "slowly":
+        pace = ""
+    speed = float(rng.uniform(*SPEEDS[pace])) * scale * hurry
+    way = speed * (frames - 1)
+    forward = (dx + dy) > 0
+
+    def along() -> float:
+        """Where to start on the axis of motion so that the verb is true of the whole clip."""
+        if kind == "moves":
+            room = max(high - low - way, 0.0)
+            start = low + float(rng.uniform(0, 1)) * room
+            return start if forward else size - start
+        if kind == "bounces":
+            hit = float(rng.uniform(0.35, 0.6)) * way
+            return max(high - hit, low) if forward else min(low + hit, high)
+        if kind == "leaves":
+            out = float(rng.uniform(0.5, 0.9)) * way
+            return size - out if forward else out
+        depth = float(rng.uniform(0.05, 0.3)) * way
+        return -radius - depth if forward else size + radius + depth
+
+    if dx:
+        x = along()
+    else:
+        y = along()
+    return Sprite(colour, shape, radius, x, y, dx * speed, dy * speed, kind, word, pace, walls=kind in ("moves", "bounces"))
+
+
+def make_scene(seed: int, frames: int = 57, size: int = 128, fps: int = 24) -> Scene:
+    """Draw a scene: one to four sprites; 12 % of the clips are still, 22 % pan, 12 % have a bar that hides what passes behind."""
+    rng = np.random.default_rng(seed)
+    still = rng.random() < 0.12
+    count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.2, 0.15]))
+    colours = rng.permutation(list(COLOURS))[:count]
+    sprites = tuple(_mover(rng, size, frames, str(c), still, 24 / fps) for c in colours)
+    pan, word = (0.0, 0.0), ""
+    if not still and rng.random() < 0.22:
+        word = str(rng.choice(list(DIRECTIONS)))
+        speed = float(rng.uniform(0.4, 0.9)) * size / 128 * 24 / fps
+        pan = (DIRECTIONS[word][0] * speed, DIRECTIONS[word][1] * speed)
+    occluder = None
+    if rng.random() < 0.12:
+        occluder = (float(rng.uniform(0.2, 0.65)) * size, float(rng.uniform(0.1, 0.18)) * size)
+    return Scene(size, frames, seed, sprites, pan, word, occluder)
+
+
+def _distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
+    """Signed distance (approximate for the star) to the outline, negative inside. Same shape as `dx`."""
+    if shape == "circle":
+        return (dx * dx + dy * dy).sqrt() - radius
+    if shape == "square":
+        return torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
+    if shape == "triangle":
+        return torch.maximum(0.866 * dx.abs() + 0.5 * -dy, dy) - 0.55 * radius
+    angle = torch.atan2(dx, -dy)
+    wave = 0.72 + 0.28 * torch.cos(5 * angle)
+    return ((dx * dx + dy * dy).sqrt() - 1.1 * radius * wave) * 0.75
+
+
+def _path(start: float, speed: float, radius: float, size: int, walls: bool, time: Tensor) -> Tensor:
+    where = start + speed * time
+    if not walls or speed == 0:
+        return where
+    low, high = radius, size - radius
+    span = max(high - low, 1.0)
+    folded = torch.remainder(where - low, 2 * span)
+    return low + torch.where(folded > span, 2 * span - folded, folded)
+
+
+def _background(scene: Scene, gx: Tensor, gy: Tensor) -> Tensor:
+    """[T, H, W] coordinates -> [T, 3, H, W] in 0..1: muted colours, low-frequency waves and soft stripes."""
+    rng = np.random.default_rng(scene.seed + 77_000_000)
+    base = rng.uniform(0.3, 0.7) + rng.uniform(-0.07, 0.07, 3)
+    field = torch.zeros(*gx.shape, 3)
+    for _ in range(4):
+        angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(45, 130) * scene.size / 128
+        wave = torch.sin((gx * np.cos(angle) + gy * np.sin(angle)) * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi))
+        tint = rng.uniform(0.03, 0.07) + rng.uniform(-0.02, 0.02, 3)
+        field += wave[..., None] * torch.tensor(tint, dtype=torch.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(18, 34) * scene.size / 128
+    stripe = torch.sin((gx * np.cos(angle) + gy * np.sin(angle)) * (2 * np.pi / period))
+    field += (stripe * rng.uniform(0.02, 0.06))[..., None]
+    return (field + torch.tensor(base, dtype=torch.float32)).permute(0, 3, 1, 2)
+
+
+def render(scene: Scene, start: int = 0, frames: int | None = None) -> Tensor:
+    """Frames `start` .. `start + frames` (default: all) -> float32 [T, 3, H, W] in 0..1."""
+    frames = scene.frames - start if frames is None else frames
+    size, time = scene.size, torch.arange(start, start + frames, dtype=torch.float32)
+    ys, xs = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    moving = scene.pan != (0.0, 0.0)
+    shift = time if moving else time[:1]
+    camera_x, camera_y = shift[:, None, None] * scene.pan[0], shift[:, None, None] * scene.pan[1]
+    film = _background(scene, xs + camera_x, ys + camera_y).expand(frames, -1, -1, -1).clone()
+    for s in scene.sprites:
+        px = _path(s.x, s.vx, s.radius, size, s.walls, time)[:, None, None]
+        py = _path(s.y, s.vy, s.radius, size, s.walls, time)[:, None, None]
+        cover = (0.5 - _distance(s.shape, xs - px, ys - py, s.radius)).clamp(0, 1)[:, None]
+        colour = torch.tensor(COLOURS[s.colour], dtype=torch.float32).view(1, 3, 1, 1) / 255
+        film = film * (1 - cover) + colour * cover
+    if scene.occluder:
+        left, width = scene.occluder
+        cover = (0.5 - ((xs - left - width / 2).abs() - width / 2)).clamp(0, 1)
+        film = film * (1 - cover) + 0.22 * cover
+    return film.clamp_(0, 1)
+
+
+def motion_mask(film: Tensor, threshold: float = 3 / 255) -> Tensor:
+    """[T=4n+1, 3, H, W] in 0..1 -> bool [n+1, H/8, W/8]: cells of the latent in which any pixel changed.
+
+    Latent frame 0 is pixel frame 0 and never moves; latent frame f covers pixel frames 4f-3 .. 4f.
+    """
+    change = (film[1:] - film[:-1]).abs().amax(1)
+    cells = torch.nn.functional.max_pool2d(change[:, None], 8)[:, 0]
+    moved = cells.unflatten(0, (-1, 4)).amax(1) > threshold
+    return torch.cat([torch.zeros_like(moved[:1]), moved])

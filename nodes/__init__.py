@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: everything that imports comfy, and nothing else does."""

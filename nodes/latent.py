@@ -1,0 +1,57 @@
+"""Empty AR Video Latent."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+
+from ..flowcache_core.models.wan_vae import LATENT_CHANNELS, SPATIAL, latent_frames, pixel_frames
+from ..flowcache_core.schedule import nearest_frames
+from .host_model import require_ours
+
+
+class EmptyARVideoLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheLatent",
+            display_name="Empty AR Video Latent",
+            category="FlowCache",
+            description="An empty video latent whose length is a whole number of the model's chunks.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model knows how many latent frames make a chunk."),
+                io.Int.Input("width", default=128, min=16, max=8192, step=16, tooltip="Pixels. The bundled model was trained at 128 x 128."),
+                io.Int.Input("height", default=128, min=16, max=8192, step=16, tooltip="Pixels."),
+                io.Float.Input("length", default=57, min=0.1, max=100000, step=0.1, tooltip="How long the film is, in the unit below."),
+                io.Combo.Input("unit", options=["frames", "seconds"], tooltip="Whether length counts frames or seconds."),
+                io.Combo.Input("snap", options=["nearest", "up", "down", "off"], advanced=True,
+                               tooltip="Which whole number of chunks to take. Off allows a short last chunk."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Films denoised side by side."),
+            ],
+            outputs=[
+                io.Latent.Output(),
+                io.Int.Output(display_name="frames", tooltip="The number of frames after snapping."),
+                io.Float.Output(display_name="fps", tooltip="The frame rate of the model: connect it to Create Video."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, width, height, length, unit, snap, batch_size) -> io.NodeOutput:  # type: ignore[no-untyped-def]
+        layout = require_ours(model, "Empty AR Video Latent").layout
+        asked = max(1, round(length * layout.fps) if unit == "seconds" else round(length))
+        below, above = nearest_frames(asked, layout.chunk_frames)
+        frames = {
+            "nearest": below if asked - below <= above - asked else above,
+            "up": below if below >= asked else above,
+            "down": below,
+            "off": pixel_frames(latent_frames(asked)),
+        }[snap]
+        latents = latent_frames(frames)
+        chunks = -(-latents // layout.chunk_frames)
+        said = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
+        if frames != asked:
+            said += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
+        shape = (batch_size, LATENT_CHANNELS, latents, height // SPATIAL, width // SPATIAL)
+        samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui=ui.PreviewText(said))

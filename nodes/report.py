@@ -1,0 +1,43 @@
+"""Cache Report."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..flowcache_core.plot import chunk_map
+from .chunk_sampler import Mailbox
+from .sampler import Report
+
+
+class CacheReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheReport",
+            display_name="Cache Report",
+            category="FlowCache",
+            description="What a run of AR Chunk Sampler computed and reused, as text, JSON and a chunk x step map.",
+            is_output_node=True,
+            inputs=[
+                Report.Input("report", tooltip="The report output of AR Chunk Sampler."),
+                io.Latent.Input("latent", tooltip="The sampled latent: it makes this node wait for the run."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="json"),
+                io.Image.Output(display_name="map"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
+        if report.report is None:
+            raise ValueError("this sampler has not run yet: connect latent to the output of the SamplerCustomAdvanced that uses it")
+        done = report.report
+        picture = torch.from_numpy(np.asarray(chunk_map(done), np.float32) / 255)[None]
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(done.summary()).as_dict()}
+        return io.NodeOutput(done.summary(), json.dumps(done.as_dict()), picture, ui=shown)

@@ -1,0 +1,102 @@
+"""What all tests share: a tiny random network, one prompt, and the two ways to sample a film with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.decision import CachePolicy
+from flowcache_core.models.attention import BlockCausal
+from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.report import RunReport
+from flowcache_core.sampler import sample_chunks, sample_window
+from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.session import Session
+from flowcache_core.solvers import Euler, Solver
+
+CHANNELS, SIDE, TEXT = 16, 4, 64
+
+Cached = Callable[..., tuple[Tensor, RunReport]]
+Dense = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[..., SkyReelsV2]:
+    """A network of random weights: everything matters, nothing starts at zero."""
+
+    def make(seed: int = 0, layers: int = 2, fps: bool = True) -> SkyReelsV2:
+        torch.manual_seed(seed)
+        net = SkyReelsV2(SkyReelsConfig(128, 256, layers, TEXT, fps=fps))
+        for p in net.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.05)
+        return net.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def net(make_net: Callable[..., SkyReelsV2]) -> SkyReelsV2:
+    return make_net()
+
+
+@pytest.fixture(scope="session")
+def texts() -> Tensor:
+    """Two prompts, [2, 8, text_dim]."""
+    return torch.randn(2, 8, TEXT, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def noise_of() -> Callable[..., Tensor]:
+    def make(frames: int, seed: int = 1, batch: int = 1, side: int = SIDE) -> Tensor:
+        return torch.randn(batch, CHANNELS, frames, side, side, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def cached(net: SkyReelsV2, texts: Tensor) -> Cached:
+    """Chunk by chunk against the KV cache -> latents, report."""
+
+    def run(noise: Tensor, schedule: ChunkSchedule, solver: Solver | None = None, policy: CachePolicy | None = None, network: SkyReelsV2 = net,
+            sigmas: Sequence[float] | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+        levels = sigmas or flow_sigmas(schedule.steps)
+        with Session(SkyReelsAdapter(network), schedule, levels, tuple(noise.shape[3:]), policy=policy) as session:
+            out = sample_chunks(
+                lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), noise, schedule, levels, solver or Euler(), session.commit
+            )
+        return out, session.report
+
+    return run
+
+
+@pytest.fixture
+def dense(net: SkyReelsV2, texts: Tensor) -> Dense:
+    """The whole window in every row, block-causal, without any cache -> latents."""
+
+    def run(noise: Tensor, schedule: ChunkSchedule, solver: Solver | None = None) -> Tensor:
+        ends = [sum(schedule.span(k)) * (noise.shape[3] // 2) * (noise.shape[4] // 2) for k in range(schedule.chunks)]
+        text = net.text_kv(texts[:1])
+
+        def predict(x: Tensor, sigmas: Tensor, row: object) -> Tensor:
+            return net(x, torch.tensor([[timestep(float(s)) for s in sigmas]]), text, BlockCausal(ends))
+
+        return sample_window(predict, noise, schedule, flow_sigmas(schedule.steps), solver or Euler())
+
+    return run

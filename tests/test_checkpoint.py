@@ -1,0 +1,91 @@
+"""Checkpoint files: what fits is loaded, what does not is refused with a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowcache_core.models.checkpoint import PREFIXES, load_skyreels, read, skyreels_config, without_prefix
+from flowcache_core.models.skyreels import SkyReelsV2
+
+
+@pytest.fixture
+def weights(net: SkyReelsV2) -> dict[str, Tensor]:
+    return dict(net.state_dict())
+
+
+def test_a_network_comes_back_from_a_file_as_it_was(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, tmp_path / "net.safetensors", {"chunk_frames": "3"})
+    tensors, metadata = read(tmp_path / "net.safetensors")
+    again = load_skyreels(tensors, "net", torch.float32)
+    assert metadata["chunk_frames"] == "3"
+    assert again.state_dict().keys() == weights.keys()
+    assert all(torch.equal(v, weights[k]) for k, v in again.state_dict().items())
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_loading_can_change_the_dtype(weights: dict[str, Tensor]) -> None:
+    net = load_skyreels(weights, "net", torch.bfloat16)
+    assert net.dtype == torch.bfloat16
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_wrapped_key_names_lose_their_prefix_and_foreign_keys_go(prefix: str, weights: dict[str, Tensor]) -> None:
+    wrapped = {**{prefix + k: v for k, v in weights.items()}, "first_stage_model.x": torch.zeros(1)}
+    assert without_prefix(wrapped).keys() == weights.keys()
+
+
+def test_plain_key_names_stay(weights: dict[str, Tensor]) -> None:
+    assert without_prefix(weights).keys() == weights.keys()
+
+
+def test_a_missing_key_is_named(weights: dict[str, Tensor]) -> None:
+    del weights["blocks.1.norm3.bias"]
+    with pytest.raises(ValueError, match=r"net is not a complete .* checkpoint: 1 missing \(blocks.1.norm3.bias\) of \d+ keys"):
+        skyreels_config(weights, "net")
+
+
+def test_an_unknown_key_is_named(weights: dict[str, Tensor]) -> None:
+    weights.update({"img_emb.proj.0.bias": torch.zeros(1), "img_emb.proj.0.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"2 unknown \(img_emb.proj.0.bias, ...\)"):
+        skyreels_config(weights, "net")
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(weights: dict[str, Tensor]) -> None:
+    weights["blocks.0.self_attn.q.weight"] = torch.zeros(128, 64)
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.weight has shape \(128, 64\), but a network of width 128 needs \(128, 128\)"):
+        load_skyreels(weights, "net", torch.float32)
+
+
+def test_another_network_is_refused_by_name(weights: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"other: this is not a SkyReels-V2 or Wan 2\.1 checkpoint"):
+        skyreels_config({"conv.weight": torch.zeros(1)}, "other")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no file .*gone.safetensors"):
+        read(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, 0.999])
+def test_a_truncated_file_is_refused_with_its_size(tmp_path: Path, weights: dict[str, Tensor], keep: float) -> None:
+    path = tmp_path / "cut.safetensors"
+    save_file(weights, path)
+    whole = path.read_bytes()
+    size = int(keep if keep >= 1 or keep == 0 else keep * len(whole))
+    path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=rf"cut.safetensors \({size} bytes\) is not a whole safetensors file: .*; download it again"):
+        read(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.safetensors"
+    path.write_text("<html>not found</html>" * 50)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read(path)

@@ -1,0 +1,171 @@
+"""Which chunk moves when: worked tables, counts, refusals, and what holds for every schedule."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from flowcache_core.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, timestep
+
+FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
+LAST_SIX = [521, 470, 409, 337, 249, 140]
+
+
+def table(schedule: ChunkSchedule) -> list[str]:
+    """One line per row: every chunk's timestep, with * where it moves."""
+    t = [timestep(s) for s in flow_sigmas(schedule.steps)]
+    template = [t[0], *t]
+
+    def cell(row: Row, k: int) -> str:
+        return f"{template[row.indices[k]]}{'*' if k in {c.index for c in row.active} else ''}"
+
+    return [" ".join(cell(row, k) for k in range(schedule.chunks)) for row in schedule.rows]
+
+
+def random_schedules(count: int) -> list[ChunkSchedule]:
+    dice, out = random.Random(0), []
+    while len(out) < count:
+        chunks, steps = dice.randint(1, 7), dice.randint(1, 12)
+        try:
+            out.append(ChunkSchedule(chunks * 2 - dice.randint(0, 1), 2, steps, dice.randint(0, steps + 2), dice.choice([None, 1, 2, 3])))
+        except ValueError:
+            continue
+    return out
+
+
+def test_timesteps_of_fifty_steps_are_the_published_ones() -> None:
+    t = [timestep(s) for s in flow_sigmas(50)[:-1]]
+    assert t[:8] == FIRST_EIGHT
+    assert t[-6:] == LAST_SIX
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_noise_levels_fall_from_below_one_to_exactly_zero(steps: int) -> None:
+    sigmas = flow_sigmas(steps)
+    assert len(sigmas) == steps + 1
+    assert sigmas[-1] == 0.0
+    assert all(1 > a > b for a, b in pairwise(sigmas))
+
+
+def test_a_timestep_is_truncated_not_rounded() -> None:
+    assert timestep(0.9999) == 999
+    assert timestep(0.1409) == 140
+
+
+def test_shift_one_is_an_even_spacing() -> None:
+    assert flow_sigmas(4, shift=1.0) == pytest.approx([0.999, 0.74925, 0.4995, 0.24975, 0.0])
+
+
+def test_three_chunks_two_rows_apart_follow_the_worked_table() -> None:
+    assert table(ChunkSchedule(9, 3, 4, ar_step=2)) == [
+        "999* 999 999",
+        "959* 999 999",
+        "888* 999* 999",
+        "727* 959* 999",
+        "0 888* 999*",
+        "0 727* 959*",
+        "0 0 888*",
+        "0 0 727*",
+    ]
+
+
+def test_a_given_first_chunk_follows_the_worked_table() -> None:
+    assert table(ChunkSchedule(9, 3, 4, ar_step=2, prefix=1)) == [
+        "0 999* 999",
+        "0 959* 999",
+        "0 888* 999*",
+        "0 727* 959*",
+        "0 0 888*",
+        "0 0 727*",
+    ]
+
+
+def test_ar_step_zero_moves_all_chunks_together() -> None:
+    assert table(ChunkSchedule(9, 3, 4, ar_step=0)) == [f"{t}* {t}* {t}*" for t in (999, 959, 888, 727)]
+
+
+def test_windows_of_five_chunks_at_base_three_follow_the_worked_table() -> None:
+    rows = ChunkSchedule(15, 3, 4, ar_step=2, window=3).rows
+    assert [(r.first, r.last) for r in rows] == [(0, 3)] * 6 + [(1, 4)] * 2 + [(2, 5)] * 4
+
+
+@pytest.mark.parametrize(("prefix", "rows", "chunk_steps"), [(0, 70, 250), (1, 65, 200)])
+def test_five_chunks_of_fifty_steps_take_the_published_number_of_rows(prefix: int, rows: int, chunk_steps: int) -> None:
+    schedule = ChunkSchedule(25, 5, 50, ar_step=5, prefix=prefix)
+    assert len(schedule.rows) == rows
+    assert sum(len(row.active) for row in schedule.rows) == schedule.chunk_steps == chunk_steps
+
+
+def test_every_chunk_makes_exactly_its_steps_in_order() -> None:
+    for schedule in random_schedules(150):
+        made: dict[int, list[int]] = {k: [] for k in range(schedule.chunks)}
+        for row in schedule.rows:
+            for chunk in row.active:
+                made[chunk.index].append(chunk.step)
+        assert all(steps == list(range(schedule.steps)) for steps in made.values()), schedule
+
+
+def test_no_chunk_starts_before_its_predecessor_or_overtakes_it() -> None:
+    for schedule in random_schedules(150):
+        for row in schedule.rows:
+            assert all(a >= b for a, b in pairwise(row.indices)), (schedule, row)
+
+
+def test_active_chunks_lie_inside_the_window_and_the_window_within_reach() -> None:
+    for schedule in random_schedules(150):
+        for row in schedule.rows:
+            assert row.last - row.first <= schedule.reach
+            assert all(row.first <= chunk.index < row.last for chunk in row.active), (schedule, row)
+
+
+def test_a_long_ar_step_finishes_each_chunk_before_the_next() -> None:
+    rows = ChunkSchedule(9, 3, 4, ar_step=4).rows
+    assert [chunk.index for row in rows for chunk in row.active] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_only_the_last_chunk_may_be_short() -> None:
+    schedule = ChunkSchedule(8, 3, 2)
+    assert [schedule.span(k) for k in range(schedule.chunks)] == [(0, 3), (3, 3), (6, 2)]
+    assert {(c.start, c.frames) for row in schedule.rows for c in row.active} == {(0, 3), (3, 3), (6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "chunk", "nearest"),
+    [(97, 4, (93, 109)), (93, 4, (93, 93)), (57, 3, (57, 57)), (58, 3, (57, 69)), (1, 3, (9, 21)), (96, 5, (77, 97)), (97, 5, (97, 97))],
+)
+def test_nearest_whole_chunks_enclose_the_asked_length(asked: int, chunk: int, nearest: tuple[int, int]) -> None:
+    assert nearest_frames(asked, chunk) == nearest
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"frames": 0}, "0 latent frames in chunks of 3: both must be at least 1"),
+        ({"chunk_frames": 0}, "9 latent frames in chunks of 0"),
+        ({"steps": 0}, "0 steps were asked for: at least 1"),
+        ({"ar_step": -1}, "ar_step -1 is negative: 0 denoises all chunks together, 5 is the published stagger"),
+        ({"prefix": 3}, "3 prefix chunks of 3: at least one chunk must be left"),
+        ({"prefix": -1}, "-1 prefix chunks of 3"),
+        (
+            {"frames": 30, "window": 4},
+            r"10 chunks do not fit a window of 4 at ar_step 5: use ar_step 13 or more, or at most 4 chunks \(12",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_numbers(settings: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ChunkSchedule(**{"frames": 9, "chunk_frames": 3, "steps": 50, **settings})
+
+
+def test_the_refusal_of_a_small_window_names_a_way_out_that_works() -> None:
+    ChunkSchedule(30, 3, 50, ar_step=13, window=4)
+    ChunkSchedule(12, 3, 50, ar_step=5, window=4)
+    with pytest.raises(ValueError, match="use ar_step 13"):
+        ChunkSchedule(30, 3, 50, ar_step=12, window=4)
+
+
+def test_a_noise_schedule_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="0 steps were asked for: at least 1 is needed"):
+        flow_sigmas(0)
