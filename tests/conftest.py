@@ -25,8 +25,9 @@ Dense = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Everything here is too small to share; with a second thread a busy machine takes ten times as long."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

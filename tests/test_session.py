@@ -80,9 +80,7 @@ def test_two_runs_in_one_process_are_equal_bit_for_bit(cached: Callable[..., tup
     assert torch.equal(*films)
 
 
-def test_a_run_of_another_size_in_between_changes_nothing(
-    cached: Callable[..., tuple[Tensor, RunReport]], noise_of: Callable[..., Tensor]
-) -> None:
+def test_a_run_of_another_size_in_between_changes_nothing(cached: Callable[..., tuple[Tensor, RunReport]], noise_of: Callable[..., Tensor]) -> None:
     first, _ = cached(noise_of(9), ChunkSchedule(9, 3, 8, 2), policy=POLICY)
     other, _ = cached(noise_of(5, side=6), ChunkSchedule(5, 2, 8, 3), policy=POLICY)
     again, _ = cached(noise_of(9), ChunkSchedule(9, 3, 8, 2), policy=POLICY)
@@ -128,9 +126,7 @@ def test_a_given_prefix_is_history(net: SkyReelsV2, texts: Tensor, noise_of: Cal
     torch.testing.assert_close(films[1], films[0], rtol=1e-4, atol=1e-4)
 
 
-def test_on_step_sees_every_step_and_the_last_clean_prediction_is_the_result(
-    net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]
-) -> None:
+def test_on_step_sees_every_step_and_the_last_clean_prediction_is_the_result(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
     seen: list[tuple[int, int]] = []
     clean: dict[int, Tensor] = {}
 

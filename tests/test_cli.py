@@ -1,0 +1,124 @@
+"""The command line: what it writes, and what it refuses before writing anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+from PIL import Image
+
+from flowcache_core.__main__ import main
+from flowcache_core.bench import reuse
+from flowcache_core.demo.bundle import NETWORK, VAE
+
+pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/demo/weights")
+
+RUN = {"arm", "wall_s", "chunk_steps", "chunk_steps_computed", "tokens", "tokens_computed", "psnr", "ssim", "kv_peak_bytes", "host_syncs"}
+Cli = Callable[..., int]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["flowcache_core", *map(str, arguments)])
+        return main()
+
+    return run
+
+
+def test_demo_writes_films_a_map_and_a_report(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "demo"
+    assert cli("demo", "--frames", 9, "--steps", 4, "--arms", "uncached,chunkwise", "--out", out) == 0
+
+    report = json.loads((out / "report.json").read_text())
+    assert {"device", "dtype", "commit", "model", "frames", "steps", "runs"} <= report.keys()
+    assert (report["model"], report["frames"], report["steps"]) == ("tiny-skyreels", 9, 4)
+    uncached, chunkwise = report["runs"]
+    assert uncached.keys() >= RUN
+    assert chunkwise.keys() >= RUN
+    assert (uncached["arm"], uncached["psnr"], uncached["ssim"]) == ("uncached", None, None)
+    assert uncached["chunk_steps"] == uncached["chunk_steps_computed"] == 4
+    assert chunkwise["psnr"] > 10
+    assert 0 < chunkwise["ssim"] <= 1
+    assert chunkwise["tokens_computed"] <= chunkwise["tokens"] == uncached["tokens"]
+
+    names = {"uncached.mp4", "chunkwise.mp4", "side_by_side.mp4", "uncached_map.png", "chunkwise_map.png", "report.json"}
+    assert {p.name for p in out.iterdir()} == names
+    assert iio.imread(out / "uncached.mp4").shape == (9, 128, 128, 3)
+    with Image.open(out / "chunkwise_map.png") as picture:
+        assert picture.size[0] > 0
+    said = capsys.readouterr().out
+    assert "uncached" in said
+    assert str(out) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--frames", 58), "use 57 or 69"),
+        (("--frames", 0), "use 9 or 21"),
+        (("--arms", "uncached,teacache"), "there is no arm teacache: choose from upstream, uncached, chunkwise"),
+        (("--arms", ","), "there is no arm (none given): choose from"),
+        (("--steps", 0), "0 steps were asked for: at least 1 is needed"),
+    ],
+)
+def test_demo_refuses_before_it_writes(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], sentence: str
+) -> None:
+    assert cli("demo", "--out", tmp_path / "out", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("flowcache: ")
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_demo_says_so(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowcache_core.demo.run.run_arm", interrupt)
+    assert cli("demo", "--frames", 9, "--steps", 2, "--out", tmp_path / "out") == 130
+    assert "stopped" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_reuse_writes_its_rows_and_a_plot(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "THRESHOLDS", (0.1,))
+    out = tmp_path / "new" / "reuse.json"
+    assert cli("bench", "reuse", "--prompts", 1, "--steps", 6, "--rules", "default", "--json", out) == 0
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert {"rule", "setting", "share", "psnr", "ssim", "wall_ratio"} <= row.keys()
+    assert (row["rule"], row["setting"]) == ("default", 0.1)
+    assert 0 < row["share"] <= 1
+    assert (result["bench"], result["prompts"], result["steps"]) == ("reuse", 1, 6)
+    assert out.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--prompts", 0), "0 prompts were asked for: there are 1 to 16"),
+        (("--prompts", 17), "17 prompts were asked for"),
+        (("--rules", "magic"), "no rule is called magic: there are default, order-1, residual, time"),
+    ],
+)
+def test_bench_refuses_before_it_runs(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], sentence: str
+) -> None:
+    assert cli("bench", "reuse", "--json", tmp_path / "out" / "rows.json", *arguments) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_can_be_run_and_its_exit_code_is_the_refusal() -> None:
+    command = [sys.executable, "-W", "error", "-m", "flowcache_core", "demo", "--arms", "teacache"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("flowcache: there is no arm teacache")

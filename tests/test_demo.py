@@ -1,0 +1,140 @@
+"""The bundled model: it loads, it is small, and it makes films."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.bench.metrics import psnr
+from flowcache_core.demo.bundle import NETWORK, VAE, Bundle, load_bundle
+from flowcache_core.generate import Job, decode, generate, generate_upstream
+from flowcache_core.policies import Chunkwise
+from flowcache_core.report import RunReport
+
+pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/demo/weights")
+
+JOB = Job("red circle moves right", frames=9, steps=4, seed=3)
+Film = Callable[..., tuple[Tensor, RunReport]]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle()
+
+
+@pytest.fixture(scope="module")
+def film(bundle: Bundle) -> Film:
+    """JOB with changes -> latents, report; two chunks when `frames` is 21."""
+
+    def make(policy: Chunkwise | None = None, **changes: object) -> tuple[Tensor, RunReport]:
+        return generate(bundle, replace(JOB, **changes), policy)  # type: ignore[arg-type]
+
+    return make
+
+
+def test_the_weights_are_small_enough_to_ship() -> None:
+    assert NETWORK.stat().st_size <= 16_000_000
+    assert VAE.stat().st_size <= 5_000_000
+
+
+def test_the_bundle_knows_its_chunks(bundle: Bundle) -> None:
+    assert (bundle.chunk_frames, bundle.window) == (3, 5)
+    assert bundle.text("red circle").shape == (1, 32, bundle.network.config.text_dim)
+
+
+def test_the_same_seed_makes_the_same_film_and_another_seed_another(bundle: Bundle, film: Film) -> None:
+    a, b, c = film()[0], film()[0], film(seed=4)[0]
+    assert a.shape == (1, 16, 3, 16, 16)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    pixels = decode(bundle, a)
+    assert pixels.shape == (9, 3, 128, 128)
+    assert 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_default_chunkwise_computes_less_than_uncached(film: Film) -> None:
+    plain, whole = film(frames=21, steps=24)
+    cached, report = film(Chunkwise(), frames=21, steps=24)
+    assert whole.chunk_steps_computed == whole.chunk_steps == report.chunk_steps == 48
+    assert report.chunk_steps_computed < 48
+    assert report.share < 1
+    assert not torch.equal(plain, cached)
+    assert torch.isfinite(cached).all()
+
+
+def test_default_chunkwise_measures_drift_in_every_dtype() -> None:
+    """A latent that is changed in place behind the measurement would look as if it stood still."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _, report = generate(load_bundle(dtype), replace(JOB, steps=12), Chunkwise(warmup_steps=2, threshold=10))
+        assert (report.drift[0, 2:8] > 0).all(), dtype
+
+
+def test_threshold_zero_is_exact(film: Film) -> None:
+    assert torch.equal(film(frames=21)[0], film(Chunkwise(threshold=0), frames=21)[0])
+
+
+def test_guidance_one_needs_half_the_cache_and_gives_another_film(film: Film) -> None:
+    (alone, less), (guided, more) = film(cfg=1.0), film(cfg=3.0)
+    assert less.kv_peak_bytes * 2 == more.kv_peak_bytes
+    assert torch.isfinite(alone).all()
+    assert not torch.equal(alone, guided)
+
+
+def test_the_empty_prompt_is_a_film_and_guidance_against_itself_changes_nothing(film: Film) -> None:
+    (a, _), (b, _) = film(prompt="", cfg=1.0), film(prompt="", cfg=6.0)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_all_chunks_together_run_one_row_per_step(bundle: Bundle, film: Film) -> None:
+    latents, report = film(frames=21, ar_step=0)
+    assert len(replace(JOB, frames=21, ar_step=0).schedule(bundle).rows) == JOB.steps
+    assert torch.isfinite(latents).all()
+    assert report.chunk_steps == 2 * JOB.steps
+
+
+def test_the_upstream_way_runs_idle_chunks_too(bundle: Bundle) -> None:
+    latents, report = generate_upstream(bundle, replace(JOB, frames=21, ar_step=2))
+    assert latents.shape == (1, 16, 6, 16, 16)
+    assert report.chunk_steps_computed == 2 * (JOB.steps + 2)
+    assert report.kv_peak_bytes == 0
+
+
+def test_one_chunk_is_the_same_upstream_and_here(bundle: Bundle, film: Film) -> None:
+    """Where there is no other chunk to look at, the two ways are one."""
+    ours, theirs = film()[0], generate_upstream(bundle, JOB)[0]
+    assert psnr(decode(bundle, ours), decode(bundle, theirs)) > 45
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_both_solvers_make_a_film_in_one_step(film: Film, solver: str) -> None:
+    assert torch.isfinite(film(solver=solver, steps=1)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"frames": 20}, "20 frames are 5 latent frames, not a multiple of chunk 3: use 9 or 21"),
+        ({"frames": 1}, "use 9 or 21"),
+        ({"size": 100}, "a picture of 100 pixels does not fit: use a multiple of 16, such as 96"),
+        ({"size": 0}, "a picture of 0 pixels does not fit: use a multiple of 16, such as 16"),
+        ({"steps": 0}, "0 steps were asked for"),
+        ({"solver": "heun"}, "no solver is called 'heun'"),
+        ({"ar_step": -1}, "ar_step -1 is negative"),
+    ],
+)
+def test_a_film_that_cannot_be_made_is_refused(film: Film, changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        film(**changes)
+
+
+@pytest.mark.parametrize("frames", [8, 20, 56, 58])
+def test_the_refusal_of_a_length_tells_no_untruth(bundle: Bundle, frames: int) -> None:
+    """A number of latent frames is called no multiple of the chunk only where it is none."""
+    with pytest.raises(ValueError, match=f"^{frames} frames") as refused:
+        replace(JOB, frames=frames).schedule(bundle)
+    latents = (frames - 1) // 4 + 1
+    assert latents % bundle.chunk_frames or "not a multiple of chunk" not in str(refused.value)

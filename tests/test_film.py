@@ -1,0 +1,43 @@
+"""Films as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from flowcache_core.film import frames_of, side_by_side, write_film
+
+
+def test_frames_are_rounded_and_clamped() -> None:
+    film = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]).view(5, 1, 1, 1).expand(5, 3, 2, 4)
+    frames = frames_of(film)
+    assert frames.shape == (5, 2, 4, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_film_comes_back_from_its_file(tmp_path: Path) -> None:
+    frames = np.broadcast_to(np.linspace(30, 220, 5).astype(np.uint8)[:, None, None, None], (5, 32, 32, 3))
+    write_film(tmp_path / "film.mp4", frames, 24)
+    back = iio.imread(tmp_path / "film.mp4")
+    assert back.shape == frames.shape
+    assert np.abs(back.astype(int) - frames).max() < 8
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_a_film_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").mkdir()
+    with pytest.raises(OSError):  # noqa: PT011 (which one depends on the system)
+        write_film(tmp_path / "film.mp4", np.zeros((2, 32, 32, 3), np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_films_stand_side_by_side_in_their_order() -> None:
+    films = {"one": np.full((2, 8, 8, 3), 10, np.uint8), "two": np.full((2, 8, 8, 3), 200, np.uint8)}
+    both = side_by_side(films, scale=2)
+    assert both.shape == (2, 24 + 16, 32, 3)
+    assert (both[:, 24:, :16] == 10).all()
+    assert (both[:, 24:, 16:] == 200).all()

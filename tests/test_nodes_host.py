@@ -1,0 +1,278 @@
+"""The nodes in a real ComfyUI: needs COMFYUI_PATH (its source tree) and COMFYUI_PYTHON (its interpreter).
+
+COMFYUI_LAUNCH may name a launcher that is run as PYTHON LAUNCH COMFYUI_PATH arguments; COMFYUI_ARGS holds more arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(
+        not (os.environ.get("COMFYUI_PATH") and os.environ.get("COMFYUI_PYTHON")), reason="set COMFYUI_PATH and COMFYUI_PYTHON to test the nodes"
+    ),
+]
+
+PACK = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((PACK / "workflows" / "api").glob("*.json"))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+Graph = dict[str, dict[str, Any]]
+
+
+class Host:
+    """A ComfyUI process with this pack alone, in a base folder of its own."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.log = base, base / "host.log"
+        for folder in ("custom_nodes", "input", "output", "temp", "user"):
+            (base / folder).mkdir()
+        (base / "custom_nodes" / "flowcache").symlink_to(PACK, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        tree, launch = Path(os.environ["COMFYUI_PATH"]).absolute(), os.environ.get("COMFYUI_LAUNCH")
+        command = [os.environ["COMFYUI_PYTHON"], *([launch, str(tree)] if launch else [str(tree / "main.py")])]
+        command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-auto-launch", "--cpu", *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=tree, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+            )
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+        try:
+            with OPENER.open(request, timeout=60) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return json.loads(refused.read())
+
+    def wait(self, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                self.ask("/queue")
+            except OSError:
+                time.sleep(0.3)
+            else:
+                return
+        pytest.fail(f"the host did not answer in {seconds} s: {self.log.read_text()[-3000:]}")
+
+    def run(self, graph: Graph, seconds: float = 300) -> dict[str, Any]:
+        """Queue a graph and wait -> its entry in the history; a refused graph gives the refusal."""
+        answer = self.ask("/prompt", {"prompt": graph})
+        if "prompt_id" not in answer:
+            return {"refused": answer, "status": {"status_str": "error", "messages": []}}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            if done := self.ask(f"/history/{answer['prompt_id']}").get(answer["prompt_id"]):
+                return done  # type: ignore[no-any-return]
+            time.sleep(0.1)
+        self.ask("/interrupt", {})
+        pytest.fail(f"not finished after {seconds} s")
+
+    def latents(self, graph: Graph) -> Tensor:
+        """The sampled latents of a graph that has to succeed."""
+        name = f"t{time.monotonic_ns()}"
+        sampler = node(graph, "SamplerCustomAdvanced")
+        done = self.run({**graph, "save": {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": name}}})
+        assert done["status"]["status_str"] == "success", error_of(done)
+        (path,) = (self.base / "output").glob(f"{name}*.latent")
+        return load_file(path)["latent_tensor"]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(15)
+
+
+def error_of(done: dict[str, Any]) -> str:
+    said = [data for kind, data in done["status"]["messages"] if kind == "execution_error"]
+    return said[0]["exception_message"] if said else json.dumps(done.get("refused", ""))
+
+
+def node(graph: Graph, kind: str) -> str:
+    """The id of the one node of a kind."""
+    (found,) = (key for key, one in graph.items() if one["class_type"] == kind)
+    return found
+
+
+def put(graph: Graph, kind: str, **inputs: Any) -> Graph:
+    """The graph with other inputs of one node."""
+    out = copy.deepcopy(graph)
+    out[node(out, kind)]["inputs"].update(inputs)
+    return out
+
+
+def small(graph: Graph, steps: int = 4, length: float = 9) -> Graph:
+    return put(put(graph, "BasicScheduler", steps=steps), "FlowCacheLatent", length=length, unit="frames", width=128, height=128)
+
+
+def after_loader(graph: Graph, kind: str, **inputs: Any) -> Graph:
+    """The graph with one more model node between the loader and everything that took its MODEL."""
+    out, loader = copy.deepcopy(graph), node(graph, "FlowCacheLoadModel")
+    for one in out.values():
+        one["inputs"] = {k: ["extra", 0] if v == [loader, 0] else v for k, v in one["inputs"].items()}
+    return {**out, "extra": {"class_type": kind, "inputs": {"model": [loader, 0], **inputs}}}
+
+
+def without_cache(graph: Graph) -> Graph:
+    """The graph with Chunkwise Cache taken out."""
+    gone = node(graph, "FlowCacheChunkwise")
+    source = graph[gone]["inputs"]["model"]
+    out = {k: v for k, v in copy.deepcopy(graph).items() if k != gone}
+    for one in out.values():
+        one["inputs"] = {k: source if v == [gone, 0] else v for k, v in one["inputs"].items()}
+    return out
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    running = Host(tmp_path_factory.mktemp("comfy"))
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def graph() -> Graph:
+    return small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text()))
+
+
+def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
+    info = {k: v for k, v in host.ask("/object_info").items() if k.startswith("FlowCache")}
+    assert set(info) == {"FlowCacheLoadModel", "FlowCacheLatent", "FlowCacheChunkwise", "FlowCacheSampler", "FlowCacheReport"}
+    for name, one in info.items():
+        assert one["category"] == "FlowCache"
+        assert one["description"].endswith("."), name
+        plain = [key for group in ("required", "optional") for key, spec in one["input"].get(group, {}).items() if not spec[1].get("tooltip")]
+        assert not [key for key in plain if key != "model"], name
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_runs(host: Host, path: Path) -> None:
+    graph = json.loads(path.read_text())
+    kinds = {one["class_type"] for one in graph.values()}
+    if {"BasicScheduler", "FlowCacheLatent"} <= kinds:
+        graph = small(graph)
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    assert done["outputs"]
+
+
+def test_the_report_tells_what_the_run_did(host: Host, graph: Graph) -> None:
+    done = host.run(put(small(graph, steps=8), "FlowCacheChunkwise", threshold=10, warmup_steps=2))
+    assert done["status"]["status_str"] == "success", error_of(done)
+    shown = done["outputs"][node(graph, "FlowCacheReport")]
+    assert shown["images"]
+    assert "computed 3 of 8 chunk-steps" in json.dumps(shown["text"])
+
+
+def test_the_same_seed_gives_the_same_latents_and_another_seed_others(host: Host, graph: Graph) -> None:
+    first, other = host.latents(put(graph, "RandomNoise", noise_seed=5)), host.latents(put(graph, "RandomNoise", noise_seed=6))
+    again = host.latents(put(put(graph, "RandomNoise", noise_seed=5), "FlowCacheLatent", snap="down"))
+    assert first.shape == (1, 16, 3, 16, 16)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_threshold_zero_equals_the_graph_without_the_node(host: Host, graph: Graph, cfg: float) -> None:
+    guided = put(small(graph, length=21), "CFGGuider", cfg=cfg)
+    assert torch.equal(host.latents(put(guided, "FlowCacheChunkwise", threshold=0)), host.latents(without_cache(guided)))
+
+
+def test_another_size_and_length_works_right_after(host: Host, graph: Graph) -> None:
+    host.latents(graph)
+    wide = put(graph, "FlowCacheLatent", width=96, height=64, length=1.0, unit="seconds", snap="down")
+    assert host.latents(wide).shape == (1, 16, 6, 8, 12)
+
+
+def test_films_of_a_batch_are_different(host: Host, graph: Graph) -> None:
+    two = host.latents(put(graph, "FlowCacheLatent", batch_size=2))
+    assert two.shape[0] == 2
+    assert not torch.allclose(two[0], two[1])
+
+
+@pytest.mark.parametrize("settings", [{"solver": "euler"}, {"ar_step": 0}, {"ar_step": 100}, {"chunk_frames": 2}, {"fps": "16"}])
+def test_every_setting_of_the_sampler_changes_the_film(host: Host, graph: Graph, settings: dict[str, Any]) -> None:
+    base = small(graph, steps=3, length=21)
+    assert not torch.equal(host.latents(put(base, "FlowCacheSampler", **settings)), host.latents(base))
+
+
+def refused(host: Host, graph: Graph, sentence: str) -> None:
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "error"
+    assert re.search(sentence, error_of(done)), error_of(done)
+
+
+def test_a_picture_latent_is_refused(host: Host, graph: Graph) -> None:
+    picture = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
+    refused(host, {**graph, node(graph, "FlowCacheLatent"): picture, **without_video(graph)}, "AR Chunk Sampler needs a video latent")
+
+
+def without_video(graph: Graph) -> Graph:
+    """Create Video takes its frame rate from the latent node: give it a number instead."""
+    video = copy.deepcopy(graph[node(graph, "CreateVideo")])
+    video["inputs"]["fps"] = 24.0
+    return {node(graph, "CreateVideo"): video}
+
+
+def test_easycache_before_chunkwise_is_refused(host: Host, graph: Graph) -> None:
+    easy = after_loader(graph, "EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
+    refused(host, easy, "easycache both decide which steps to skip: bypass one of the two")
+
+
+def test_easycache_after_chunkwise_is_refused(host: Host, graph: Graph) -> None:
+    easy = {"class_type": "EasyCache", "inputs": {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}}
+    easy["inputs"]["model"] = [node(graph, "FlowCacheChunkwise"), 0]
+    refused(host, {**put(graph, "CFGGuider", model=["easy", 0]), "easy": easy}, "easycache both decide which steps to skip")
+
+
+def test_chunkwise_under_a_stock_sampler_is_refused(host: Host, graph: Graph) -> None:
+    stock = {**graph, node(graph, "FlowCacheSampler"): {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}}
+    del stock[node(graph, "FlowCacheReport")]
+    refused(host, stock, "Chunkwise Cache works with the AR Chunk Sampler")
+
+
+def test_split_noise_levels_are_refused(host: Host, graph: Graph) -> None:
+    split = {"class_type": "SplitSigmas", "inputs": {"sigmas": [node(graph, "BasicScheduler"), 0], "step": 2}}
+    refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["split", 0]), "split": split}, "needs noise levels that end in 0")
+
+
+def test_chunkwise_settings_that_contradict_are_refused(host: Host, graph: Graph) -> None:
+    refused(host, put(graph, "FlowCacheChunkwise", start_percent=0.9, end_percent=0.1), r"start_percent 0\.9 lies after end_percent 0\.1")
+
+
+def test_a_refused_run_leaves_the_host_able_to_run(host: Host, graph: Graph) -> None:
+    refused(host, put(small(graph, length=21), "FlowCacheSampler", window=1, ar_step=0), "2 chunks do not fit a window of 1 at ar_step 0")
+    assert torch.isfinite(host.latents(graph)).all()

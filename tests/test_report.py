@@ -1,0 +1,88 @@
+"""What a run tells."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flowcache_core.chunk import Chunk
+from flowcache_core.plot import chunk_map, line_plot
+from flowcache_core.report import RunReport
+from flowcache_core.schedule import ChunkSchedule
+
+
+@pytest.fixture
+def report() -> RunReport:
+    """Two chunks of two steps, 10 and 5 tokens: one step reused, one never run, one commit."""
+    out = RunReport(2, 2)
+    out.decided(Chunk(0, 0, 2, 0, 2), True, 10, 0.0)
+    out.decided(Chunk(0, 0, 2, 1, 2), False, 10, 0.25)
+    out.committed(10)
+    out.decided(Chunk(1, 2, 1, 0, 2), True, 5, 0.0)
+    return out
+
+
+def test_tokens_and_steps_add_up(report: RunReport) -> None:
+    assert (report.chunk_steps, report.chunk_steps_computed) == (3, 2)
+    assert (report.tokens, report.tokens_computed, report.commits) == (35, 25, 1)
+    assert report.share == pytest.approx(25 / 35)
+    assert report.drift[0, 1] == 0.25
+
+
+def test_the_map_has_one_digit_per_step(report: RunReport) -> None:
+    assert report.as_dict()["map"] == ["21", "20"]
+
+
+def test_a_report_survives_json(report: RunReport) -> None:
+    report.close()
+    said = report.as_dict()
+    assert json.loads(json.dumps(said)) == said
+
+
+def test_an_empty_report_computes_everything() -> None:
+    assert RunReport(1, 1).share == 1.0
+    assert "0 of 0 chunk-steps" in RunReport(1, 1).summary()
+
+
+def test_whole_rows_count_idle_chunks_as_computed() -> None:
+    schedule, report = ChunkSchedule(15, 3, 10, 5), RunReport(5, 10)
+    for row in schedule.rows:
+        report.whole_row(row, 5 * 3 * 4)
+    assert report.chunk_steps == report.chunk_steps_computed == 5 * len(schedule.rows)
+    assert report.tokens == report.tokens_computed == 5 * len(schedule.rows) * 12
+    assert report.share == 1.0
+
+
+def test_the_peak_is_the_largest_size_seen() -> None:
+    report = RunReport(1, 1)
+    for size in (3, 7, 5):
+        report.kv_bytes(size)
+    assert report.as_dict()["kv_peak_bytes"] == 7
+
+
+def test_time_stands_still_after_closing_and_parts_add_up(report: RunReport) -> None:
+    for _ in range(2):
+        with report.clock("network", torch.device("cpu")):
+            pass
+    report.close()
+    wall = report.wall_s
+    report.close()
+    assert report.wall_s == wall
+    assert wall >= report.seconds["network"] > 0
+
+
+def test_the_summary_names_the_counts(report: RunReport) -> None:
+    assert "computed 2 of 3 chunk-steps (67%)" in report.summary()
+
+
+def test_the_picture_shows_computed_reused_and_not_run(report: RunReport) -> None:
+    picture = chunk_map(report, cell=14)
+    cells = [picture.getpixel((74 + j * 14 + 4, 34 + k * 17 + 4)) for k in range(2) for j in range(2)]
+    assert cells[0] == cells[2]
+    assert len(set(cells)) == 3
+
+
+def test_a_plot_of_a_single_point_is_drawn() -> None:
+    assert line_plot({"a": [(0.5, 30.0)]}, "x", "y").size == (640, 420)

@@ -1,0 +1,130 @@
+"""Training: a run that was stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
+from flowcache_core.training.dit import CHUNKS, draw_levels
+from flowcache_core.training.loop import Loop, cosine, optimisers
+from flowcache_core.training.muon import orthogonalise
+from flowcache_core.training.vae import crops, initialise
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.inner(x)))
+        return out
+
+
+def train(path: Path, total: int, stop_at: int = -1) -> Loop:
+    torch.manual_seed(0)
+    net = Tiny()
+    loop = Loop(net, path, total, optimisers(net, 1e-2, 1e-2), decay=0.9, save_every=3)
+
+    def loss_of(step: int) -> Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 6)
+        return (net(x) - x[:, :1]).square().mean()
+
+    with torch.enable_grad():
+        loop.run(loss_of, net.parameters())
+    return loop
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight = train(tmp_path / "straight.pt", 6)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped.pt", 6, stop_at=4)
+    resumed = train(tmp_path / "stopped.pt", 6)
+    assert resumed.step == 6
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        assert torch.equal(straight.average[name], resumed.average[name]), name
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    done = train(tmp_path / "done.pt", 6)
+    again = train(tmp_path / "done.pt", 6, stop_at=6)
+    assert all(torch.equal(v, again.average[k]) for k, v in done.average.items())
+
+
+def test_no_half_written_file_is_left(tmp_path: Path) -> None:
+    train(tmp_path / "run.pt", 6)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_the_average_lags_behind_the_weights(tmp_path: Path) -> None:
+    loop = train(tmp_path / "run.pt", 6)
+    torch.manual_seed(0)
+    start, now, average = Tiny().inner.weight, loop.model.inner.weight, loop.average["inner.weight"]
+    assert 0 < (average - start).norm() < (now - start).norm()
+
+
+def test_the_rate_warms_up_then_falls_to_the_floor() -> None:
+    rates = [cosine(step, 1000) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == pytest.approx(0.03)
+
+
+def test_every_parameter_has_one_optimiser_and_outputs_stay_with_adam() -> None:
+    net = Tiny()
+    adam, muon = ([id(p) for group in opt.param_groups for p in group["params"]] for opt in optimisers(net, 1e-3, 1e-2))
+    assert sorted(adam + muon) == sorted(id(p) for p in net.parameters())
+    assert muon == [id(net.inner.weight)]
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
+def test_orthogonalising_brings_all_singular_values_near_one(shape: tuple[int, int]) -> None:
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_drawn_noise_levels_are_those_that_sampling_meets() -> None:
+    dice = random.Random(0)
+    kinds = set()
+    for _ in range(2000):
+        levels, counts = draw_levels(dice)
+        assert len(levels) == len(counts) == CHUNKS
+        assert all(0.0 <= level <= 1.0 for level in levels)
+        assert any(counts)
+        assert counts == sorted(counts), "finished chunks come first"
+        noisy = [level for level, counted in zip(levels, counts, strict=True) if counted]
+        assert all(b > a - 1e-3 for a, b in pairwise(noisy)), "an earlier chunk is never noisier than a later one"
+        prefix = [level for level, counted in zip(levels, counts, strict=True) if not counted]
+        assert all(level <= 0.05 for level in prefix)
+        kinds.add((all(counts), len(set(noisy)) == 1, any(prefix)))
+    assert len(kinds) >= 6
+
+
+def test_a_fresh_vae_has_silent_residuals_and_a_fixed_variance() -> None:
+    vae = WanVAE(4)
+    initialise(vae)
+    film = torch.rand(1, 3, 5, 32, 32)
+    _, log_var = vae.moments(film)
+    assert (log_var == -6).all()
+    assert not vae.encoder.downsamples[0].residual[6].weight.any()
+    assert vae.conv1.weight[:LATENT_CHANNELS].any()
+
+
+def test_crops_are_seeded_and_in_range() -> None:
+    a, b = crops(3, 2, 5, 32), crops(3, 2, 5, 32)
+    assert a.shape == (2, 3, 5, 32, 32)
+    assert torch.equal(a, b)
+    assert -1 <= a.min() < a.max() <= 1
+    assert not torch.equal(a, crops(4, 2, 5, 32))
