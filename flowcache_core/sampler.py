@@ -23,26 +23,35 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run.
 
     A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
-    its keys and values are those of the finished latent; with that, skipping idle chunks is exact.
+    its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
+    schedule's prefix chunks are taken from `noise` as they are, as finished latents.
     """
     x, levels = noise.clone(), tuple(sigmas)
     memory = {index: solver.start() for index in range(schedule.prefix, schedule.chunks)}
+    for index in range(schedule.prefix):
+        given = Chunk(index, *schedule.span(index), schedule.steps, schedule.steps)
+        predict(_part(x, given), given)
     for row in schedule.rows:
         for chunk in row.active:
-            part = x[:, :, chunk.start : chunk.start + chunk.frames]
+            part = _part(x, chunk)
             velocity = predict(part, chunk)
             clean = part - levels[chunk.step] * velocity
-            part.copy_(solver.step(part, velocity, chunk.step, levels, memory[chunk.index]))
+            x[:, :, chunk.start : chunk.start + chunk.frames] = solver.step(part, velocity, chunk.step, levels, memory[chunk.index])
             if on_step:
                 on_step(chunk, clean, x)
         for chunk in row.active:
             if chunk.step != chunk.steps - 1:
                 continue
             if chunk.index < schedule.chunks - 1:
-                predict(x[:, :, chunk.start : chunk.start + chunk.frames], replace(chunk, step=chunk.steps))
+                predict(_part(x, chunk), replace(chunk, step=chunk.steps))
             commit(chunk)
             del memory[chunk.index]
     return x
+
+
+def _part(x: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk's latents, as a copy: solver and session may keep it while the film moves on."""
+    return x[:, :, chunk.start : chunk.start + chunk.frames].clone()
 
 
 PredictWindow = Callable[[Tensor, Tensor, Row], Tensor]
@@ -60,10 +69,10 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
         per_frame = [level_of[row.indices[k]] for k in range(row.first, row.last) for _ in range(schedule.span(k)[1])]
         velocity = predict(x[:, :, begin:end], torch.tensor(per_frame, device=x.device), row)
         for chunk in row.active:
-            part = x[:, :, chunk.start : chunk.start + chunk.frames]
+            part = _part(x, chunk)
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
             clean = part - levels[chunk.step] * mine
-            part.copy_(solver.step(part, mine, chunk.step, levels, memory[chunk.index]))
+            x[:, :, chunk.start : chunk.start + chunk.frames] = solver.step(part, mine, chunk.step, levels, memory[chunk.index])
             if on_step:
                 on_step(chunk, clean, x)
     return x

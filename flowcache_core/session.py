@@ -31,7 +31,7 @@ class Session:
                  policy: CachePolicy | None = None, fps: int = 24) -> None:  # fmt: skip
         if len(sigmas) != schedule.steps + 1:
             raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
-        self.adapter, self.schedule, self.sigmas, self.fps = adapter, schedule, tuple(sigmas), fps
+        self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
         self.policy: CachePolicy = policy or Always()
         self.report = RunReport(schedule.chunks, schedule.steps)
         self.state = RunState()
@@ -99,10 +99,10 @@ class Session:
             self._text[branches] = self.adapter.text(context)
         return self._text[branches]
 
-    def time_change(self, step: int) -> float:
+    def time_change(self, call: Call) -> float:
         if self._time_changes is None:
-            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps)
-        return self._time_changes[step]
+            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps, call.x.device)
+        return self._time_changes[call.chunk.step]
 
 
 class _Signals:
@@ -113,10 +113,10 @@ class _Signals:
 
     def change(self, signature: Signature) -> float:
         if signature == "time":
-            return self.session.time_change(self.call.chunk.step)
-        now, before = self.call.x, self.state.latent
+            return self.session.time_change(self.call)
+        now, before = self.call.x[: self.session.batch], self.state.latent
         self.state.latent = now
-        if before is None or before.shape != now.shape:
+        if before is None:
             return float("inf")
         self.session.report.host_syncs += 1
         return float(((now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)).item())

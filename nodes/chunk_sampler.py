@@ -17,6 +17,7 @@ from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
 from .host_model import TURN, Turn, policy_of, require_ours
+from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
 
@@ -37,6 +38,7 @@ class ChunkSampler(comfy.samplers.Sampler):
     window: int
     fps: int
     mailbox: Mailbox
+    node: str | None = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
         model = require_ours(model_wrap.model_patcher, NODE)
@@ -45,6 +47,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         schedule = self.schedule(model.layout, noise.shape[2], len(levels) - 1)
         options = extra_args["model_options"]["transformer_options"]
         total, at, shown = schedule.chunk_steps, 0, torch.zeros_like(noise)
+        live = LiveMap(self.node, total)
         x = model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
 
         def predict(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
@@ -60,6 +63,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             at += 1
             bar.set_postfix_str(f"chunk {chunk.index + 1}/{schedule.chunks}, computed {session.report.share:.0%}", refresh=False)
             bar.update()
+            live.show(session.report, at)
             if callback is not None:
                 callback(at - 1, shown if at == total else clean, film, total)
 

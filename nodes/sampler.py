@@ -26,10 +26,11 @@ class ARChunkSampler(io.ComfyNode):
                 io.Int.Input("window", default=0, min=0, max=1000, advanced=True, tooltip="Chunks a chunk sees, itself included. 0: as trained."),
                 io.Combo.Input("fps", options=["24", "16"], advanced=True, tooltip="Frame rate the network is told; it has learnt these two."),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Sampler.Output(), Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did.")],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str) -> io.NodeOutput:
         mailbox = Mailbox()
-        return io.NodeOutput(ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox), mailbox)
+        return io.NodeOutput(ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox, cls.hidden.unique_id), mailbox)

@@ -167,6 +167,6 @@ def test_replaying_the_residual_of_the_same_step_gives_its_velocity(
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_changes_of_the_time_modulation_are_those_between_steps(kind: type[SkyReelsAdapter], net: SkyReelsV2) -> None:
-    changes = kind(net).time_changes((0.9, 0.5, 0.5), 24)
+    changes = kind(net).time_changes((0.9, 0.5, 0.5), 24, torch.device("cpu"))
     assert changes[0] == changes[2] == 0.0
     assert changes[1] > 0

@@ -55,7 +55,12 @@ class Host:
         command += ["--disable-auto-launch", "--cpu", *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=tree, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+                command,
+                cwd=tree,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
             )
 
     def ask(self, path: str, body: Any = None) -> Any:

@@ -273,7 +273,7 @@ class Fields:
     def replay(self, call: Call, residual: Tensor) -> Tensor:
         return residual
 
-    def time_changes(self, sigmas: Any, fps: int) -> list[float]:
+    def time_changes(self, sigmas: Any, fps: int, device: Any) -> list[float]:
         return [0.0] * len(sigmas)
 
 

@@ -73,7 +73,7 @@ def test_what_moves_is_marked_where_it_passes_and_nothing_else_is() -> None:
 
 def test_a_panning_camera_moves_the_background_and_a_resting_one_does_not() -> None:
     panning = replace(next(s for s in map(make_scene, SEEDS) if s.pan_word), sprites=())
-    assert motion_mask(render(panning, 0, 9))[1:].float().mean() > 0.2
+    assert motion_mask(render(panning, 0, 9))[1:].any((1, 2)).all()
     assert not motion_mask(render(replace(panning, pan=(0.0, 0.0)), 0, 9)).any()
 
 

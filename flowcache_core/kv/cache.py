@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor
 
 from ..kernels.attention import attention
@@ -67,7 +66,7 @@ class CachedAttention:
 
 
 class KVStore:
-    """The caches of a run, by branch. Usually one; two where the host runs the branches one after the other."""
+    """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
     def __init__(self, batch: int, layers: int, heads: int, head_dim: int, capacity: int) -> None:
         self._batch, self._sizes = batch, (layers, heads, head_dim, capacity)
@@ -82,14 +81,20 @@ class KVStore:
         for cache in self._caches:
             if (rows := cache.rows(branches)) is not None:
                 return cache, rows
-        fresh = KVCache(branches, self._batch, *self._sizes)
+        fresh = self._new(branches)
         for cache in [c for c in self._caches if set(c.branches) & set(branches)]:
             fresh.adopt(cache)
-            if set(cache.branches) <= set(branches):
-                cache.free()
-                self._caches.remove(cache)
+            if rest := tuple(b for b in cache.branches if b not in branches):
+                apart = self._new(rest)
+                apart.adopt(cache)
+                self._caches.append(apart)
+            cache.free()
+            self._caches.remove(cache)
         self._caches.append(fresh)
-        return fresh, slice(0, torch.iinfo(torch.int64).max)
+        return fresh, slice(0, len(branches) * self._batch)
+
+    def _new(self, branches: Branches) -> KVCache:
+        return KVCache(branches, self._batch, *self._sizes)
 
     def free(self) -> None:
         for cache in self._caches:

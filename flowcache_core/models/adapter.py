@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from ..chunk import Chunk
@@ -48,6 +49,6 @@ class ModelAdapter(Protocol):
         """Velocity from an old residual: embedding and head run at the current noise level, the blocks do not."""
         ...
 
-    def time_changes(self, sigmas: Sequence[float], fps: int) -> list[float]:
+    def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Relative L1 change of the time modulation at every step against the step before it (0 for the first)."""
         ...

@@ -44,10 +44,9 @@ class SkyReelsAdapter:
         e, _ = self._modulation(call)
         return self.network.velocity(self.network.embed(call.x) + residual, e, self._grid(call))
 
-    def time_changes(self, sigmas: Sequence[float], fps: int) -> list[float]:
+    def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
-        where = next(self.network.parameters()).device
-        t = torch.tensor([[timestep(s)] for s in sigmas], device=where)
+        t = torch.tensor([[timestep(s)] for s in sigmas], device=device)
         e0 = self.network.modulation(t, fps, self.dtype)[1].float().flatten(1)
         change = (e0[1:] - e0[:-1]).abs().mean(1) / e0[:-1].abs().mean(1)
         return [0.0, *change.tolist()]

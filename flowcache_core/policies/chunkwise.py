@@ -46,7 +46,7 @@ class Chunkwise:
         return self.replay
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
-        if self.threshold == 0 or chunk.step == 0:
+        if self.threshold == 0:
             return self._compute(state)
         state.drift += signals.change(self.signature)
         progress = chunk.step / chunk.steps

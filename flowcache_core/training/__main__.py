@@ -1,4 +1,4 @@
-"""`python -m flowcache_core.training vae | dit | install | evaluate`: how the bundled model came to be, one command a stage."""
+"""`python -m flowcache_core.training all`: how the bundled model came to be; every stage is a command of its own too."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="flowcache_core.training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of checkpoints; a stopped stage goes on from there")
     stages = parser.add_subparsers(dest="stage", required=True)
+    stages.add_parser("all", help="vae, dit, install and evaluate, one after the other")
     one = stages.add_parser("vae", help="the small VAE")
-    one.add_argument("--steps", type=int, default=2000, help="encoder and decoder together")
-    one.add_argument("--decoder-steps", type=int, default=3000, help="the decoder alone, on the frozen encoder")
+    one.add_argument("--steps", type=int, default=vae.STEPS, help="encoder and decoder together")
+    one.add_argument("--decoder-steps", type=int, default=vae.DECODER_STEPS, help="the decoder alone, on the frozen encoder")
     two = stages.add_parser("dit", help="the network; needs the VAE")
-    two.add_argument("--steps", type=int, default=6000)
-    two.add_argument("--batch", type=int, default=6)
+    two.add_argument("--steps", type=int, default=dit.STEPS)
+    two.add_argument("--batch", type=int, default=dit.BATCH)
     stages.add_parser("install", help="copy the averaged weights into the package")
     four = stages.add_parser("evaluate", help="the figures of the model card")
     four.add_argument("--prompts", type=int, default=50)
@@ -36,26 +37,47 @@ def main() -> None:
     five.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    if args.stage == "vae":
-        vae.train(args.out, args.steps, args.decoder_steps)
-        trained = WanVAE.from_state_dict({k: v.float() for k, v in load_file(args.out / "vae.safetensors").items()})
-        print(f"reconstruction of held-out clips: {vae.reconstruction(trained):.2f} dB PSNR")
+    if args.stage == "all":
+        _vae(args.out, vae.STEPS, vae.DECODER_STEPS)
+        dit.train(args.out, dit.STEPS, dit.BATCH)
+        _install(args.out)
+        _evaluate(50, None)
+    elif args.stage == "vae":
+        _vae(args.out, args.steps, args.decoder_steps)
     elif args.stage == "dit":
         dit.train(args.out, args.steps, args.batch)
     elif args.stage == "install":
-        bundle.WEIGHTS.mkdir(exist_ok=True)
-        bundle.NETWORK.write_bytes((args.out / "dit.safetensors").read_bytes())
-        bundle.VAE.write_bytes((args.out / "vae.safetensors").read_bytes())
+        _install(args.out)
     elif args.stage == "evaluate":
-        figures = evaluate(bundle.load_bundle(fast_dtype()), args.prompts)
-        print(json.dumps(figures, indent=1))
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        _evaluate(args.prompts, args.json)
     else:
-        model = bundle.load_bundle(fast_dtype())
-        film = decode(model, generate(model, Job(args.prompt, seed=args.seed))[0])
-        args.out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet(film)).save(args.out / "look.png")
+        _look(args.out, args.prompt, args.seed)
+
+
+def _vae(out: Path, steps: int, decoder_steps: int) -> None:
+    vae.train(out, steps, decoder_steps)
+    trained = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
+    print(f"reconstruction of held-out clips: {vae.reconstruction(trained):.2f} dB PSNR")
+
+
+def _install(out: Path) -> None:
+    bundle.WEIGHTS.mkdir(exist_ok=True)
+    bundle.NETWORK.write_bytes((out / "dit.safetensors").read_bytes())
+    bundle.VAE.write_bytes((out / "vae.safetensors").read_bytes())
+
+
+def _evaluate(prompts: int, path: Path | None) -> None:
+    figures = json.dumps(evaluate(bundle.load_bundle(fast_dtype()), prompts), indent=1)
+    print(figures)
+    if path:
+        path.write_text(figures + "\n")
+
+
+def _look(out: Path, prompt: str, seed: int) -> None:
+    model = bundle.load_bundle(fast_dtype())
+    film = decode(model, generate(model, Job(prompt, seed=seed))[0])
+    out.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(contact_sheet(film)).save(out / "look.png")
 
 
 if __name__ == "__main__":

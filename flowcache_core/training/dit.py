@@ -27,6 +27,7 @@ from .vae import channels_last
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
 FRAMES, LATENTS, CHUNK = 57, 15, 3
 TOKENS_PER_FRAME = 64
+STEPS, BATCH = 4000, 6
 CHUNKS = LATENTS // CHUNK
 
 
@@ -87,7 +88,7 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
     if len(clips.latents) < 64:
         for _ in range(64):
             clips.grow()
-    if step % 2 == 0 or len(clips.latents) < 600:
+    if len(clips.latents) < 600 or step % (2 if step < 1200 else 4) == 0:
         clips.grow()
     picked = [dice.randrange(len(clips.latents)) for _ in range(batch)]
     clean = torch.stack([clips.latents[i] for i in picked]).float()
@@ -113,7 +114,7 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
     return error.sum() / ((counts * same).sum() * clean[0, :, 0].numel())
 
 
-def train(out: Path, steps: int, batch: int = 6) -> None:
+def train(out: Path, steps: int, batch: int = BATCH) -> None:
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`; needs `vae.safetensors` there."""
     vae = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
     clips = Clips(vae, out / "clips")
