@@ -35,7 +35,7 @@ def main() -> int:
         print(f"flowcache: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flowcache: stopped; nothing was written", file=sys.stderr)
+        print("flowcache: stopped before it was done", file=sys.stderr)
         return 130
     return 0
 

@@ -13,7 +13,7 @@ from .decision import CachePolicy
 from .demo.bundle import Bundle
 from .models.attention import bidirectional
 from .models.skyreels_adapter import SkyReelsAdapter
-from .models.wan_vae import LATENT_CHANNELS, SPATIAL, latent_frames
+from .models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
 from .report import RunReport
 from .sampler import sample_chunks, sample_window
 from .schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, timestep
@@ -44,8 +44,9 @@ class Job:
         """Raises ValueError, before anything runs, for frames or sizes that do not fit."""
         below, above = nearest_frames(self.frames, bundle.chunk_frames)
         if self.frames != below:
-            raise ValueError(f"{self.frames} frames are {latent_frames(self.frames)} latent frames, not a multiple of chunk {bundle.chunk_frames}: "
-                             f"use {below} or {above}")  # fmt: skip
+            latents, rest = latent_frames(self.frames), (self.frames - 1) % TEMPORAL
+            what = f"not {TEMPORAL}n + 1" if rest else f"{latents} latent frames, not a multiple of chunk {bundle.chunk_frames}"
+            raise ValueError(f"{self.frames} frames are {what}: use {below} or {above}")
         if self.size < 16 or self.size % 16:
             raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of 16, such as {max(16, self.size // 16 * 16)}")
         return ChunkSchedule(latent_frames(self.frames), bundle.chunk_frames, self.steps, self.ar_step, bundle.window)

@@ -35,6 +35,12 @@ class RunReport:
         self.tokens += tokens
         self.tokens_computed += tokens if computed else 0
 
+    def ran(self, chunk: Chunk, tokens: int) -> None:
+        """The network runs for this chunk-step; it had been decided otherwise when a branch has nothing to replay."""
+        if self.map[chunk.index, chunk.step] == REUSED:
+            self.map[chunk.index, chunk.step] = COMPUTED
+            self.tokens_computed += tokens
+
     def committed(self, tokens: int) -> None:
         """A pass that rewrites a finished chunk's keys and values: every arm pays it."""
         self.commits += 1

@@ -61,6 +61,8 @@ class ChunkSchedule:
             raise ValueError(f"{self.frames} latent frames in chunks of {self.chunk_frames}: both must be at least 1")
         if self.steps < 1:
             raise ValueError(f"{self.steps} steps were asked for: at least 1 is needed")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} chunks was asked for: a chunk sees at least itself, so use 1 or more")
         if self.ar_step < 0:
             raise ValueError(f"ar_step {self.ar_step} is negative: 0 denoises all chunks together, 5 is the published stagger")
         if not 0 <= self.prefix < self.chunks:

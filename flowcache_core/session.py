@@ -66,6 +66,7 @@ class Session:
                 value = state.predict(branches, call.sigma, order)
                 return value if what == "velocity" else self.adapter.replay(call, value)
             case _:
+                self.report.ran(chunk, chunk.frames * self._frame_tokens)
                 velocity, residual = self._compute(call, branches)
                 if self.policy.keeps:
                     state.keep(branches, call.sigma, velocity if self.policy.keeps == "velocity" else residual)

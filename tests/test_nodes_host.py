@@ -228,7 +228,7 @@ def test_films_of_a_batch_are_different(host: Host, graph: Graph) -> None:
     assert not torch.allclose(two[0], two[1])
 
 
-@pytest.mark.parametrize("settings", [{"solver": "euler"}, {"ar_step": 0}, {"ar_step": 100}, {"chunk_frames": 2}, {"fps": "16"}])
+@pytest.mark.parametrize("settings", [{"solver": "euler"}, {"ar_step": 0}, {"ar_step": 1}, {"chunk_frames": 2}, {"fps": "16"}])
 def test_every_setting_of_the_sampler_changes_the_film(host: Host, graph: Graph, settings: dict[str, Any]) -> None:
     base = small(graph, steps=3, length=21)
     assert not torch.equal(host.latents(put(base, "FlowCacheSampler", **settings)), host.latents(base))
@@ -238,18 +238,6 @@ def refused(host: Host, graph: Graph, sentence: str) -> None:
     done = host.run(graph)
     assert done["status"]["status_str"] == "error"
     assert re.search(sentence, error_of(done)), error_of(done)
-
-
-def test_a_picture_latent_is_refused(host: Host, graph: Graph) -> None:
-    picture = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
-    refused(host, {**graph, node(graph, "FlowCacheLatent"): picture, **without_video(graph)}, "AR Chunk Sampler needs a video latent")
-
-
-def without_video(graph: Graph) -> Graph:
-    """Create Video takes its frame rate from the latent node: give it a number instead."""
-    video = copy.deepcopy(graph[node(graph, "CreateVideo")])
-    video["inputs"]["fps"] = 24.0
-    return {node(graph, "CreateVideo"): video}
 
 
 def test_easycache_before_chunkwise_is_refused(host: Host, graph: Graph) -> None:
@@ -281,3 +269,18 @@ def test_chunkwise_settings_that_contradict_are_refused(host: Host, graph: Graph
 def test_a_refused_run_leaves_the_host_able_to_run(host: Host, graph: Graph) -> None:
     refused(host, put(small(graph, length=21), "FlowCacheSampler", window=1, ar_step=0), "2 chunks do not fit a window of 1 at ar_step 0")
     assert torch.isfinite(host.latents(graph)).all()
+
+
+def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) -> None:
+    base = small(graph)
+    before = host.latents(base)
+    running = host.ask("/prompt", {"prompt": put(small(graph, steps=400, length=57), "RandomNoise", noise_seed=9)})["prompt_id"]
+    time.sleep(5)
+    host.ask("/interrupt", {})
+    end = time.monotonic() + 120
+    while not (done := host.ask(f"/history/{running}")) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
+    host.ask("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
+    assert torch.equal(host.latents(base), before)

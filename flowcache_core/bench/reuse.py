@@ -20,8 +20,8 @@ from .metrics import psnr, ssim
 from .prompts import PROMPTS, seed_of
 
 NAME = "reuse"
-THRESHOLDS = (0.03, 0.06, 0.1, 0.15)
-TIME_THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
+THRESHOLDS = (0.02, 0.03, 0.05, 0.1)
+TIME_THRESHOLDS = (0.02, 0.04, 0.08, 0.16)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rule:
 def rules() -> list[Rule]:
     """The default rule along its threshold, then one change of it at a time."""
     out = [Rule("default", t, Chunkwise(threshold=t)) for t in THRESHOLDS]
-    out += [Rule("order-0" if Chunkwise.order else "order-1", t, Chunkwise(threshold=t, order=1 - Chunkwise().order)) for t in THRESHOLDS]
+    out += [Rule("extrapolated", t, Chunkwise(threshold=t, order=1)) for t in THRESHOLDS]
     out += [Rule("residual", t, Chunkwise(threshold=t, replay="residual")) for t in THRESHOLDS]
     return out + [Rule("time", t, Chunkwise(threshold=t, signature="time")) for t in TIME_THRESHOLDS]
 

@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Raises ValueError, before any file is written, for arguments that cannot work."""
     arms = _arms(args.arms)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
     job = Job(args.prompt, args.frames, args.steps, args.seed)
     bundle = load_bundle(fast_dtype())
     job.schedule(bundle)

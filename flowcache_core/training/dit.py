@@ -27,7 +27,7 @@ from .vae import channels_last
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
 FRAMES, LATENTS, CHUNK = 57, 15, 3
 TOKENS_PER_FRAME = 64
-STEPS, BATCH = 4000, 6
+STEPS, BATCH = 3500, 6
 CHUNKS = LATENTS // CHUNK
 
 

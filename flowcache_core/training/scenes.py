@@ -194,8 +194,10 @@ def render(scene: Scene, start: int = 0, frames: int | None = None) -> Tensor:
     return film.clamp_(0, 1)
 
 
-def motion_mask(film: Tensor, threshold: float = 3 / 255) -> Tensor:
+def motion_mask(film: Tensor, threshold: float = 1e-4) -> Tensor:
     """[T=4n+1, 3, H, W] in 0..1 -> bool [n+1, H/8, W/8]: cells of the latent in which any pixel changed.
+
+    Clips are drawn in float32 and what stands still is drawn alike in every frame, so the threshold can be tiny.
 
     Latent frame 0 is pixel frame 0 and never moves; latent frame f covers pixel frames 4f-3 .. 4f.
     """
