@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -117,7 +118,7 @@ def test_both_solvers_make_a_film_in_one_step(film: Film, solver: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"frames": 20}, "20 frames are 5 latent frames, not a multiple of chunk 3: use 9 or 21"),
+        ({"frames": 20}, "20 frames are not 4n + 1: use 9 or 21"),
         ({"frames": 1}, "use 9 or 21"),
         ({"size": 100}, "a picture of 100 pixels does not fit: use a multiple of 16, such as 96"),
         ({"size": 0}, "a picture of 0 pixels does not fit: use a multiple of 16, such as 16"),
@@ -127,7 +128,7 @@ def test_both_solvers_make_a_film_in_one_step(film: Film, solver: str) -> None:
     ],
 )
 def test_a_film_that_cannot_be_made_is_refused(film: Film, changes: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         film(**changes)
 
 
