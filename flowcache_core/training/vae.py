@@ -16,7 +16,7 @@ from .loop import Loop, optimisers
 from .scenes import HELD_OUT, make_scene, render
 
 DIM = 12
-STEPS, DECODER_STEPS = 2500, 400
+STEPS, DECODER_STEPS = 2500, 260
 SHORT = 1760
 """Steps on small short crops, before the long ones."""
 
