@@ -1,4 +1,4 @@
-"""Trains the small SkyReels-V2 network on procedural video, in latents of the small VAE.
+"""Trains the small SkyReels-V2 network on procedural video, in the latents that the small VAE is taught too.
 
 One set of weights has to be right for everything that sampling does, so every batch draws how it is run: block-causal
 (with or without a limited window) or bidirectional, and which noise levels its chunks have: a row of the real
@@ -12,50 +12,47 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import Attend, SkyReelsConfig, SkyReelsV2
-from ..models.wan_vae import WanVAE
 from ..models.word_text import encode_prompt
 from ..schedule import TRAIN_STEPS, flow_sigmas
+from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
 from .scenes import make_scene, render
-from .vae import channels_last
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
 FRAMES, LATENTS, CHUNK = 57, 15, 3
 TOKENS_PER_FRAME = 64
-STEPS, BATCH = 3500, 6
+STEPS, BATCH, POOL = 5000, 6, 4096
 CHUNKS = LATENTS // CHUNK
 
 
 class Clips:
-    """A growing pool of encoded clips on disk: every step may add one, so training starts at once and data stays fresh."""
+    """Latents of the training clips, drawn when first asked for and kept. The pool grows by one clip a step, so a resumed run sees the same."""
 
-    def __init__(self, vae: WanVAE, folder: Path) -> None:
-        self.vae, self.folder = vae, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        channels_last(vae)
-        self.latents: list[Tensor] = []
-        while (path := folder / f"{len(self.latents)}.pt").exists():
-            self.latents.append(torch.load(path, weights_only=True))
+    def __init__(self, basis: Basis) -> None:
+        self.basis = basis
+        self.kept: dict[int, tuple[Tensor, str]] = {}
 
-    def fps(self, index: int) -> int:
+    @staticmethod
+    def pool(step: int) -> int:
+        """How many clips may be picked at `step`."""
+        return min(256 + step, POOL)
+
+    @staticmethod
+    def fps(index: int) -> int:
         return 16 if index % 8 == 7 else 24
 
-    @torch.no_grad()
-    def grow(self) -> None:
-        index = len(self.latents)
-        film = render(make_scene(index, FRAMES, fps=self.fps(index))).transpose(0, 1)[None] * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            z = self.vae.encode(film.contiguous(memory_format=torch.channels_last_3d))[0].half()
-        torch.save(z, self.folder / f"{index}.pt")
-        self.latents.append(z)
-
-    def caption(self, index: int) -> str:
-        return make_scene(index, FRAMES, fps=self.fps(index)).caption
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """-> latents [16, LATENTS, h, w] in half precision, caption."""
+        if index not in self.kept:
+            scene = make_scene(index, FRAMES, fps=self.fps(index))
+            film = render(scene).transpose(0, 1) * 2 - 1
+            self.kept[index] = self.basis.encode(film).half(), scene.caption
+        return self.kept[index]
 
 
 def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
@@ -85,14 +82,11 @@ def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
 
 def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
     dice = random.Random(step)
-    if len(clips.latents) < 64:
-        for _ in range(64):
-            clips.grow()
-    if len(clips.latents) < 600 or step % (2 if step < 1200 else 4) == 0:
-        clips.grow()
-    picked = [dice.randrange(len(clips.latents)) for _ in range(batch)]
-    clean = torch.stack([clips.latents[i] for i in picked]).float()
-    prompts = ["" if dice.random() < 0.1 else clips.caption(i) for i in picked]
+    slow = dice.random() < 1 / 8
+    picked = [8 * dice.randrange(clips.pool(step) // 8) + (7 if slow else dice.randrange(7)) for _ in range(batch)]
+    latents, captions = zip(*(clips[i] for i in picked), strict=True)
+    clean = torch.stack(latents).float()
+    prompts = ["" if dice.random() < 0.1 else c for c in captions]
     text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts])
     drawn = [draw_levels(dice) for _ in range(batch)]
     sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(CHUNK, 1)
@@ -106,23 +100,20 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
     window = dice.choice([2, 3, 4]) if dice.random() < 0.25 else None
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
     times = (sigma * TRAIN_STEPS).floor()
-    fps = clips.fps(picked[0])
-    same = torch.tensor([clips.fps(i) == fps for i in picked], dtype=torch.float32).view(-1, 1, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        v = net(noisy, times, net.text_kv(text), attend, fps=fps)
-    error = (v.float() - (noise - clean)).square() * counts * same
-    return error.sum() / ((counts * same).sum() * clean[0, :, 0].numel())
+        v = net(noisy, times, net.text_kv(text), attend, fps=clips.fps(picked[0]))
+    error = (v.float() - (noise - clean)).square() * counts
+    return error.sum() / (counts.sum() * clean[0, :, 0].numel())
 
 
 def train(out: Path, steps: int, batch: int = BATCH) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`; needs `vae.safetensors` there."""
-    vae = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
-    clips = Clips(vae, out / "clips")
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
+    clips = Clips(load_or_fit(out))
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
-    loop.run(lambda step: loss_of(net, clips, step, batch), net.parameters(), lambda: f"clips {len(clips.latents)}")
+    loop.run(lambda step: loss_of(net, clips, step, batch), net.parameters(), lambda: f"clips {len(clips.kept)}")
     export(out)
 
 
