@@ -23,9 +23,10 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     stages.add_parser("all", help="vae, dit, install and evaluate, one after the other")
     one = stages.add_parser("vae", help="the small VAE")
-    one.add_argument("--steps", type=int, default=vae.STEPS, help="encoder and decoder together")
-    one.add_argument("--decoder-steps", type=int, default=vae.DECODER_STEPS, help="the decoder alone, on the frozen encoder")
-    two = stages.add_parser("dit", help="the network; needs the VAE")
+    one.add_argument("--autoencoder-steps", type=int, default=vae.AUTOENCODER_STEPS)
+    one.add_argument("--encoder-steps", type=int, default=vae.ENCODER_STEPS)
+    one.add_argument("--decoder-steps", type=int, default=vae.DECODER_STEPS)
+    two = stages.add_parser("dit", help="the network")
     two.add_argument("--steps", type=int, default=dit.STEPS)
     two.add_argument("--batch", type=int, default=dit.BATCH)
     stages.add_parser("install", help="copy the averaged weights into the package")
@@ -38,12 +39,12 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.stage == "all":
-        _vae(args.out, vae.STEPS, vae.DECODER_STEPS)
+        _vae(args.out, vae.AUTOENCODER_STEPS, vae.ENCODER_STEPS, vae.DECODER_STEPS)
         dit.train(args.out, dit.STEPS, dit.BATCH)
         _install(args.out)
         _evaluate(50, None)
     elif args.stage == "vae":
-        _vae(args.out, args.steps, args.decoder_steps)
+        _vae(args.out, args.autoencoder_steps, args.encoder_steps, args.decoder_steps)
     elif args.stage == "dit":
         dit.train(args.out, args.steps, args.batch)
     elif args.stage == "install":
@@ -54,8 +55,8 @@ def main() -> None:
         _look(args.out, args.prompt, args.seed)
 
 
-def _vae(out: Path, steps: int, decoder_steps: int) -> None:
-    vae.train(out, steps, decoder_steps)
+def _vae(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int) -> None:
+    vae.train(out, autoencoder_steps, encoder_steps, decoder_steps)
     trained = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
     print(f"reconstruction of held-out clips: {vae.reconstruction(trained):.2f} dB PSNR")
 

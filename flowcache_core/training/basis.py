@@ -32,7 +32,7 @@ class Basis:
 
     def encode(self, film: Tensor) -> Tensor:
         """[3, 4n+1, H, W] in -1..1 -> [16, n+1, H/8, W/8]. The first frame counts as four equal ones."""
-        _, t, h, w = film.shape
+        _, _, h, w = film.shape
         film = torch.cat([film[:, :1].expand(-1, TEMPORAL, -1, -1), film[:, 1:]], 1)
         patches = film.view(3, -1, TEMPORAL, h // SPATIAL, SPATIAL, w // SPATIAL, SPATIAL).permute(1, 3, 5, 2, 0, 4, 6).flatten(3)
         return ((patches - self.mean) @ self.to.T).permute(3, 0, 1, 2).contiguous()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .muon import Muon
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def cosine(step: int, total: int, warmup: int = 100, floor: float = 0.03) -> float:
@@ -32,10 +35,10 @@ def optimisers(model: nn.Module, rate: float, muon_rate: float) -> list[torch.op
     return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01), Muon(inner, muon_rate)]
 
 
-class Loop:
+class Loop(Generic[Model]):
     """Runs `loss_of(step)` for `total` steps from wherever `path` left off; the average of the weights is in `average`."""
 
-    def __init__(self, model: nn.Module, path: Path, total: int, opts: list[torch.optim.Optimizer], decay: float, save_every: int = 100) -> None:
+    def __init__(self, model: Model, path: Path, total: int, opts: list[torch.optim.Optimizer], decay: float, save_every: int = 100) -> None:
         self.model, self.path, self.total, self.opts, self.decay, self.save_every = model, path, total, opts, decay, save_every
         self.rates = [group["lr"] for opt in opts for group in opt.param_groups]
         self.average: dict[str, Tensor] = {k: v.detach().clone().float() for k, v in model.state_dict().items()}

@@ -1,10 +1,13 @@
-"""Trains the small Wan VAE: encoder and decoder together, then the decoder alone on a frozen encoder.
+"""Trains the small Wan VAE: an autoencoder first, then each half on the latents of `basis.py`.
 
-The encoder can be frozen early, so that a network can be trained on its latents while the decoder still improves.
+The encoder learns to produce those latents and the decoder to invert them, independently, so the network can be trained at
+the same time. The decoder sees its neighbours and is not linear, so it draws edges that principal components leave out. The
+autoencoder only serves as a start: halves that begin from nothing take several times longer.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, AttentionBlock, ResidualBlock, WanVAE
+from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
 from .scenes import HELD_OUT, make_scene, render
 
 DIM = 12
-STEPS, DECODER_STEPS = 2500, 260
+AUTOENCODER_STEPS, ENCODER_STEPS, DECODER_STEPS = 2500, 1200, 2000
 SHORT = 1760
-"""Steps on small short crops, before the long ones."""
+"""Steps of the autoencoder on small short crops, before the long ones."""
+NOISE = 0.04
+"""Standard deviation of the noise on the decoder's latents: room for what the encoder and the network get wrong."""
 
 
 def crops(step: int, batch: int, frames: int, size: int) -> Tensor:
@@ -55,92 +61,91 @@ def initialise(vae: WanVAE) -> None:
     vae.conv1.bias[LATENT_CHANNELS:] = -6.0
 
 
-def train(out: Path, steps: int, decoder_steps: int) -> None:
-    """Writes `vae.pt` (resumable) and the folded `vae.safetensors` into `out`."""
+def train(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int) -> None:
+    """Writes `vae.pt`, `encoder.pt` and `decoder.pt` (resumable) and `vae.safetensors` into `out`."""
+    joint = _loop(out / "vae.pt", autoencoder_steps, 0.99, ("",))
+    joint.run(lambda step: _autoencoder_loss(joint.model, step), joint.model.parameters())
+    basis = load_or_fit(out)
+    weights: dict[str, Tensor] = {}
+    for half, total, loss, names in (
+        ("encoder", encoder_steps, _encoder_loss, ("encoder.", "conv1.")),
+        ("decoder", decoder_steps, _decoder_loss, ("decoder.", "conv2.")),
+    ):
+        loop = _loop(out / f"{half}.pt", total, 0.995, names, joint.average)
+        loop.run(partial(loss, loop.model, basis), [p for p in loop.model.parameters() if p.requires_grad])
+        weights |= {k: v for k, v in loop.average.items() if k.startswith(names)}
+    save(fold(weights), out / "vae.safetensors")
+
+
+def _loop(path: Path, steps: int, decay: float, trained: tuple[str, ...], start: dict[str, Tensor] | None = None) -> Loop[WanVAE]:
+    """A fresh VAE, or one with the weights `start`, of which the parameters named `trained`... are trained."""
     torch.manual_seed(0)
     vae = WanVAE(DIM)
     channels_last(vae)
     initialise(vae)
-    joint = Loop(vae, out / "vae.pt", steps, optimisers(vae, 2e-3, 8e-3), decay=0.99)
-    moved = joint.step < steps
-    joint.run(lambda step: _joint_loss(vae, step), vae.parameters())
-    encoder = _frozen(out, joint.average, measure=moved)
-
-    vae.load_state_dict(joint.average)
-    for module in (vae.encoder, vae.conv1):
-        module.requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    alone = Loop(vae, out / "decoder.pt", decoder_steps, optimisers(vae, 1e-3, 4e-3), decay=0.995)
-    alone.run(lambda step: _decoder_loss(vae, step), trained)
-    weights = {**alone.average, **{k: v for k, v in encoder.items() if k.startswith(("encoder.", "conv1."))}}
-    mean, std = torch.load(out / "statistics.pt", weights_only=True)
-    save(fold(weights, mean, std, only_decoder=True), out / "vae.safetensors")
+    if start:
+        vae.load_state_dict(start)
+    for name, p in vae.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    return Loop(vae, path, steps, optimisers(vae, 2e-3, 8e-3), decay)
 
 
-def _joint_loss(vae: WanVAE, step: int) -> Tensor:
-    """Most steps see small short crops; the last ones whole pictures and long clips in turn, which is what decides quality
-    far from the first frame. The decoder meets latents with 3 % noise."""
+def _autoencoder_loss(vae: WanVAE, step: int) -> Tensor:
     batch, frames, size = (4, 5, 64) if step < SHORT else (1, 49, 64) if step % 3 else (1, 17, 128)
     film = crops(step, batch, frames, size)
     with torch.autocast("cpu", torch.bfloat16):
         mean, _ = vae.moments(film)
         z = mean + torch.randn_like(mean) * (0.03 * mean.detach().std())
         back = vae.decoder(vae.conv2(z), {})
-    return _error(back, film)
+    return _error(back, film, 1.0, 2.0)
 
 
-def _error(back: Tensor, film: Tensor) -> Tensor:
+def _error(back: Tensor, film: Tensor, absolute: float, squared: float) -> Tensor:
     """L1 plus squared error; saturated pixels, which are the sprites, count more."""
     weight = 1 + 2 * (film.amax(1, keepdim=True) - film.amin(1, keepdim=True))
     error = back.float() - film
-    return (weight * (error.abs() + 2 * error.square())).mean()
+    return (weight * (absolute * error.abs() + squared * error.square())).mean()
 
 
-def _decoder_loss(vae: WanVAE, step: int) -> Tensor:
-    film = crops(7_000_000 + step, 1, 57, 64) if step % 2 else crops(7_000_000 + step, 1, 17, 128)
+def _clips(step: int) -> Tensor:
+    """Small crops of long clips, then whole pictures: quality far from the first frame is decided by long clips."""
+    return crops(step, 1, 49, 64) if step % 3 else crops(step, 1, 17, 128)
+
+
+def _latents(basis: Basis, film: Tensor) -> Tensor:
+    return torch.stack([basis.encode(clip) for clip in film])
+
+
+def _encoder_loss(vae: WanVAE, basis: Basis, step: int) -> Tensor:
+    film = _clips(step)
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            mean, _ = vae.moments(film)
-            z = mean + torch.randn_like(mean) * (0.02 * mean.std())
-        back = vae.decoder(vae.conv2(z), {})
-    return _error(back, film)
+        mean, _ = vae.moments(film)
+    return (mean.float() - _latents(basis, film)).square().mean()
 
 
-def _frozen(out: Path, weights: dict[str, Tensor], measure: bool) -> dict[str, Tensor]:
-    """Folds the latents' statistics in, measured anew where `measure`, and writes a first `vae.safetensors` to train a network on."""
-    if measure or not (out / "statistics.pt").exists():
-        vae = WanVAE(DIM)
-        vae.load_state_dict(weights)
-        channels_last(vae)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z = torch.cat([vae.moments(crops(9_000_000 + i, 1, 57, 128))[0].float() for i in range(32)])
-        torch.save((z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))), out / "statistics.pt")
-    mean, std = torch.load(out / "statistics.pt", weights_only=True)
-    folded = fold(weights, mean, std)
-    if measure or not (out / "vae.safetensors").exists():
-        save(folded, out / "vae.safetensors")
-    return folded
+def _decoder_loss(vae: WanVAE, basis: Basis, step: int) -> Tensor:
+    film = _clips(step)
+    z = _latents(basis, film)
+    with torch.autocast("cpu", torch.bfloat16):
+        back = vae.decoder(vae.conv2(z + NOISE * torch.randn_like(z)), {})
+    return _error(back, film, 0.2, 4.0)
 
 
-def fold(weights: dict[str, Tensor], mean: Tensor, std: Tensor, only_decoder: bool = False) -> dict[str, Tensor]:
-    """Moves the latents' statistics to those of the Wan 2.1 VAE by changing the two 1x1x1 convolutions only.
+def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Moves unit-variance latents to the statistics of the Wan 2.1 VAE by changing the two 1x1x1 convolutions only.
 
     With this the standard Wan latent format gives unit variance, and decoding is unchanged.
-    `only_decoder`: the encoder's convolution is already folded.
     """
-    want_mean, want_std = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
-    gain, shift = want_std / std, want_mean - mean * want_std / std
+    gain, shift, c = torch.tensor(LATENT_STD), torch.tensor(LATENT_MEAN), LATENT_CHANNELS
     out = dict(weights)
-    if not only_decoder:
-        c = LATENT_CHANNELS
-        weight, bias = weights["conv1.weight"].clone(), weights["conv1.bias"].clone()
-        weight[:c] *= gain.view(-1, 1, 1, 1, 1)
-        bias[:c] = bias[:c] * gain + shift
-        bias[c:] += 2 * gain.log()
-        out["conv1.weight"], out["conv1.bias"] = weight, bias
+    weight, bias = weights["conv1.weight"].clone(), weights["conv1.bias"].clone()
+    weight[:c] *= gain.view(-1, 1, 1, 1, 1)
+    bias[:c] = bias[:c] * gain + shift
+    bias[c:] += 2 * gain.log()
+    out["conv1.weight"], out["conv1.bias"] = weight, bias
     back = weights["conv2.weight"] / gain.view(1, -1, 1, 1, 1)
     out["conv2.weight"] = back
-    out["conv2.bias"] = weights["conv2.bias"] - (back.flatten(1) @ shift)
+    out["conv2.bias"] = weights["conv2.bias"] - back.flatten(1) @ shift
     return out
 
 
