@@ -27,7 +27,7 @@ class Tiny(nn.Module):
         return out
 
 
-def train(path: Path, total: int, stop_at: int = -1) -> Loop:
+def train(path: Path, total: int, stop_at: int = -1) -> Loop[Tiny]:
     torch.manual_seed(0)
     net = Tiny()
     loop = Loop(net, path, total, optimisers(net, 1e-2, 1e-2), decay=0.9, save_every=3)

@@ -74,11 +74,11 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-def load_or_fit(folder: Path) -> Basis:
+def load_or_fit(folder: Path, clips: int = CLIPS) -> Basis:
     """`basis.safetensors` in `folder`, made on the first call."""
     path = folder / "basis.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = fit()
+        made = fit(clips)
         save_file({"mean": made.mean, "to": made.to.contiguous(), "back": made.back.contiguous()}, path)
     return Basis(**load_file(path))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import Attend, SkyReelsConfig, SkyReelsV2
+from ..models.wan_vae import SPATIAL
 from ..models.word_text import encode_prompt
 from ..schedule import TRAIN_STEPS, flow_sigmas
 from .basis import Basis, load_or_fit
@@ -24,18 +25,22 @@ from .loop import Loop, optimisers
 from .scenes import make_scene, render
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
-FRAMES, LATENTS, CHUNK = 57, 15, 3
+FRAMES, LATENTS, CHUNK, SIZE = 57, 15, 3, 128
 TOKENS_PER_FRAME = 64
-STEPS, BATCH, POOL = 5000, 6, 4096
+STEPS, BATCH, POOL = 4600, 6, 4096
 CHUNKS = LATENTS // CHUNK
 
 
 class Clips:
-    """Latents of the training clips, drawn when first asked for and kept. The pool grows by one clip a step, so a resumed run sees the same."""
+    """Latents of the training clips, drawn when first asked for and kept. The pool grows by one clip a step, so a resumed run sees the same.
+
+    They lie in one tensor: small lasting pieces between large passing ones would tear the heap apart.
+    """
 
     def __init__(self, basis: Basis) -> None:
         self.basis = basis
-        self.kept: dict[int, tuple[Tensor, str]] = {}
+        self.latents = torch.empty(POOL, CONFIG.channels, LATENTS, SIZE // SPATIAL, SIZE // SPATIAL, dtype=torch.float16)
+        self.captions: dict[int, str] = {}
 
     @staticmethod
     def pool(step: int) -> int:
@@ -48,11 +53,11 @@ class Clips:
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """-> latents [16, LATENTS, h, w] in half precision, caption."""
-        if index not in self.kept:
-            scene = make_scene(index, FRAMES, fps=self.fps(index))
-            film = render(scene).transpose(0, 1) * 2 - 1
-            self.kept[index] = self.basis.encode(film).half(), scene.caption
-        return self.kept[index]
+        if index not in self.captions:
+            scene = make_scene(index, FRAMES, SIZE, self.fps(index))
+            self.latents[index] = self.basis.encode(render(scene).transpose(0, 1) * 2 - 1)
+            self.captions[index] = scene.caption
+        return self.latents[index], self.captions[index]
 
 
 def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
@@ -113,7 +118,7 @@ def train(out: Path, steps: int, batch: int = BATCH) -> None:
     net = SkyReelsV2(CONFIG)
     net.initialise()
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
-    loop.run(lambda step: loss_of(net, clips, step, batch), net.parameters(), lambda: f"clips {len(clips.kept)}")
+    loop.run(lambda step: loss_of(net, clips, step, batch), net.parameters(), lambda: f"clips {len(clips.captions)}")
     export(out)
 
 

@@ -20,7 +20,7 @@ from .loop import Loop, optimisers
 from .scenes import HELD_OUT, make_scene, render
 
 DIM = 12
-AUTOENCODER_STEPS, ENCODER_STEPS, DECODER_STEPS = 2500, 1200, 2000
+AUTOENCODER_STEPS, ENCODER_STEPS, DECODER_STEPS = 2500, 1000, 1500
 SHORT = 1760
 """Steps of the autoencoder on small short crops, before the long ones."""
 NOISE = 0.04
@@ -136,8 +136,8 @@ def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
     With this the standard Wan latent format gives unit variance, and decoding is unchanged.
     """
-    gain, shift, c = torch.tensor(LATENT_STD), torch.tensor(LATENT_MEAN), LATENT_CHANNELS
-    out = dict(weights)
+    out, like, c = dict(weights), weights["conv1.bias"], LATENT_CHANNELS
+    gain, shift = torch.tensor(LATENT_STD).to(like), torch.tensor(LATENT_MEAN).to(like)
     weight, bias = weights["conv1.weight"].clone(), weights["conv1.bias"].clone()
     weight[:c] *= gain.view(-1, 1, 1, 1, 1)
     bias[:c] = bias[:c] * gain + shift
