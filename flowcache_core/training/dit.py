@@ -3,7 +3,7 @@
 One set of weights has to be right for everything that sampling does, so every batch draws how it is run: block-causal
 (with or without a limited window) or bidirectional, and which noise levels its chunks have: a row of the real
 asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk.
-Loss: mean squared error of the velocity (noise - clean), on the chunks that still carry noise.
+Loss: mean squared error of the velocity (noise - clean), on the chunks that a step would move.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Clips:
 
 
 def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
-    """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss."""
+    """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss: if it is begun and not finished."""
     steps = dice.randint(16, 60)
     table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, dice.choice([3.0, 5.0, 8.0, 8.0])))
     kind = dice.random()
@@ -76,7 +76,7 @@ def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
             index[k] = steps + 1
     index = [min(max(i, 0), steps + 1) for i in index]
     levels = [table[i] for i in index]
-    counts = [level > 0 for level in levels]
+    counts = [1 <= i <= steps for i in index]
     if dice.random() < 0.3:
         prefix = dice.uniform(0, 50) / TRAIN_STEPS
         levels = [level or prefix for level in levels]
