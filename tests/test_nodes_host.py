@@ -174,7 +174,14 @@ def graph() -> Graph:
 
 def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
     info = {k: v for k, v in host.ask("/object_info").items() if k.startswith("FlowCache")}
-    assert set(info) == {"FlowCacheLoadModel", "FlowCacheLatent", "FlowCacheChunkwise", "FlowCacheSampler", "FlowCacheReport"}
+    assert set(info) == {
+        "FlowCacheLoadModel",
+        "FlowCacheLatent",
+        "FlowCacheConditionFrames",
+        "FlowCacheChunkwise",
+        "FlowCacheSampler",
+        "FlowCacheReport",
+    }
     for name, one in info.items():
         assert one["category"] == "FlowCache"
         assert one["description"].endswith("."), name
