@@ -16,6 +16,7 @@ class ARChunkSampler(io.ComfyNode):
         return io.Schema(
             node_id="FlowCacheSampler",
             display_name="AR Chunk Sampler",
+            not_idempotent=True,  # two equal nodes are two samplers, each with its own report
             category="FlowCache",
             description="Denoises a film chunk by chunk, from noise or from given frames. For SamplerCustomAdvanced.",
             search_aliases=["flowcache", "diffusion forcing", "skyreels", "image to video", "extend video", "long video"],
