@@ -51,7 +51,7 @@ class Progress:
 
     def __init__(self, film: torch.Tensor, total: int, chunks: int, node: str | None, callback: Any, hide: bool) -> None:
         self.total, self.chunks, self.callback, self.at = total, chunks, callback, 0
-        self.shown, self.live = torch.zeros_like(film), LiveMap(node, total)
+        self.shown, self.live = film.clone(), LiveMap(node, total)
         self.bar = tqdm(total=total, disable=hide)
 
     def step(self, report: RunReport, chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:

@@ -69,8 +69,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
-    schedule = job.schedule(bundle)
-    with tqdm(total=schedule.chunk_steps, desc=f"{arm:>10}", unit="step") as bar:
+    schedules = [w.schedule for w in job.windows(bundle)] if arm == "upstream" else [job.schedule(bundle)]
+    with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == "upstream":
             return generate_upstream(bundle, job, lambda chunk: bar.update())
         return generate(bundle, job, Chunkwise() if arm == "chunkwise" else None, lambda chunk: bar.update())
