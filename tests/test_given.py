@@ -195,6 +195,16 @@ def test_chunks_that_have_not_begun_stand_at_the_first_level_of_a_shortened_sche
     assert second == [levels[0], levels[0], *levels[:4]]
 
 
+def test_windows_do_not_go_through_the_network_s_own_forward(
+    net: SkyReelsV2, texts: Tensor, noise_of: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ComfyUI that method has the host's calling convention."""
+    adapter, x, sigmas = SkyReelsAdapter(net), noise_of(3), (0.5, 0.4, 0.0)
+    plain = net(x, torch.tensor([[500, 400, 0]]), net.text_kv(texts[:1]), bidirectional)
+    monkeypatch.setattr(SkyReelsV2, "forward", None)
+    torch.testing.assert_close(adapter.whole(x, sigmas, adapter.text(texts[:1]), 24), plain)
+
+
 def test_a_film_that_sets_out_from_a_level_goes_on_as_the_whole_run_does(noise_of: Noise) -> None:
     """Video to video: the tail of a schedule, from where the whole run stood, ends in the same film (one step remembers nothing)."""
     levels, standing, noise = flow_sigmas(6), {}, noise_of(3)

@@ -45,8 +45,9 @@ class SkyReelsAdapter:
         return self.network.velocity(self.network.embed(call.x) + residual, e, self._grid(call))
 
     def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
-        t = torch.tensor([[timestep(s) for s in sigmas]], device=x.device)
-        return self.network(x, t, text, bidirectional, fps=fps)
+        e, e0 = self.network.modulation(torch.tensor([[timestep(s) for s in sigmas]], device=x.device), fps, x.dtype)
+        grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
+        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, self._rope_of(0, grid, x.device), bidirectional), e, grid)
 
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
@@ -65,7 +66,10 @@ class SkyReelsAdapter:
         return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH
 
     def _rope(self, call: Call) -> Tensor:
-        key = (call.chunk.start, *self._grid(call))
+        return self._rope_of(call.chunk.start, self._grid(call), call.x.device)
+
+    def _rope_of(self, start: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        key = (start, *grid)
         if key not in self._ropes:
-            self._ropes[key] = rope_table(*key, device=call.x.device)
+            self._ropes[key] = rope_table(*key, device=device)
         return self._ropes[key]
