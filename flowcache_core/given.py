@@ -31,7 +31,7 @@ class GivenNoise:
 
     def start(self) -> torch.Generator:
         """The random numbers of one run."""
-        return torch.Generator().manual_seed(self.seed + 1)
+        return torch.Generator().manual_seed((self.seed + 1) % 2**63)
 
     def show(self, given: Tensor, dice: torch.Generator) -> Tensor:
         """(1 - sigma) * given + sigma * fresh noise; latents of any shape."""

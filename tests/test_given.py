@@ -138,6 +138,7 @@ def test_the_cached_way_shows_the_prefix_once_and_lightly_noised(net: SkyReelsV2
 def test_the_light_noise_is_repeatable_and_none_leaves_the_frames_alone(noise_of: Noise) -> None:
     x, light = noise_of(3), GivenNoise(20, 7)
     assert torch.equal(light.show(x, light.start()), light.show(x, light.start()))
+    assert torch.isfinite(light.show(x, GivenNoise(20, 2**64 - 1).start())).all(), "the largest seed of the host"
     assert GivenNoise().show(x, GivenNoise().start()) is x
     assert all(timestep(GivenNoise(level).sigma) == level for level in range(1000))
     with pytest.raises(ValueError, match=r"addnoise_condition 1000 lies outside 0\.\.999: 20 is the published value"):
