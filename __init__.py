@@ -8,6 +8,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from comfy_api.latest import ComfyExtension
 
     from .nodes.chunkwise import ChunkwiseCache
+    from .nodes.frames_in import ARVideoFramesIn
     from .nodes.latent import EmptyARVideoLatent
     from .nodes.load_model import LoadARVideoModel
     from .nodes.report import CacheReport
@@ -15,6 +16,6 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
 
     class FlowCache(ComfyExtension):
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            return [LoadARVideoModel, EmptyARVideoLatent, ChunkwiseCache, ARChunkSampler, CacheReport]
+            return [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn, ChunkwiseCache, ARChunkSampler, CacheReport]
 
     return FlowCache()

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .bench import reuse
+from .bench import reuse, seam
 from .demo import run as demo
 from .device import device_name
 from .plot import line_plot
 
-BENCHES = (reuse,)
+BENCHES = (reuse, seam)
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     for bench in BENCHES:
         one = benches.add_parser(bench.NAME, help=(bench.__doc__ or "").splitlines()[0])
         bench.add_arguments(one)
-        one.add_argument("--json", type=Path, help="write the rows here, and a plot beside it")
+        one.add_argument("--json", type=Path, help="write the rows here, and a plot of share and PSNR beside it")
     args = parser.parse_args()
     try:
         if args.command == "demo":
@@ -49,9 +49,10 @@ def _bench(args: argparse.Namespace) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
+        for row in (r for r in rows if r["psnr"] is not None):
             lines.setdefault(row["rule"], []).append((row["share"], row["psnr"]))
-        line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
+        if lines:
+            line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk at one step. `start` and `frames` count latent frames; `step` runs from 0; the commit pass has `step` == `steps`."""
+    """One chunk at one step. `start` and `frames` count latent frames; `step` runs from 0; the commit pass has `step` == `steps`.
+
+    `held`: how many of its last frames are given (the end of the film): the network sees them clean, and they do not move.
+    """
 
     index: int
     start: int
     frames: int
     step: int
     steps: int
+    held: int = 0
 
     @property
     def committing(self) -> bool:

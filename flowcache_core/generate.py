@@ -11,14 +11,16 @@ from torch import Tensor
 from .chunk import Chunk
 from .decision import CachePolicy
 from .demo.bundle import Bundle
-from .models.attention import bidirectional
+from .given import GivenNoise
+from .models.skyreels import require_fps
 from .models.skyreels_adapter import SkyReelsAdapter
 from .models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
 from .report import RunReport
-from .sampler import sample_chunks, sample_window
-from .schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, timestep
+from .sampler import sample_chunks, sample_windows
+from .schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
 from .session import Session
 from .solvers import solver
+from .window import WindowSession
 
 Progress = Callable[[Chunk], None]
 BRANCHES = ("cond", "uncond")
@@ -26,7 +28,11 @@ BRANCHES = ("cond", "uncond")
 
 @dataclass(frozen=True)
 class Job:
-    """One film. `cfg` 1 runs the prompt alone; above it the empty or `negative` prompt runs beside it."""
+    """One film. `cfg` 1 runs the prompt alone; above it the empty or `negative` prompt runs beside it.
+
+    `denoise` < 1 starts from a given film; `addnoise` is the timestep of the light noise on given first frames; `overlap`
+    counts the pixel frames that a bidirectional window carries into the next.
+    """
 
     prompt: str
     frames: int = 57
@@ -39,61 +45,111 @@ class Job:
     ar_step: int = 5
     solver: str = "unipc"
     fps: int = 24
+    denoise: float = 1.0
+    addnoise: int = 20
+    overlap: int = 17
 
-    def schedule(self, bundle: Bundle) -> ChunkSchedule:
-        """Raises ValueError, before anything runs, for frames or sizes that do not fit."""
-        below, above = nearest_frames(self.frames, bundle.chunk_frames)
-        if self.frames != below:
-            latents, rest = latent_frames(self.frames), (self.frames - 1) % TEMPORAL
-            what = f"not {TEMPORAL}n + 1" if rest else f"{latents} latent frames, not a multiple of chunk {bundle.chunk_frames}"
-            raise ValueError(f"{self.frames} frames are {what}: use {below} or {above}")
-        if self.size < 16 or self.size % 16:
-            raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of 16, such as {max(16, self.size // 16 * 16)}")
-        return ChunkSchedule(latent_frames(self.frames), bundle.chunk_frames, self.steps, self.ar_step, bundle.window)
+    def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:
+        """With latent frames given at the start and the end. Raises ValueError, before anything runs, for what does not fit."""
+        self._check()
+        return ChunkSchedule(latent_frames(self.frames), bundle.chunk_frames, self.steps, self.ar_step, bundle.window, prefix, suffix)
+
+    def windows(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Window, ...]:
+        """The same for the upstream way. Raises ValueError."""
+        self._check()
+        chunk, length = bundle.chunk_frames, bundle.chunk_frames * bundle.window
+        return plan_windows(
+            latent_frames(self.frames), chunk, self.steps, self.ar_step, length, latent_frames(self.overlap), prefix=prefix, suffix=suffix
+        )
+
+    def sigmas(self) -> tuple[float, ...]:
+        return flow_sigmas(self.steps, self.shift, self.denoise)
 
     def noise(self) -> Tensor:
         side = self.size // SPATIAL
         return torch.randn(1, LATENT_CHANNELS, latent_frames(self.frames), side, side, generator=torch.Generator().manual_seed(self.seed))
 
+    def _check(self) -> None:
+        if self.frames < 1 or (self.frames - 1) % TEMPORAL:
+            below = max(self.frames - 1, 0) // TEMPORAL * TEMPORAL + 1
+            raise ValueError(f"{self.frames} frames are not {TEMPORAL}n + 1: use {below} or {below + TEMPORAL}")
+        if self.size < 16 or self.size % 16:
+            raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of 16, such as {max(16, self.size // 16 * 16)}")
+        require_fps(self.fps)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a film sets out from: latents [1, 16, F, h, w] of its first frames, of its last frames, of all of it (for `denoise` < 1)."""
+
+    start: Tensor | None = None
+    end: Tensor | None = None
+    film: Tensor | None = None
+
+    @property
+    def prefix(self) -> int:
+        return 0 if self.start is None else self.start.shape[2]
+
+    @property
+    def suffix(self) -> int:
+        return 0 if self.end is None else self.end.shape[2]
+
+    def begin(self, noise: Tensor, sigma: float) -> Tensor:
+        """Noise, mixed with the film at noise level `sigma`, with the given frames put in. Raises ValueError for another size."""
+        for what, latents, frames in (("first frames", self.start, self.prefix), ("last frames", self.end, self.suffix), ("film", self.film, None)):
+            wanted = (*noise.shape[:2], frames or noise.shape[2], *noise.shape[3:])
+            if latents is not None and tuple(latents.shape) != wanted:
+                raise ValueError(f"the given {what} have latents of shape {tuple(latents.shape)}, but {wanted} are needed")
+        x = noise.clone() if self.film is None else sigma * noise + (1 - sigma) * self.film.to(noise)
+        if self.start is not None:
+            x[:, :, : self.prefix] = self.start
+        if self.end is not None:
+            x[:, :, -self.suffix :] = self.end
+        return x
+
+
+NOTHING = Given()
+
 
 @torch.inference_mode()
-def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None) -> tuple[Tensor, RunReport]:
-    """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report."""
-    schedule, levels, like = job.schedule(bundle), flow_sigmas(job.steps, job.shift), bundle.network.patch_embedding.weight
-    noise = job.noise().to(like.device)
+def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
+             given: Given = NOTHING) -> tuple[Tensor, RunReport]:  # fmt: skip
+    """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in."""
+    schedule, levels, like = job.schedule(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
+    x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
-    with Session(SkyReelsAdapter(bundle.network), schedule, levels, tuple(noise.shape[3:]), policy=policy, fps=job.fps) as session:  # type: ignore[arg-type]
+    adapter, grid = SkyReelsAdapter(bundle.network), (x.shape[3], x.shape[4])
+    with Session(adapter, schedule, levels, grid, policy=policy, fps=job.fps, prefix_sigma=light.sigma) as session:
 
         def predict(part: Tensor, chunk: Chunk) -> Tensor:
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
             return _guided(session.denoise(batch, chunk, text, branches).float(), job.cfg)
 
-        latents = sample_chunks(predict, noise, schedule, levels, solver(job.solver), session.commit, lambda chunk, clean, film: on_step(chunk))
+        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, lambda chunk, clean, film: on_step(chunk), light)
     return latents, session.report
 
 
 @torch.inference_mode()
-def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None) -> tuple[Tensor, RunReport]:
+def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING) -> tuple[Tensor, RunReport]:
     """As published: bidirectional over the window, every chunk in every row, the branches one after the other."""
-    schedule, levels, like = job.schedule(bundle), flow_sigmas(job.steps, job.shift), bundle.network.patch_embedding.weight
-    noise = job.noise().to(like.device)
+    windows, levels, like = job.windows(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
+    x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
-    report = RunReport(schedule.chunks, schedule.steps)
-    frame_tokens = SkyReelsAdapter(bundle.network).tokens_per_frame(*noise.shape[3:])
+    with WindowSession(SkyReelsAdapter(bundle.network), windows, (x.shape[3], x.shape[4]), job.fps) as session:
 
-    def predict(window: Tensor, sigmas: Tensor, row: Row) -> Tensor:
-        t = torch.tensor([[timestep(float(s)) for s in sigmas]], device=window.device)
-        with report.clock("network", window.device):
-            each = [
-                bundle.network(window.to(like.dtype), t, bundle.network.text_kv(text[i : i + 1]), bidirectional, fps=job.fps)
-                for i in range(len(branches))
-            ]
-        report.whole_row(row, frame_tokens * window.shape[2])
-        return _guided(torch.cat(each).float(), job.cfg)
+        def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
+            session.begin(row, part.shape[2])
+            each = [session.denoise(part.to(like.dtype), sigmas, text[i : i + 1], branches[i : i + 1]) for i in range(len(branches))]
+            return _guided(torch.cat(each).float(), job.cfg)
 
-    latents = sample_window(predict, noise, schedule, levels, solver(job.solver), lambda chunk, clean, film: on_step(chunk))
-    report.close()
-    return latents, report
+        latents = sample_windows(predict, x, windows, levels, solver(job.solver), lambda chunk, clean, film: on_step(chunk), light)
+    return latents, session.report
+
+
+def _levels(job: Job, given: Given) -> tuple[float, ...]:
+    if job.denoise < 1 and given.film is None:
+        raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
+    return job.sigmas()
 
 
 @torch.inference_mode()

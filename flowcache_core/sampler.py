@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .schedule import ChunkSchedule, Row
+from .given import CLEAN, GivenNoise
+from .schedule import ChunkSchedule, Row, Window
 from .solvers import Solver
 
 Predict = Callable[[Tensor, Chunk], Tensor]
@@ -19,24 +20,25 @@ OnStep = Callable[[Chunk, Tensor, Tensor], None]
 
 
 def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None) -> Tensor:  # fmt: skip
+                  commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None,
+                  given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run.
 
     A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
     its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
-    schedule's prefix chunks are taken from `noise` as they are, as finished latents.
+    schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
+    shown the prefix once, as `given` has it.
     """
-    x, levels = noise.clone(), tuple(sigmas)
-    memory = {index: solver.start() for index in range(schedule.prefix, schedule.chunks)}
-    for index in range(schedule.prefix):
-        given = Chunk(index, *schedule.span(index), schedule.steps, schedule.steps)
-        predict(_part(x, given), given)
+    x, levels, dice = noise.clone(), tuple(sigmas), given.start()
+    memory = {index: solver.start() for index in range(schedule.given, schedule.chunks)}
+    for index in range(schedule.given):
+        before = schedule.at(index, schedule.steps)
+        predict(given.show(_part(x, before), dice), before)
+        commit(before)
     for row in schedule.rows:
         for chunk in row.active:
             part = _part(x, chunk)
-            velocity = predict(part, chunk)
-            clean = part - levels[chunk.step] * velocity
-            x[:, :, chunk.start : chunk.start + chunk.frames] = solver.step(part, velocity, chunk.step, levels, memory[chunk.index])
+            clean = _move(x, chunk, predict(part, chunk), levels, solver, memory[chunk.index])
             if on_step:
                 on_step(chunk, clean, x)
         for chunk in row.active:
@@ -54,25 +56,67 @@ def _part(x: Tensor, chunk: Chunk) -> Tensor:
     return x[:, :, chunk.start : chunk.start + chunk.frames].clone()
 
 
-PredictWindow = Callable[[Tensor, Tensor, Row], Tensor]
-"""(latents of the window [B, C, F, h, w], noise level of every frame [F], row) -> velocity, same shape."""
+def _move(x: Tensor, chunk: Chunk, velocity: Tensor, levels: tuple[float, ...], solver: Solver, memory: object) -> Tensor:
+    """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; held frames stay."""
+    part, moving = _part(x, chunk), chunk.frames - chunk.held
+    clean = part - levels[chunk.step] * velocity
+    clean[:, :, moving:] = part[:, :, moving:]
+    x[:, :, chunk.start : chunk.start + moving] = solver.step(part, velocity, chunk.step, levels, memory)[:, :, :moving]
+    return clean
+
+
+PredictWindow = Callable[[Tensor, tuple[float, ...], Row], Tensor]
+"""(latents of the window [B, C, F, h, w], noise level of every frame, row) -> velocity, same shape."""
 
 
 def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  on_step: OnStep | None = None) -> Tensor:  # fmt: skip
-    """The upstream way: every row runs all chunks of the window, begun or not, and moves the active ones."""
-    x, levels = noise.clone(), tuple(sigmas)
-    memory = {index: solver.start() for index in range(schedule.prefix, schedule.chunks)}
+                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, dice: torch.Generator | None = None) -> Tensor:  # fmt: skip
+    """The upstream way: every row runs all chunks of the window, begun or not, and moves the active ones.
+
+    Frames of prefix and suffix are taken from `noise` and never written; in every row the network is shown the prefix with
+    fresh light noise, at that noise level, and the suffix clean.
+    """
+    x, levels, dice = noise.clone(), tuple(sigmas), dice or given.start()
+    memory = {index: solver.start() for index in range(schedule.given, schedule.chunks)}
     level_of = (levels[0], *levels)
     for row in schedule.rows:
         begin, end = schedule.span(row.first)[0], sum(schedule.span(row.last - 1))
         per_frame = [level_of[row.indices[k]] for k in range(row.first, row.last) for _ in range(schedule.span(k)[1])]
-        velocity = predict(x[:, :, begin:end], torch.tensor(per_frame, device=x.device), row)
+        seen = x[:, :, begin:end].clone()
+        if begin < schedule.prefix:
+            per_frame[: schedule.prefix - begin] = [given.sigma] * (schedule.prefix - begin)
+            seen[:, :, : schedule.prefix - begin] = given.show(seen[:, :, : schedule.prefix - begin], dice)
+        if end == schedule.frames and schedule.suffix:
+            per_frame[-schedule.suffix :] = [0.0] * schedule.suffix
+        velocity = predict(seen, tuple(per_frame), row)
         for chunk in row.active:
-            part = _part(x, chunk)
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
-            clean = part - levels[chunk.step] * mine
-            x[:, :, chunk.start : chunk.start + chunk.frames] = solver.step(part, mine, chunk.step, levels, memory[chunk.index])
+            clean = _move(x, chunk, mine, levels, solver, memory[chunk.index])
             if on_step:
                 on_step(chunk, clean, x)
     return x
+
+
+def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
+                   on_step: OnStep | None = None, given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+    """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before.
+
+    `predict` sees a window's frames alone; the chunks that `predict` and `on_step` are told of are numbered over the film.
+    """
+    film, dice = noise.clone(), given.start()
+    for window in windows:
+
+        def whole(chunk: Chunk, window: Window = window) -> Chunk:
+            return replace(chunk, index=chunk.index + window.index, start=chunk.start + window.start)
+
+        def told(part: Tensor, levels: tuple[float, ...], row: Row, whole: Callable[[Chunk], Chunk] = whole) -> Tensor:
+            return predict(part, levels, replace(row, active=tuple(whole(chunk) for chunk in row.active)))
+
+        def shown(chunk: Chunk, clean: Tensor, x: Tensor, window: Window = window, whole: Callable[[Chunk], Chunk] = whole) -> None:
+            film[:, :, window.start : window.end] = x
+            if on_step:
+                on_step(whole(chunk), clean, film)
+
+        part = film[:, :, window.start : window.end]
+        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, dice)
+    return film

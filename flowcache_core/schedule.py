@@ -3,6 +3,7 @@
 `flow_sigmas` is the noise schedule of one chunk; `ChunkSchedule` staggers the chunks of a film over the rows of the
 sampling loop, as the asynchronous generator of SkyReels-V2 does (report section 3.3): chunk k starts `ar_step` rows
 after chunk k-1. `ar_step` 0 moves all chunks together; `ar_step` >= steps finishes each before the next begins.
+`plan_windows` cuts a film that is longer than the trained horizon into overlapping windows, each with a schedule of its own.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from .chunk import Chunk
 
 TRAIN_STEPS = 1000
 
 
-def flow_sigmas(steps: int, shift: float = 8.0) -> tuple[float, ...]:
-    """`steps` + 1 noise levels from just below 1 down to 0, shifted as s * x / (1 + (s - 1) * x)."""
+def flow_sigmas(steps: int, shift: float = 8.0, denoise: float = 1.0) -> tuple[float, ...]:
+    """`steps` + 1 noise levels from just below 1 down to 0, shifted as s * x / (1 + (s - 1) * x).
+
+    `denoise` < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's schedulers do: a given film is then
+    changed only so far.
+    """
     if steps < 1:
         raise ValueError(f"{steps} steps were asked for: at least 1 is needed (50 is the published setting)")
-    first = 1 - 1 / TRAIN_STEPS
-    levels = (first * (1 - i / steps) for i in range(steps))
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
+    total, first = int(steps / denoise), 1 - 1 / TRAIN_STEPS
+    levels = (first * (1 - i / total) for i in range(total - steps, total))
     return (*(shift * x / (1 + (shift - 1) * x) for x in levels), 0.0)
 
 
@@ -45,8 +53,14 @@ class Row:
 class ChunkSchedule:
     """How `frames` latent frames in chunks of `chunk_frames` go through `steps` steps.
 
-    `window`: chunks that are looked at together at most (the trained horizon); `prefix`: finished chunks given at the start.
-    A last chunk shorter than the others is allowed. Raises ValueError for settings that cannot work.
+    `window`: chunks that are looked at together at most (the trained horizon); `prefix` and `suffix`: latent frames given at
+    the start and at the end, of any number. Raises ValueError for settings that cannot work.
+
+    The grid of chunks begins right after the prefix, so all frames of a chunk that still carry noise share one level, as
+    in training; the other way, a given frame inside the first chunk, would mix two levels where the models saw one. The
+    prefix is cut into chunks from its end backwards, so that only the chunk farthest from the new frames may be short.
+    The last generated chunk may be short too. It takes the suffix along (`Chunk.held`): its given frames stand at their own
+    noise level 0 beside those that are denoised.
     """
 
     frames: int
@@ -55,6 +69,7 @@ class ChunkSchedule:
     ar_step: int = 5
     window: int | None = None
     prefix: int = 0
+    suffix: int = 0
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.chunk_frames < 1:
@@ -65,28 +80,58 @@ class ChunkSchedule:
             raise ValueError(f"a window of {self.window} chunks was asked for: a chunk sees at least itself, so use 1 or more")
         if self.ar_step < 0:
             raise ValueError(f"ar_step {self.ar_step} is negative: 0 denoises all chunks together, 5 is the published stagger")
-        if not 0 <= self.prefix < self.chunks:
-            raise ValueError(f"{self.prefix} prefix chunks of {self.chunks}: at least one chunk must be left to generate")
-        if self.chunks > self.reach and self.ar_step * self.reach < self.steps and self.ar_step < self.steps:
+        if self.prefix < 0 or self.suffix < 0:
+            raise ValueError(f"{self.prefix} given latent frames at the start and {self.suffix} at the end: neither can be negative")
+        if self.prefix + self.suffix >= self.frames:
+            raise ValueError(
+                f"{self.prefix + self.suffix} of {self.frames} latent frames are given: at least one must be left to generate; "
+                f"make the film longer or give fewer frames"
+            )
+        if self.prefix > self.horizon:
+            raise ValueError(
+                f"{self.prefix} latent frames are given at the start, but the window holds {self.horizon}: "
+                f"give at most the last {self.horizon} ({4 * self.horizon - 3} frames of the clip)"
+            )
+        todo = self.chunks - self.given
+        if todo > self.reach and self.ar_step * self.reach < self.steps and self.ar_step < self.steps:
             least = -(-self.steps // self.reach)
             raise ValueError(
-                f"{self.chunks} chunks do not fit a window of {self.reach} at ar_step {self.ar_step}: use ar_step {least} or more, "
+                f"{todo} chunks do not fit a window of {self.reach} at ar_step {self.ar_step}: use ar_step {least} or more, "
                 f"or at most {self.reach} chunks ({self.reach * self.chunk_frames} latent frames)"
             )
 
     @property
+    def given(self) -> int:
+        """Chunks of the prefix."""
+        return -(-self.prefix // self.chunk_frames)
+
+    @property
     def chunks(self) -> int:
-        return -(-self.frames // self.chunk_frames)
+        """All chunks, those of the prefix included."""
+        return len(self._spans)
 
     @property
     def reach(self) -> int:
-        """Chunks that one chunk can see, itself included."""
+        """Whole chunks that one chunk can see, itself included."""
         return self.window or self.chunks
 
+    @property
+    def horizon(self) -> int:
+        """Latent frames that one chunk can see, itself included."""
+        return self.window * self.chunk_frames if self.window else self.frames
+
     def span(self, index: int) -> tuple[int, int]:
-        """First latent frame and number of frames of a chunk; only the last may be short."""
-        start = index * self.chunk_frames
-        return start, min(self.chunk_frames, self.frames - start)
+        """First latent frame and number of frames of a chunk."""
+        return self._spans[index]
+
+    def oldest(self, index: int) -> int:
+        """The first chunk that a chunk sees: all that lies within the horizon, in whole chunks."""
+        end = sum(self.span(index))
+        return next(k for k in range(index + 1) if k == index or end - self.span(k)[0] <= self.horizon)
+
+    def at(self, index: int, step: int) -> Chunk:
+        """A chunk at a step."""
+        return Chunk(index, *self.span(index), step, self.steps, self.suffix if index == self.chunks - 1 else 0)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -95,12 +140,20 @@ class ChunkSchedule:
     @property
     def chunk_steps(self) -> int:
         """Steps of all chunks together."""
-        return (self.chunks - self.prefix) * self.steps
+        return (self.chunks - self.given) * self.steps
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[int, int], ...]:
+        size, end = self.chunk_frames, self.frames - self.suffix
+        starts = [*range(self.prefix % size or size, self.prefix, size), *range(self.prefix, end, size)]
+        if self.prefix:
+            starts.insert(0, 0)
+        return tuple((a, b - a) for a, b in pairwise([*starts, self.frames]))
 
     def _rows(self) -> Iterator[Row]:
         done, n = self.steps, self.steps + 1
-        before = [n] * self.prefix + [0] * (self.chunks - self.prefix)
-        last = min(self.reach, self.chunks)
+        before = [n] * self.given + [0] * (self.chunks - self.given)
+        last = sum(sum(self.span(k)) <= self.horizon for k in range(self.chunks)) or 1
         while not all(index >= done for index in before):
             now = list(before)
             for k in range(self.chunks):
@@ -109,9 +162,54 @@ class ChunkSchedule:
             moving = [now[k] != before[k] and now[k] != n for k in range(self.chunks)]
             while last < self.chunks and moving[last]:
                 last += 1
-            active = tuple(Chunk(k, *self.span(k), step=now[k] - 1, steps=self.steps) for k in range(self.chunks) if moving[k])
-            yield Row(active, max(0, last - self.reach), last, tuple(now))
+            active = tuple(self.at(k, now[k] - 1) for k in range(self.chunks) if moving[k])
+            yield Row(active, min(self.oldest(last - 1), active[0].index), last, tuple(now))
             before = now
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Frames `start`.. of a film as a run of their own. `index`: what to add to its chunks' numbers to count them over the film."""
+
+    start: int
+    index: int
+    schedule: ChunkSchedule
+
+    @property
+    def end(self) -> int:
+        return self.start + self.schedule.frames
+
+
+def plan_windows(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
+                 prefix: int = 0, suffix: int = 0) -> tuple[Window, ...]:  # fmt: skip
+    """A film of `frames` latent frames as windows of `length`, each beginning with the last `overlap` frames of the one before it.
+
+    This is how SkyReels-V2 makes films longer than it was trained for (97 frames = 25 latent frames, overlap 17 = 5): the
+    last window takes what is left and may be short. `prefix` and `suffix` are given at the start and the end of the film;
+    a window is ended early where only given frames would be left for the last one.
+    """
+    if frames > length and not 0 < overlap < length - suffix:
+        raise ValueError(
+            f"windows of {length} latent frames cannot overlap by {overlap}{f' and end in {suffix} given frames' if suffix else ''}: "
+            f"use an overlap of 1 to {max(length - suffix - 1, 1)}, or at most {length} latent frames"
+        )
+    if frames > length and prefix >= length - suffix:
+        raise ValueError(
+            f"{prefix} latent frames are given at the start, but a window holds {length}: give at most the last {length - suffix - 1} "
+            f"({4 * (length - suffix) - 7} frames of the clip; 17 is the published overlap)"
+        )
+    out: list[Window] = []
+    start, given, total = 0, prefix, 0
+    while True:
+        end = min(start + length, frames)
+        if 0 < frames - end <= suffix:
+            end = frames - suffix - 1
+        schedule = ChunkSchedule(end - start, chunk_frames, steps, ar_step, None, given, suffix if end == frames else 0)
+        out.append(Window(start, total - (schedule.given if out else 0), schedule))
+        if end == frames:
+            return tuple(out)
+        total = out[-1].index + schedule.chunks
+        start, given = end - overlap, overlap
 
 
 def nearest_frames(frames: int, chunk_frames: int, temporal: int = 4) -> tuple[int, int]:

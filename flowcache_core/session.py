@@ -24,14 +24,16 @@ from .state import ChunkState, RunState
 class Session:
     """A run of `schedule` over latents [batch, C, frames, h, w] at noise levels `sigmas` (steps + 1 of them, ending in 0).
 
+    `prefix_sigma`: the noise level at which the given first frames are shown (0: clean).
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
     def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], batch: int = 1,
-                 policy: CachePolicy | None = None, fps: int = 24) -> None:  # fmt: skip
+                 policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0) -> None:  # fmt: skip
         if len(sigmas) != schedule.steps + 1:
             raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
         self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
+        self.prefix_sigma = prefix_sigma
         self.policy: CachePolicy = policy or Always()
         self.report = RunReport(schedule.chunks, schedule.steps)
         self.state = RunState()
@@ -54,7 +56,8 @@ class Session:
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
         """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
-        call = Call(x, self.sigmas[chunk.step], chunk, self._text_of(context, branches), self.fps)
+        sigma = self.prefix_sigma if chunk.index < self.schedule.given else self.sigmas[chunk.step]
+        call = Call(x, sigma, chunk, self._text_of(context, branches), self.fps)
         state = self.state.of(chunk.index)
         if chunk.committing:
             if state.decided_at != chunk.step:
@@ -87,7 +90,7 @@ class Session:
 
     def _compute(self, call: Call, branches: Branches) -> tuple[Tensor, Tensor]:
         chunk, tokens = call.chunk, self._frame_tokens
-        oldest = self.schedule.span(max(0, chunk.index - self.schedule.reach + 1))[0]
+        oldest = self.schedule.span(self.schedule.oldest(chunk.index))[0]
         cache, rows = self._kv.of(branches)
         attend = CachedAttention(cache, rows, oldest * tokens, chunk.start * tokens, (chunk.start + chunk.frames) * tokens)
         with self.report.clock("network", call.x.device):

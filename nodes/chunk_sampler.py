@@ -1,7 +1,8 @@
-"""The sampler object behind AR Chunk Sampler: the core's loop, driven by the stock guider."""
+"""The sampler object behind AR Chunk Sampler: the core's loops, driven by the stock guider."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +12,61 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.chunk import Chunk
+from ..flowcache_core.given import GivenNoise, given_frames
+from ..flowcache_core.models.wan_vae import latent_frames
 from ..flowcache_core.report import RunReport
-from ..flowcache_core.sampler import sample_chunks
-from ..flowcache_core.schedule import ChunkSchedule
+from ..flowcache_core.sampler import sample_chunks, sample_windows
+from ..flowcache_core.schedule import ChunkSchedule, Row, Window, plan_windows
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
-from .host_model import TURN, Turn, policy_of, require_ours
+from ..flowcache_core.window import WindowSession
+from .host_model import TURN, ChunkLayout, ChunkTurn, WindowTurn, policy_of, require_ours
 from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
+AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
+
+Plan = ChunkSchedule | tuple[Window, ...]
+"""One rolling schedule with a KV cache, or bidirectional windows."""
 
 
 class Mailbox:
-    """Where a finished run leaves its report for Cache Report; it holds numbers, never tensors of the run."""
+    """Where the runs of one sampler leave their report for Cache Report; it holds numbers, never tensors of a run."""
 
-    report: RunReport | None = None
+    def __init__(self) -> None:
+        self.report: RunReport | None = None
+        self.runs = 0
+
+    def put(self, report: RunReport) -> None:
+        self.report, self.runs = report, self.runs + 1
+
+    @property
+    def name(self) -> str:
+        """Which run the report is of, where the sampler has made several."""
+        return f"run {self.runs} of this sampler: " if self.runs > 1 else ""
+
+
+class Progress:
+    """Bar, preview and live map of one run of `total` steps."""
+
+    def __init__(self, film: torch.Tensor, total: int, chunks: int, node: str | None, callback: Any, hide: bool) -> None:
+        self.total, self.chunks, self.callback, self.at = total, chunks, callback, 0
+        self.shown, self.live = film.clone(), LiveMap(node, total)
+        self.bar = tqdm(total=total, disable=hide)
+
+    def step(self, report: RunReport, chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
+        self.shown[:, :, chunk.start : chunk.start + chunk.frames] = clean
+        self.at += 1
+        self.bar.set_postfix_str(f"chunk {chunk.index + 1}/{self.chunks}, computed {report.share:.0%}", refresh=False)
+        self.bar.update()
+        self.live.show(report, self.at)
+        if self.callback is not None:
+            self.callback(self.at - 1, self.shown if self.at == self.total else clean, film, self.total)
 
 
 @dataclass(frozen=True)
 class ChunkSampler(comfy.samplers.Sampler):
-    """Settings of the node; `chunk_frames` and `window` 0 mean the model's own."""
+    """Settings of the node; `chunk_frames`, `window` and `window_frames` 0 mean the model's own."""
 
     solver: str
     ar_step: int
@@ -39,52 +75,88 @@ class ChunkSampler(comfy.samplers.Sampler):
     fps: int
     mailbox: Mailbox
     node: str | None = None
+    attention: str = AUTO
+    window_frames: int = 0
+    overlap_history: int = 17
+    addnoise_condition: int = 20
+
+    def around(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """The host's OUTER_SAMPLE: refuses before any weights move; puts given frames back as they came, past the latent format."""
+        model = require_ours(executor.class_obj.model_patcher, NODE)
+        self._require(noise, latent_image, sigmas)
+        prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
+        self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, executor.class_obj.model_options)
+        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        keep_given(samples, latent_image, prefix, suffix)
+        return samples
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
         model = require_ours(model_wrap.model_patcher, NODE)
-        self._require(noise, latent_image, denoise_mask, sigmas)
-        levels = sigmas.tolist()
-        schedule = self.schedule(model.layout, noise.shape[2], len(levels) - 1)
-        options = extra_args["model_options"]["transformer_options"]
-        total, at, shown = schedule.chunk_steps, 0, torch.zeros_like(noise)
-        live = LiveMap(self.node, total)
+        self._require(noise, latent_image, sigmas)
+        prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
+        plan = self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, extra_args["model_options"])
         x = model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
-
-        def predict(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            sigma = levels[chunk.step]
-            options[TURN] = Turn(session, chunk)
-            clean = model_wrap(part, sigmas[chunk.step] * part.new_ones(part.shape[0]), **extra_args)
-            return (part - clean) / sigma if sigma else clean
-
-        def on_step(chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
-            nonlocal at
-            shown[:, :, chunk.start : chunk.start + chunk.frames] = clean
-            at += 1
-            bar.set_postfix_str(f"chunk {chunk.index + 1}/{schedule.chunks}, computed {session.report.share:.0%}", refresh=False)
-            bar.update()
-            live.show(session.report, at)
-            if callback is not None:
-                callback(at - 1, shown if at == total else clean, film, total)
-
-        with (
-            Session(
-                model.adapter(), schedule, levels, tuple(noise.shape[3:]), noise.shape[0], policy_of(extra_args["model_options"]), self.fps
-            ) as session,
-            tqdm(total=total, disable=disable_pbar) as bar,
-        ):
-            try:
-                samples = sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step)
-            finally:
-                options.pop(TURN, None)
-        self.mailbox.report = session.report
-        bar.write(f"FlowCache: {session.report.summary()}")
+        keep_given(x, latent_image, prefix, suffix)
+        run = self._causal if isinstance(plan, ChunkSchedule) else self._bidirectional
+        light = GivenNoise(self.addnoise_condition, extra_args.get("seed") or 0)
+        options = extra_args["model_options"]["transformer_options"]
+        try:
+            samples, report = run(plan, model, model_wrap, sigmas, extra_args, x, light, callback, disable_pbar)
+        finally:
+            options.pop(TURN, None)
+        self.mailbox.put(report)
+        tqdm.write(f"FlowCache: {report.summary()}")
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
-    def schedule(self, layout: Any, frames: int, steps: int) -> ChunkSchedule:
-        return ChunkSchedule(frames, self.chunk_frames or layout.chunk_frames, steps, self.ar_step, self.window or layout.window)
+    def plan(self, layout: ChunkLayout, frames: int, steps: int, prefix: int, suffix: int, model_options: dict[str, Any]) -> Plan:
+        """Raises ValueError, with the way out, for a film that these settings cannot make."""
+        chunk, window = self.chunk_frames or layout.chunk_frames, self.window or layout.window
+        causal = layout.causal if self.attention == AUTO else self.attention == CAUSAL
+        if causal:
+            return ChunkSchedule(frames, chunk, steps, self.ar_step, window, prefix, suffix)
+        policy = policy_of(model_options)
+        if policy is not None:
+            mine = f"{AUTO}, for this model {BIDIRECTIONAL}" if self.attention == AUTO else BIDIRECTIONAL
+            raise ValueError(
+                f"{policy.name.title()} Cache cannot work with the attention of {NODE}, {mine}: there every frame changes every other in every "
+                f"row, so no chunk can be skipped; set attention to {CAUSAL}, or bypass the cache node"
+            )
+        length = latent_frames(self.window_frames) if self.window_frames else chunk * window
+        return plan_windows(frames, chunk, steps, self.ar_step, length, latent_frames(self.overlap_history), prefix, suffix)
 
-    def _require(self, noise: torch.Tensor, latent_image: Any, denoise_mask: Any, sigmas: torch.Tensor) -> None:
+    def _causal(self, schedule, model, model_wrap, sigmas, extra_args, x, light, callback, hide):  # type: ignore[no-untyped-def]
+        levels, options = sigmas.tolist(), extra_args["model_options"]["transformer_options"]
+        grid, policy = tuple(x.shape[3:]), policy_of(extra_args["model_options"])
+        progress = Progress(x, schedule.chunk_steps, schedule.chunks, self.node, callback, hide)
+        with Session(model.adapter(), schedule, levels, grid, x.shape[0], policy, self.fps, light.sigma) as session, progress.bar:
+
+            def predict(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+                options[TURN] = ChunkTurn(session, chunk)
+                return velocity(model_wrap, part, sigmas[chunk.step], extra_args)
+
+            def on_step(chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
+                progress.step(session.report, chunk, clean, film)
+
+            return sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step, light), session.report
+
+    def _bidirectional(self, windows, model, model_wrap, sigmas, extra_args, x, light, callback, hide):  # type: ignore[no-untyped-def]
+        levels, options = sigmas.tolist(), extra_args["model_options"]["transformer_options"]
+        steps = sum(window.schedule.chunk_steps for window in windows)
+        chunks = windows[-1].index + windows[-1].schedule.chunks
+        progress = Progress(x, steps, chunks, self.node, callback, hide)
+        with WindowSession(model.adapter(), windows, tuple(x.shape[3:]), self.fps) as session, progress.bar:
+
+            def predict(part: torch.Tensor, per_frame: tuple[float, ...], row: Row) -> torch.Tensor:
+                session.begin(row, part.shape[2])
+                options[TURN] = WindowTurn(session, per_frame)
+                return velocity(model_wrap, part, sigmas[min(chunk.step for chunk in row.active)], extra_args)
+
+            def on_step(chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
+                progress.step(session.report, chunk, clean, film)
+
+            return sample_windows(predict, x, windows, levels, solver(self.solver), on_step, light), session.report
+
+    def _require(self, noise: torch.Tensor, latent_image: Any, sigmas: torch.Tensor) -> None:
         if noise.ndim != 5:
             raise ValueError(
                 f"{NODE} needs a video latent [batch, channels, frames, height, width], got {tuple(noise.shape)}: use Empty AR Video Latent"
@@ -93,8 +165,20 @@ class ChunkSampler(comfy.samplers.Sampler):
             raise ValueError(f"{NODE} got {max(len(sigmas) - 1, 0)} steps: set at least 1 in the scheduler")
         if float(sigmas[-1]) != 0:
             raise ValueError(f"{NODE} needs noise levels that end in 0, these end in {float(sigmas[-1]):.4f}: do not split the sigmas")
-        if denoise_mask is not None:
-            raise ValueError(f"{NODE} does not take a noise mask: remove Set Latent Noise Mask from the latent")
         require_finite(noise, "the latents' noise values")
         if latent_image is not None:
             require_finite(latent_image, "the latents")
+
+
+def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, extra_args: dict[str, Any]) -> torch.Tensor:
+    """What the guider makes of the network's velocity: it speaks of clean latents at one noise level, x - sigma * velocity."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    clean = model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
+    return (x - clean) / sigma if float(sigma) else clean
+
+
+def keep_given(samples: torch.Tensor, source: torch.Tensor, prefix: int, suffix: int) -> None:
+    """Puts given latent frames of `source` into `samples`, in place."""
+    end = samples.shape[2] - suffix
+    samples[:, :, :prefix] = source[:, :, :prefix].to(samples)
+    samples[:, :, end:] = source[:, :, end:].to(samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.conds
@@ -10,6 +11,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
@@ -21,6 +23,7 @@ from ..flowcache_core.models.checkpoint import skyreels_config, without_prefix
 from ..flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from ..flowcache_core.session import Session
+from ..flowcache_core.window import WindowSession
 
 OPTIONS = "flowcache"
 """Key in transformer_options under which our settings travel on a MODEL: {"policy": a frozen dataclass}."""
@@ -28,33 +31,51 @@ TURN = "flowcache_turn"
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChunkTurn:
     """What the sampler hands to the network for one evaluation: the run and the chunk."""
 
     session: Session
     chunk: Chunk
 
+    def denoise(self, x: torch.Tensor, context: torch.Tensor, branches: tuple[Any, ...]) -> torch.Tensor:
+        return self.session.denoise(x, self.chunk, context, branches)
+
+
+@dataclass(frozen=True)
+class WindowTurn:
+    """The same for a bidirectional window: the run and the noise level of every latent frame."""
+
+    session: WindowSession
+    sigmas: tuple[float, ...]
+
+    def denoise(self, x: torch.Tensor, context: torch.Tensor, branches: tuple[Any, ...]) -> torch.Tensor:
+        return self.session.denoise(x, self.sigmas, context, branches)
+
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """How the model was trained: latent frames per chunk, chunks it can look at together, frames per second."""
+    """How the model was trained: latent frames per chunk, chunks it can look at together, frames per second, attention.
+
+    `causal`: trained with block-causal attention too; without it, only with attention over the whole window.
+    """
 
     chunk_frames: int
     window: int
     fps: int = 24
+    causal: bool = False
 
 
 class HostNetwork(SkyReelsV2):
-    """The network under ComfyUI's calling convention. With a Turn it is one chunk of a session, without it a whole film."""
+    """The network under ComfyUI's calling convention. With a turn it is one step of our sampler, without it a whole film."""
 
     def __init__(self, config: SkyReelsConfig, dtype: Any = None, device: Any = None, operations: Any = None, **unused: Any) -> None:
         super().__init__(config, operations=operations, device=device, dtype=dtype)
 
     def forward(self, x, timestep, context=None, control=None, transformer_options=None, **unused):  # type: ignore[no-untyped-def, override]
         options = transformer_options or {}
-        turn: Turn | None = options.get(TURN)
+        turn: ChunkTurn | WindowTurn | None = options.get(TURN)
         if turn is not None:
-            return turn.session.denoise(x, turn.chunk, context, tuple(options["uuids"]))
+            return turn.denoise(x, context, tuple(options["uuids"]))
         if options.get(OPTIONS, {}).get("policy") is not None:
             raise ValueError("Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache")
         t = timestep.floor().view(-1, 1)
@@ -114,7 +135,14 @@ def load(weights: dict[str, torch.Tensor], name: str, layout: ChunkLayout) -> An
     if not comfy.model_management.is_device_cpu(offload):
         model.to(offload)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, OPTIONS, outer_sample)
     return patcher
+
+
+def outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """Around a whole sampling: lets a sampler of ours check its plan before weights move; others pass as they are."""
+    around = getattr(sampler, "around", None)
+    return (executor if around is None else partial(around, executor))(noise, latent_image, sampler, *args, **kwargs)
 
 
 def require_ours(model: Any, node: str) -> HostModel:

@@ -49,7 +49,7 @@ class LoadARVideoModel(io.ComfyNode):
     def execute(cls, model_name: str) -> io.NodeOutput:
         if model_name == BUNDLED:
             weights, metadata = read(bundle.NETWORK)
-            model = load(weights, model_name, ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"])))
+            model = load(weights, model_name, ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), causal=True))
             on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
             vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(bundle.VAE)), dtype=fast_dtype() if on_cpu else None)
             return io.NodeOutput(model, word_clip(model.model.diffusion_model.config.text_dim), vae)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..flowcache_core.solvers import SOLVERS
-from .chunk_sampler import ChunkSampler, Mailbox
+from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler, Mailbox
 
 Report = io.Custom("FLOWCACHE_REPORT")
 
@@ -16,8 +16,10 @@ class ARChunkSampler(io.ComfyNode):
         return io.Schema(
             node_id="FlowCacheSampler",
             display_name="AR Chunk Sampler",
+            not_idempotent=True,  # two equal nodes are two samplers, each with its own report
             category="FlowCache",
-            description="Denoises a film chunk by chunk; each chunk attends to the KV cache of the chunks before it. For SamplerCustomAdvanced.",
+            description="Denoises a film chunk by chunk, from noise or from given frames. For SamplerCustomAdvanced.",
+            search_aliases=["flowcache", "diffusion forcing", "skyreels", "image to video", "extend video", "long video"],
             inputs=[
                 io.Combo.Input("solver", options=[kind.name for kind in SOLVERS], tooltip="unipc is what SkyReels-V2 was published with."),
                 io.Int.Input("ar_step", default=5, min=0, max=1000,
@@ -25,12 +27,26 @@ class ARChunkSampler(io.ComfyNode):
                 io.Int.Input("chunk_frames", default=0, min=0, max=64, advanced=True, tooltip="Latent frames per chunk. 0: as trained."),
                 io.Int.Input("window", default=0, min=0, max=1000, advanced=True, tooltip="Chunks a chunk sees, itself included. 0: as trained."),
                 io.Combo.Input("fps", options=["24", "16"], advanced=True, tooltip="Frame rate the network is told; it has learnt these two."),
+                io.Combo.Input("attention", options=[AUTO, CAUSAL, BIDIRECTIONAL], optional=True, advanced=True,
+                               tooltip="Block-causal: a chunk sees itself and the KV cache of earlier chunks, so idle chunks cost nothing and "
+                                       "caching works; a model trained bidirectionally then sees less than it is used to and makes another film. "
+                                       "Bidirectional: every frame of the window sees every other, and all of it runs in every row. "
+                                       "Auto: bidirectional for SkyReels-V2 checkpoints, block-causal for the bundled model."),
+                io.Int.Input("window_frames", default=0, min=0, max=100000, optional=True, advanced=True,
+                             tooltip="Bidirectional only: frames per window, 97 or 121 as published. 0: as trained."),
+                io.Int.Input("overlap_history", default=17, min=1, max=1000, step=4, optional=True, advanced=True,
+                             tooltip="Bidirectional only: the frames that a window takes over from the one before it. 17 as published."),
+                io.Int.Input("addnoise_condition", default=20, min=0, max=999, optional=True, advanced=True,
+                             tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. 20 as published, 0: clean."),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Sampler.Output(), Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str) -> io.NodeOutput:
+    def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str, attention: str = AUTO, window_frames: int = 0,
+                overlap_history: int = 17, addnoise_condition: int = 20) -> io.NodeOutput:  # fmt: skip
         mailbox = Mailbox()
-        return io.NodeOutput(ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox, cls.hidden.unique_id), mailbox)
+        sampler = ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox, cls.hidden.unique_id,
+                               attention, window_frames, overlap_history, addnoise_condition)  # fmt: skip
+        return io.NodeOutput(sampler, mailbox)

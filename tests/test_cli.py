@@ -60,8 +60,8 @@ def test_demo_writes_films_a_map_and_a_report(cli: Cli, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--frames", 58), "use 57 or 69"),
-        (("--frames", 0), "use 9 or 21"),
+        (("--frames", 58), "58 frames are not 4n + 1: use 57 or 61"),
+        (("--frames", 0), "use 1 or 5"),
         (("--arms", "uncached,teacache"), "there is no arm teacache: choose from upstream, uncached, chunkwise"),
         (("--arms", ","), "there is no arm (none given): choose from"),
         (("--steps", 0), "0 steps were asked for: at least 1 is needed"),

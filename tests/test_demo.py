@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowcache_core.bench.metrics import psnr
 from flowcache_core.demo.bundle import NETWORK, VAE, Bundle, load_bundle
-from flowcache_core.generate import Job, decode, generate, generate_upstream
+from flowcache_core.generate import Given, Job, decode, generate, generate_upstream
 from flowcache_core.policies import Chunkwise
 from flowcache_core.report import RunReport
 
@@ -118,8 +118,11 @@ def test_both_solvers_make_a_film_in_one_step(film: Film, solver: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"frames": 20}, "20 frames are not 4n + 1: use 9 or 21"),
-        ({"frames": 1}, "use 9 or 21"),
+        ({"frames": 20}, "20 frames are not 4n + 1: use 17 or 21"),
+        ({"frames": 0}, "0 frames are not 4n + 1: use 1 or 5"),
+        ({"fps": 25}, "25 frames per second were asked for: the network has learnt 16 and 24"),
+        ({"denoise": 0.5}, "denoise 0.5 starts from a given film, and none was given"),
+        ({"addnoise": 1000}, "addnoise_condition 1000 lies outside 0..999"),
         ({"size": 100}, "a picture of 100 pixels does not fit: use a multiple of 16, such as 96"),
         ({"size": 0}, "a picture of 0 pixels does not fit: use a multiple of 16, such as 16"),
         ({"steps": 0}, "0 steps were asked for"),
@@ -132,10 +135,29 @@ def test_a_film_that_cannot_be_made_is_refused(film: Film, changes: dict[str, ob
         film(**changes)
 
 
-@pytest.mark.parametrize("frames", [8, 20, 56, 58])
-def test_the_refusal_of_a_length_tells_no_untruth(bundle: Bundle, frames: int) -> None:
-    """A number of latent frames is called no multiple of the chunk only where it is none."""
-    with pytest.raises(ValueError, match=f"^{frames} frames") as refused:
-        replace(JOB, frames=frames).schedule(bundle)
-    latents = (frames - 1) // 4 + 1
-    assert latents % bundle.chunk_frames or "not a multiple of chunk" not in str(refused.value)
+@pytest.mark.parametrize("frames", [1, 5, 13, 33])
+def test_every_length_of_four_n_plus_one_makes_a_film(film: Film, frames: int) -> None:
+    latents, _ = film(frames=frames, steps=2, size=32)
+    assert latents.shape[2] == (frames - 1) // 4 + 1
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("make", [generate, generate_upstream])
+def test_given_frames_come_out_as_they_went_in(bundle: Bundle, make: Callable[..., tuple[Tensor, RunReport]]) -> None:
+    source = torch.randn(1, 16, 3, 4, 4)
+    given = Given(start=source[:, :, :1], end=source[:, :, 2:])
+    latents, _ = make(bundle, replace(JOB, frames=33, steps=2, size=32), given=given)
+    assert torch.equal(latents[:, :, :1], source[:, :, :1])
+    assert torch.equal(latents[:, :, -1:], source[:, :, 2:])
+
+
+def test_less_denoising_stays_nearer_to_the_given_film(bundle: Bundle) -> None:
+    source = torch.randn(1, 16, 3, 4, 4)
+    job = replace(JOB, steps=3, size=32)
+    near, far = (generate(bundle, replace(job, denoise=d), given=Given(film=source))[0] for d in (0.05, 0.9))
+    assert (near - source).abs().mean() < (far - source).abs().mean() / 2
+
+
+def test_given_latents_of_another_size_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(ValueError, match=re.escape("the given first frames have latents of shape (1, 16, 1, 8, 8), but (1, 16, 1, 4, 4) are needed")):
+        generate(bundle, replace(JOB, size=32), given=Given(start=torch.zeros(1, 16, 1, 8, 8)))

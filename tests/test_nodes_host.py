@@ -139,6 +139,18 @@ def small(graph: Graph, steps: int = 4, length: float = 9) -> Graph:
     return put(put(graph, "BasicScheduler", steps=steps), "FlowCacheLatent", length=length, unit="frames", width=128, height=128)
 
 
+def quick(graph: Graph) -> Graph:
+    """Any workflow with two steps and as short as it still makes sense: a film longer than the window stays longer."""
+    out = copy.deepcopy(graph)
+    for one in out.values():
+        inputs = one["inputs"]
+        if one["class_type"] == "BasicScheduler":
+            inputs["steps"] = 2
+        if one["class_type"] == "FlowCacheLatent":
+            inputs.update(length=69 if inputs["unit"] == "seconds" else min(inputs["length"], 33), unit="frames")
+    return out
+
+
 def after_loader(graph: Graph, kind: str, **inputs: Any) -> Graph:
     """The graph with one more model node between the loader and everything that took its MODEL."""
     out, loader = copy.deepcopy(graph), node(graph, "FlowCacheLoadModel")
@@ -174,7 +186,14 @@ def graph() -> Graph:
 
 def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
     info = {k: v for k, v in host.ask("/object_info").items() if k.startswith("FlowCache")}
-    assert set(info) == {"FlowCacheLoadModel", "FlowCacheLatent", "FlowCacheChunkwise", "FlowCacheSampler", "FlowCacheReport"}
+    assert set(info) == {
+        "FlowCacheLoadModel",
+        "FlowCacheLatent",
+        "FlowCacheConditionFrames",
+        "FlowCacheChunkwise",
+        "FlowCacheSampler",
+        "FlowCacheReport",
+    }
     for name, one in info.items():
         assert one["category"] == "FlowCache"
         assert one["description"].endswith("."), name
@@ -184,11 +203,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_every_workflow_runs(host: Host, path: Path) -> None:
-    graph = json.loads(path.read_text())
-    kinds = {one["class_type"] for one in graph.values()}
-    if {"BasicScheduler", "FlowCacheLatent"} <= kinds:
-        graph = small(graph)
-    done = host.run(graph)
+    done = host.run(quick(json.loads(path.read_text())))
     assert done["status"]["status_str"] == "success", error_of(done)
     assert done["outputs"]
 
@@ -234,6 +249,120 @@ def test_every_setting_of_the_sampler_changes_the_film(host: Host, graph: Graph,
     assert not torch.equal(host.latents(put(base, "FlowCacheSampler", **settings)), host.latents(base))
 
 
+BIDIRECTIONAL = "bidirectional (as trained)"
+
+
+def with_frames(graph: Graph, length: float = 33, **inputs: Any) -> Graph:
+    """The graph with AR Video Frames In before the sampler; a picture `picture` and a clip `clip` can be connected."""
+    frames = {"model": [node(graph, "FlowCacheLoadModel"), 0], "vae": [node(graph, "FlowCacheLoadModel"), 2]}
+    frames |= {"latent": [node(graph, "FlowCacheLatent"), 0], **inputs}
+    picture = {"width": 96, "height": 128, "batch_size": 1, "color": 0x204080}
+    out = put(put(small(graph, 2, length), "FlowCacheLatent", width=64, height=64), "SamplerCustomAdvanced", latent_image=["frames", 0])
+    return {
+        **out,
+        "frames": {"class_type": "FlowCacheConditionFrames", "inputs": frames},
+        "picture": {"class_type": "EmptyImage", "inputs": picture},
+        "clip": {"class_type": "EmptyImage", "inputs": {**picture, "batch_size": 22}},
+    }
+
+
+def given_latents(host: Host, graph: Graph) -> dict[str, Tensor]:
+    """What AR Video Frames In hands on."""
+    name = f"g{time.monotonic_ns()}"
+    keep = {k: v for k, v in graph.items() if v["class_type"] in ("FlowCacheLoadModel", "FlowCacheLatent", "FlowCacheConditionFrames", "EmptyImage")}
+    done = host.run({**keep, "save": {"class_type": "SaveLatent", "inputs": {"samples": ["frames", 0], "filename_prefix": name}}})
+    assert done["status"]["status_str"] == "success", error_of(done)
+    (path,) = (host.base / "output").glob(f"{name}*.latent")
+    return load_file(path)
+
+
+CASES = [
+    ({"start": ["picture", 0]}, 1, 0),
+    ({"end": ["picture", 0]}, 0, 1),
+    ({"start": ["clip", 0], "history": 17, "end": ["picture", 0]}, 5, 1),
+    ({"start": ["clip", 0], "history": 16}, 4, 0),
+    ({"start": ["clip", 0]}, 6, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("attention", "inputs", "prefix", "suffix"), [*(("auto", *case) for case in CASES), *((BIDIRECTIONAL, *case) for case in CASES[:3])]
+)
+def test_given_frames_come_out_bit_for_bit(host: Host, graph: Graph, attention: str, inputs: dict[str, Any], prefix: int, suffix: int) -> None:
+    made = put(with_frames(graph, **inputs), "FlowCacheSampler", attention=attention)
+    made = without_cache(made) if attention == BIDIRECTIONAL else made
+    before, after = given_latents(host, made)["latent_tensor"], host.latents(made)
+    assert torch.equal(after[:, :, :prefix], before[:, :, :prefix])
+    assert torch.equal(after[:, :, 9 - suffix :], before[:, :, 9 - suffix :])
+    assert before[:, :, :prefix].any() or not prefix
+    assert not before[:, :, prefix : 9 - suffix].any()
+    assert torch.isfinite(after).all()
+
+
+def test_latents_can_be_gone_on_from_without_decoding(host: Host, graph: Graph) -> None:
+    other = {"class_type": "FlowCacheLatent", "inputs": {**graph[node(graph, "FlowCacheLatent")]["inputs"], "length": 21, "width": 64, "height": 64}}
+    first = host.run(with_frames(graph, start_latent=["other", 0], history=9) | {"other": other})
+    assert first["status"]["status_str"] == "success", error_of(first)
+    assert "given: 9 frames (3 latent) at the start" in json.dumps(first["outputs"]["frames"])
+
+
+def test_video_to_video_with_little_denoising_stays_near_its_source(host: Host, graph: Graph) -> None:
+    source = host.latents(graph)
+    sampled = [node(graph, "SamplerCustomAdvanced"), 0]
+    again = {"class_type": "SamplerCustomAdvanced", "inputs": {**graph[sampled[0]]["inputs"], "latent_image": sampled, "sigmas": ["sigmas", 0]}}
+    error = []
+    for denoise in (0.02, 0.9):
+        scheduler = {"class_type": "BasicScheduler", "inputs": {**graph[node(graph, "BasicScheduler")]["inputs"], "denoise": denoise}}
+        name = f"v{time.monotonic_ns()}"
+        save = {"class_type": "SaveLatent", "inputs": {"samples": ["again", 0], "filename_prefix": name}}
+        done = host.run({**graph, "again": again, "sigmas": scheduler, "save": save})
+        assert done["status"]["status_str"] == "success", error_of(done)
+        (path,) = (host.base / "output").glob(f"{name}*.latent")
+        error.append(float((load_file(path)["latent_tensor"] - source).abs().mean()))
+    assert 0 < error[0] < error[1] / 2
+
+
+def test_bidirectional_windows_run_and_make_another_film(host: Host, graph: Graph) -> None:
+    base = put(put(without_cache(small(graph, 2, 69)), "FlowCacheSampler", ar_step=1), "FlowCacheLatent", width=64, height=64)
+    causal, windows = host.latents(base), host.latents(put(base, "FlowCacheSampler", attention=BIDIRECTIONAL, overlap_history=9))
+    assert causal.shape == windows.shape == (1, 16, 18, 8, 8)
+    assert torch.isfinite(windows).all()
+    assert not torch.allclose(causal, windows)
+
+
+def test_one_chunk_alone_is_the_same_either_way(host: Host, graph: Graph) -> None:
+    """Where there is no other chunk to look at, block-causal and bidirectional are one."""
+    base = without_cache(graph)
+    either = [host.latents(put(base, "FlowCacheSampler", attention=kind)) for kind in ("block-causal (KV cache)", BIDIRECTIONAL)]
+    torch.testing.assert_close(*either, rtol=0.1, atol=0.1)
+
+
+def test_auto_is_block_causal_for_the_bundled_model(host: Host, graph: Graph) -> None:
+    base = without_cache(small(graph, length=21))
+    either = [host.latents(put(base, "FlowCacheSampler", attention=kind)) for kind in ("block-causal (KV cache)", "auto")]
+    assert torch.equal(*either)
+
+
+def test_a_graph_of_before_the_new_inputs_still_runs(host: Host, graph: Graph) -> None:
+    old = copy.deepcopy(graph)
+    old[node(old, "FlowCacheSampler")]["inputs"] = {"solver": "unipc", "ar_step": 5, "chunk_frames": 0, "window": 0, "fps": "24"}
+    assert torch.equal(host.latents(old), host.latents(graph))
+
+
+def test_two_samplers_of_equal_settings_keep_their_own_reports(host: Host, graph: Graph) -> None:
+    twice = copy.deepcopy(graph)
+    twice["s2"] = copy.deepcopy(graph[node(graph, "FlowCacheSampler")])
+    twice["film2"] = copy.deepcopy(graph[node(graph, "SamplerCustomAdvanced")])
+    twice["film2"]["inputs"].update(sampler=["s2", 0], sigmas=["sigmas", 0])
+    scheduler = graph[node(graph, "BasicScheduler")]["inputs"]
+    twice["sigmas"] = {"class_type": "BasicScheduler", "inputs": {**scheduler, "steps": 3}}
+    twice["report2"] = {"class_type": "FlowCacheReport", "inputs": {"report": ["s2", 1], "latent": ["film2", 0]}}
+    done = host.run(twice)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    assert "of 4 chunk-steps" in json.dumps(done["outputs"][node(graph, "FlowCacheReport")]["text"])
+    assert "of 3 chunk-steps" in json.dumps(done["outputs"]["report2"]["text"])
+
+
 def refused(host: Host, graph: Graph, sentence: str) -> None:
     done = host.run(graph)
     assert done["status"]["status_str"] == "error"
@@ -260,6 +389,37 @@ def test_chunkwise_under_a_stock_sampler_is_refused(host: Host, graph: Graph) ->
 def test_split_noise_levels_are_refused(host: Host, graph: Graph) -> None:
     split = {"class_type": "SplitSigmas", "inputs": {"sigmas": [node(graph, "BasicScheduler"), 0], "step": 2}}
     refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["split", 0]), "split": split}, "needs noise levels that end in 0")
+
+
+def test_chunkwise_under_bidirectional_attention_is_refused(host: Host, graph: Graph) -> None:
+    sentence = r"Chunkwise Cache cannot work with the attention of AR Chunk Sampler.*set attention to block-causal \(KV cache\), or bypass"
+    refused(host, put(graph, "FlowCacheSampler", attention=BIDIRECTIONAL), sentence)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"start": ["clip", 0], "length": 9}, "6 of 3 latent frames are given: at least one must be left to generate"),
+        ({}, "was given nothing: connect start, end or start_latent"),
+        ({"start": ["picture", 0], "start_latent": ["1", 0]}, "was given both start and start_latent"),
+    ],
+)
+def test_frames_that_do_not_fit_are_refused(host: Host, graph: Graph, inputs: dict[str, Any], sentence: str) -> None:
+    if "start_latent" in inputs:
+        inputs = {**inputs, "start_latent": [node(graph, "FlowCacheLatent"), 0]}
+    refused(host, with_frames(graph, **inputs), sentence)
+
+
+def test_a_mask_within_the_picture_is_refused_before_weights_move(host: Host, graph: Graph) -> None:
+    host.ask("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)
+    masked = put(graph, "SamplerCustomAdvanced", latent_image=["masked", 0])
+    masked["half"] = {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 128, "height": 128}}
+    latent = {"samples": [node(graph, "FlowCacheLatent"), 0], "mask": ["half", 0]}
+    masked["masked"] = {"class_type": "SetLatentNoiseMask", "inputs": latent}
+    loads = host.log.read_text().count("HostModel")
+    refused(host, masked, "the noise mask keeps a part of latent frame 0: whole frames are kept or generated")
+    assert host.log.read_text().count("HostModel") == loads, "the host says so when it loads a model"
 
 
 def test_chunkwise_settings_that_contradict_are_refused(host: Host, graph: Graph) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from flowcache_core.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, timestep
+from flowcache_core.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, plan_windows, timestep
 
 FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
 LAST_SIX = [521, 470, 409, 337, 249, 140]
@@ -72,7 +73,7 @@ def test_three_chunks_two_rows_apart_follow_the_worked_table() -> None:
 
 
 def test_a_given_first_chunk_follows_the_worked_table() -> None:
-    assert table(ChunkSchedule(9, 3, 4, ar_step=2, prefix=1)) == [
+    assert table(ChunkSchedule(9, 3, 4, ar_step=2, prefix=3)) == [
         "0 999* 999",
         "0 959* 999",
         "0 888* 999*",
@@ -91,7 +92,7 @@ def test_windows_of_five_chunks_at_base_three_follow_the_worked_table() -> None:
     assert [(r.first, r.last) for r in rows] == [(0, 3)] * 6 + [(1, 4)] * 2 + [(2, 5)] * 4
 
 
-@pytest.mark.parametrize(("prefix", "rows", "chunk_steps"), [(0, 70, 250), (1, 65, 200)])
+@pytest.mark.parametrize(("prefix", "rows", "chunk_steps"), [(0, 70, 250), (5, 65, 200)])
 def test_five_chunks_of_fifty_steps_take_the_published_number_of_rows(prefix: int, rows: int, chunk_steps: int) -> None:
     schedule = ChunkSchedule(25, 5, 50, ar_step=5, prefix=prefix)
     assert len(schedule.rows) == rows
@@ -132,6 +133,124 @@ def test_only_the_last_chunk_may_be_short() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prefix", "suffix", "spans"),
+    [
+        (1, 0, [(0, 1), (1, 3), (4, 3), (7, 2)]),
+        (3, 0, [(0, 3), (3, 3), (6, 3)]),
+        (4, 0, [(0, 1), (1, 3), (4, 3), (7, 2)]),
+        (5, 0, [(0, 2), (2, 3), (5, 3), (8, 1)]),
+        (8, 0, [(0, 2), (2, 3), (5, 3), (8, 1)]),
+        (0, 1, [(0, 3), (3, 3), (6, 3)]),
+        (0, 2, [(0, 3), (3, 3), (6, 3)]),
+        (1, 1, [(0, 1), (1, 3), (4, 3), (7, 2)]),
+        (0, 3, [(0, 3), (3, 6)]),
+        (4, 4, [(0, 1), (1, 3), (4, 5)]),
+    ],
+)
+def test_the_grid_begins_after_the_prefix_and_the_last_chunk_takes_the_suffix(prefix: int, suffix: int, spans: list[tuple[int, int]]) -> None:
+    schedule = ChunkSchedule(9, 3, 2, ar_step=1, prefix=prefix, suffix=suffix)
+    assert [schedule.span(k) for k in range(schedule.chunks)] == spans
+    assert sum(schedule.span(k)[1] for k in range(schedule.given)) == prefix
+    moved = {c.index: range(c.start, c.start + c.frames - c.held) for row in schedule.rows for c in row.active}
+    assert sorted(frame for frames in moved.values() for frame in frames) == list(range(prefix, 9 - suffix))
+
+
+def test_given_frames_never_move_and_all_others_make_exactly_their_steps() -> None:
+    for before in random_schedules(80):
+        for prefix, suffix in ((1, 0), (0, 1), (2, 1), (3, 2)):
+            if prefix + suffix >= before.frames or prefix > before.horizon:
+                continue
+            try:
+                schedule = replace(before, prefix=prefix, suffix=suffix)
+            except ValueError:
+                assert before.window is not None  # shorter chunks can be more of them than a small window holds
+                continue
+            made = [0] * schedule.frames
+            for row in schedule.rows:
+                assert all(row.first <= chunk.index < row.last for chunk in row.active), (schedule, row)
+                for chunk in row.active:
+                    for frame in range(chunk.start, chunk.start + chunk.frames - chunk.held):
+                        made[frame] += 1
+            assert made == [0] * prefix + [schedule.steps] * (schedule.frames - prefix - suffix) + [0] * suffix, schedule
+
+
+def test_a_first_frame_stays_in_sight_of_the_whole_trained_horizon() -> None:
+    """One chunk more than the window counts, but not one frame more: image to video at the trained length sees the image throughout."""
+    schedule = ChunkSchedule(15, 3, 50, ar_step=5, window=5, prefix=1)
+    assert schedule.chunks == 6
+    assert [schedule.oldest(k) for k in range(6)] == [0] * 6
+    assert {(row.first, row.last) for row in schedule.rows} == {(0, 6)}
+
+
+def test_a_chunk_sees_whole_chunks_within_the_horizon() -> None:
+    assert [ChunkSchedule(17, 3, 4, ar_step=2, window=3).oldest(k) for k in range(6)] == [0, 0, 0, 1, 2, 3]
+    assert [ChunkSchedule(17, 3, 4, ar_step=2, window=3, prefix=2).oldest(k) for k in range(6)] == [0, 0, 0, 1, 2, 3]
+
+
+WINDOWS = {
+    33: [(0, 9, 0)],
+    97: [(0, 25, 0)],
+    101: [(0, 25, 0), (20, 26, 5)],
+    177: [(0, 25, 0), (20, 45, 5)],
+    260: [(0, 25, 0), (20, 45, 5), (40, 65, 5)],
+    737: [(0, 25, 0), *((20 * i, 20 * i + 25, 5) for i in range(1, 9))],
+}
+
+
+@pytest.mark.parametrize("frames", WINDOWS)
+def test_films_of_any_length_are_cut_into_the_published_windows(frames: int) -> None:
+    """Windows of 97 frames, overlap 17: (first, end, given) in latent frames. 260 frames are 65 latent frames, as 257 are."""
+    windows = plan_windows((frames - 1) // 4 + 1, 5, 50, 5, length=25, overlap=5)
+    assert [(w.start, w.end, w.schedule.prefix) for w in windows] == WINDOWS[frames]
+
+
+def test_windows_of_121_frames_follow_the_published_rule() -> None:
+    windows = plan_windows(185, 5, 50, 5, length=31, overlap=5)
+    assert [(w.start, w.end) for w in windows] == [(26 * i, min(26 * i + 31, 185)) for i in range(7)]
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (1, 0), (0, 1), (5, 2), (24, 0)])
+@pytest.mark.parametrize("frames", [26, 27, 40, 45, 46, 65])
+def test_windows_generate_every_frame_that_is_not_given_exactly_once(frames: int, prefix: int, suffix: int) -> None:
+    windows = plan_windows(frames, 5, 4, 1, 25, 5, prefix, suffix)
+    made = [0] * frames
+    for window in windows:
+        own = window.schedule
+        assert own.frames <= 25
+        for frame in range(own.prefix, own.frames - own.suffix):
+            made[window.start + frame] += 1
+    assert made == [0] * prefix + [1] * (frames - prefix - suffix) + [0] * suffix
+    numbers = [c.index + w.index for w in windows for row in w.schedule.rows for c in row.active]
+    assert sorted(set(numbers)) == list(range(windows[0].schedule.given, windows[-1].index + windows[-1].schedule.chunks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"overlap": 25}, "windows of 25 latent frames cannot overlap by 25: use an overlap of 1 to 24, or at most 25 latent frames"),
+        ({"overlap": 0}, "cannot overlap by 0"),
+        ({"overlap": 20, "suffix": 5}, "cannot overlap by 20 and end in 5 given frames: use an overlap of 1 to 19"),
+        ({"prefix": 25}, r"25 latent frames are given at the start, but a window holds 25: give at most the last 24 \(93 frames of the clip"),
+        ({"prefix": 64, "suffix": 1}, "64 latent frames are given at the start, but a window holds 25"),
+    ],
+)
+def test_windows_that_cannot_work_are_refused_with_the_numbers(settings: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan_windows(**{"frames": 65, "chunk_frames": 5, "steps": 50, "ar_step": 5, "length": 25, "overlap": 5, **settings})
+
+
+def test_a_film_within_the_window_needs_no_overlap() -> None:
+    assert len(plan_windows(25, 5, 4, 1, length=25, overlap=0)) == 1
+
+
+def test_denoise_keeps_the_tail_of_a_longer_schedule_as_the_host_does() -> None:
+    assert flow_sigmas(25, 8.0, 0.5) == flow_sigmas(50)[-26:]
+    assert flow_sigmas(10, 8.0, 0.3) == flow_sigmas(33)[-11:]
+    with pytest.raises(ValueError, match=r"denoise 0 is not above 0 and at most 1"):
+        flow_sigmas(10, 8.0, 0)
+
+
+@pytest.mark.parametrize(
     ("asked", "chunk", "nearest"),
     [(97, 4, (93, 109)), (93, 4, (93, 93)), (57, 3, (57, 57)), (58, 3, (57, 69)), (1, 3, (9, 21)), (96, 5, (77, 97)), (97, 5, (97, 97))],
 )
@@ -146,8 +265,14 @@ def test_nearest_whole_chunks_enclose_the_asked_length(asked: int, chunk: int, n
         ({"chunk_frames": 0}, "9 latent frames in chunks of 0"),
         ({"steps": 0}, "0 steps were asked for: at least 1"),
         ({"ar_step": -1}, "ar_step -1 is negative: 0 denoises all chunks together, 5 is the published stagger"),
-        ({"prefix": 3}, "3 prefix chunks of 3: at least one chunk must be left"),
-        ({"prefix": -1}, "-1 prefix chunks of 3"),
+        ({"prefix": 9}, "9 of 9 latent frames are given: at least one must be left to generate"),
+        ({"prefix": 5, "suffix": 4}, "9 of 9 latent frames are given"),
+        ({"prefix": -1}, "-1 given latent frames at the start and 0 at the end: neither can be negative"),
+        ({"suffix": -1}, "0 given latent frames at the start and -1 at the end"),
+        (
+            {"frames": 30, "window": 4, "prefix": 13, "ar_step": 50},
+            r"13 latent frames are given at the start, but the window holds 12: give at most the last 12 \(45 frames of the clip\)",
+        ),
         (
             {"frames": 30, "window": 4},
             r"10 chunks do not fit a window of 4 at ar_step 5: use ar_step 13 or more, or at most 4 chunks \(12",

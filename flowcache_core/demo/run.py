@@ -27,7 +27,7 @@ PROMPT = "red circle moves right, blue square moves down"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="sprites, colours and directions, such as: %(default)s")
-    parser.add_argument("--frames", type=int, default=57, help="pixel frames, a whole number of chunks (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=57, help="pixel frames, 4n + 1 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default %(default)s)")
     parser.add_argument("--arms", default=",".join(ARMS), help="which ways to run it, of %(default)s")
     parser.add_argument("--seed", type=int, default=1)
@@ -69,8 +69,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
-    schedule = job.schedule(bundle)
-    with tqdm(total=schedule.chunk_steps, desc=f"{arm:>10}", unit="step") as bar:
+    schedules = [w.schedule for w in job.windows(bundle)] if arm == "upstream" else [job.schedule(bundle)]
+    with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == "upstream":
             return generate_upstream(bundle, job, lambda chunk: bar.update())
         return generate(bundle, job, Chunkwise() if arm == "chunkwise" else None, lambda chunk: bar.update())

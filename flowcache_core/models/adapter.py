@@ -16,7 +16,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One evaluation of one chunk. x: [B, C, F, h, w]; sigma: its noise level; text: as `ModelAdapter.text` made it."""
+    """One evaluation of one chunk. x: [B, C, F, h, w]; sigma: its noise level; text: as `ModelAdapter.text` made it.
+
+    The last `chunk.held` frames stand at noise level 0, whatever `sigma` is.
+    """
 
     x: Tensor
     sigma: float
@@ -47,6 +50,10 @@ class ModelAdapter(Protocol):
 
     def replay(self, call: Call, residual: Tensor) -> Tensor:
         """Velocity from an old residual: embedding and head run at the current noise level, the blocks do not."""
+        ...
+
+    def whole(self, x: Tensor, sigmas: Sequence[float], text: Any, fps: int) -> Tensor:
+        """Velocity of a whole window at one noise level per latent frame; every frame sees every other."""
         ...
 
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:

@@ -22,6 +22,8 @@ PATCH = 2
 HEAD_DIM = 128
 FREQUENCIES = 256
 EPS = 1e-6
+FPS = (16, 24)
+"""Frame rates in the order of their rows in `fps_embedding`."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries, keys, values), each [B, heads, T, head_dim] -> [B, heads, T, head_dim]."""
@@ -118,6 +120,13 @@ class Head(nn.Module):
         return y
 
 
+def require_fps(fps: int) -> int:
+    """Raises ValueError for a frame rate that the family has not learnt."""
+    if fps not in FPS:
+        raise ValueError(f"{fps} frames per second were asked for: the network has learnt {' and '.join(map(str, FPS))}, choose one of them")
+    return fps
+
+
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """[B, T, d] with one shift and scale [B, F, d] per latent frame, broadcast over the frame's tokens."""
     x = x.unflatten(1, (shift.shape[1], -1))
@@ -189,7 +198,7 @@ class SkyReelsV2(nn.Module):
         e: Tensor = self.time_embedding(sinusoid(t).to(dtype))
         e0: Tensor = self.time_projection(e).unflatten(-1, (6, -1))
         if self.config.fps:
-            which = torch.full((1, 1), 0 if fps == 16 else 1, dtype=torch.long, device=t.device)
+            which = torch.full((1, 1), FPS.index(require_fps(fps)), dtype=torch.long, device=t.device)
             e0 = e0 + self.fps_projection(self.fps_embedding(which).to(e)).unflatten(-1, (6, -1))
         return e, e0
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..schedule import timestep
 from .adapter import Attend, Call
+from .attention import bidirectional
 from .skyreels import HEAD_DIM, PATCH, SkyReelsV2, TextKV, rope_table
 
 
@@ -17,11 +18,10 @@ class SkyReelsAdapter:
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
 
     name: ClassVar[str] = "skyreels-v2-df"
-    head_dim: ClassVar[int] = HEAD_DIM
 
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype
-        self.layers, self.heads = network.config.layers, network.config.heads
+        self.layers, self.heads, self.head_dim = network.config.layers, network.config.heads, HEAD_DIM
         self._ropes: dict[tuple[int, int, int, int], Tensor] = {}
 
     def tokens_per_frame(self, height: int, width: int) -> int:
@@ -44,6 +44,11 @@ class SkyReelsAdapter:
         e, _ = self._modulation(call)
         return self.network.velocity(self.network.embed(call.x) + residual, e, self._grid(call))
 
+    def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
+        e, e0 = self.network.modulation(torch.tensor([[timestep(s) for s in sigmas]], device=x.device), fps, x.dtype)
+        grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
+        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, self._rope_of(0, grid, x.device), bidirectional), e, grid)
+
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
         t = torch.tensor([[timestep(s)] for s in sigmas], device=device)
@@ -52,14 +57,19 @@ class SkyReelsAdapter:
         return [0.0, *change.tolist()]
 
     def _modulation(self, call: Call) -> tuple[Tensor, Tensor]:
-        t = torch.full((1, 1), timestep(call.sigma), device=call.x.device)
+        moving = call.chunk.frames - call.chunk.held
+        levels = [timestep(call.sigma)] * moving + [0] * call.chunk.held if call.chunk.held else [timestep(call.sigma)]
+        t = torch.tensor([levels], device=call.x.device)
         return self.network.modulation(t, call.fps, call.x.dtype)
 
     def _grid(self, call: Call) -> tuple[int, int, int]:
         return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH
 
     def _rope(self, call: Call) -> Tensor:
-        key = (call.chunk.start, *self._grid(call))
+        return self._rope_of(call.chunk.start, self._grid(call), call.x.device)
+
+    def _rope_of(self, start: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        key = (start, *grid)
         if key not in self._ropes:
-            self._ropes[key] = rope_table(*key, device=call.x.device)
+            self._ropes[key] = rope_table(*key, device=device)
         return self._ropes[key]

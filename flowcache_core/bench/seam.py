@@ -1,0 +1,113 @@
+"""`bench seam`: how visible the join is where a film is extended, against the ordinary change from frame to frame.
+
+A clip of the bundled model is extended, from its last frames, in every way there is, and the mean absolute difference
+between its last frame and the first new one is set beside that of neighbouring frames inside the two parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..demo.bundle import Bundle, load_bundle
+from ..device import fast_dtype
+from ..generate import Given, Job, decode, generate, generate_upstream
+from ..models.wan_vae import TEMPORAL, latent_frames, pixel_frames
+from .prompts import PROMPTS, seed_of
+
+NAME = "seam"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to extend. `frames`: pixel frames of the clip that are given; 0 gives all of it.
+
+    rolled: the clip stays in place and the window rolls on. latents: its last latents become the first of a new film.
+    pixels: its last frames are encoded anew. published: the same, bidirectional, as SkyReels-V2 extends its films.
+    """
+
+    rule: str
+    frames: int
+
+    def extend(self, bundle: Bundle, job: Job, clip: Tensor, film: Tensor) -> tuple[Tensor, Tensor]:
+        """`clip`: latents [1, 16, F, h, w]; `film`: its frames [T, 3, H, W] -> the clip's frames and the new ones, as joined."""
+        if self.rule == "rolled":
+            longer = replace(job, frames=pixel_frames(2 * clip.shape[2]))
+            whole = decode(bundle, generate(bundle, longer, given=Given(start=clip))[0])
+            return whole[: len(film)], whole[len(film) :]
+        latents = latent_frames(self.frames)
+        if self.rule == "latents":
+            more, _ = generate(bundle, job, given=Given(start=clip[:, :, -latents:]))
+            whole = decode(bundle, torch.cat([clip, more[:, :, latents:]], 2))
+            return whole[: len(film)], whole[len(film) :]
+        given = Given(start=encode(bundle, film[-self.frames :]))
+        make = generate_upstream if self.rule == "published" else generate
+        return film, decode(bundle, make(bundle, job, given=given)[0])[self.frames :]
+
+
+RULES = (Rule("rolled", 0), Rule("latents", 9), Rule("latents", 17), Rule("pixels", 9), Rule("pixels", 17), Rule("published", 17))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=int, default=8, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rules", default="", help="only these rules, by name, separated by commas")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """-> {"rows": [...]}: means over the prompts, see `measure`."""
+    if not 1 <= args.prompts <= len(PROMPTS):
+        raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
+    wanted = [r for r in RULES if not args.rules or r.rule in args.rules.split(",")]
+    if not wanted:
+        raise ValueError(f"no rule is called {args.rules}: there are {', '.join(dict.fromkeys(r.rule for r in RULES))}")
+    jobs = [Job(PROMPTS[index], steps=args.steps, seed=seed_of(index)) for index in range(args.prompts)]
+    return {"steps": args.steps, "prompts": args.prompts, "rows": measure(load_bundle(fast_dtype()), jobs, wanted)}
+
+
+def measure(bundle: Bundle, jobs: list[Job], rules: list[Rule]) -> list[dict[str, Any]]:
+    """One row per rule, in grey levels of 255: `seam`, `ordinary` (all neighbouring frames), `boundary` (those that part two latent frames).
+
+    `setting` is the number of given frames; share, psnr, ssim and wall_ratio have no meaning here and are null.
+    """
+    sums = [torch.zeros(3) for _ in rules]
+    with tqdm(total=len(jobs) * (len(rules) + 1), unit="film") as bar:
+        for job in jobs:
+            clip, _ = generate(bundle, job)
+            film = decode(bundle, clip)
+            bar.update()
+            for rule, total in zip(rules, sums, strict=True):
+                total += torch.tensor(jumps(*rule.extend(bundle, replace(job, seed=job.seed + 500), clip, film)))
+                bar.update()
+    means = [(total / len(jobs)).tolist() for total in sums]
+    return [
+        {"rule": rule.rule, "setting": rule.frames or jobs[0].frames, "share": None, "psnr": None, "ssim": None, "wall_ratio": None,
+         "seam": round(seam, 3), "ordinary": round(ordinary, 3), "boundary": round(boundary, 3)}
+        for rule, (seam, ordinary, boundary) in zip(rules, means, strict=True)
+    ]  # fmt: skip
+
+
+def jumps(before: Tensor, after: Tensor) -> tuple[float, float, float]:
+    """Two films [T, 3, H, W] in 0..1 that are joined -> mean absolute change at the seam, between neighbouring frames, and at latent boundaries.
+
+    A film begins with one frame, and then every latent frame is four; what comes after the seam begins with a whole four.
+    """
+    inside = [change(film[1:], film[:-1]) for film in (before, after)]
+    edges = [inside[0][::TEMPORAL], inside[1][TEMPORAL - 1 :: TEMPORAL]]
+    return float(change(after[:1], before[-1:])), float(torch.cat(inside).mean()), float(torch.cat(edges).mean())
+
+
+def change(a: Tensor, b: Tensor) -> Tensor:
+    """[T, 3, H, W] twice, 0..1 -> [T], in grey levels of 255."""
+    return (a - b).abs().mean((1, 2, 3)) * 255
+
+
+@torch.inference_mode()
+def encode(bundle: Bundle, film: Tensor) -> Tensor:
+    """Frames [4n+1, 3, H, W] in 0..1 -> latents [1, 16, n+1, h, w]."""
+    return bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()

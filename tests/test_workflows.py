@@ -1,0 +1,59 @@
+"""Every workflow is there twice, for the page and for the API, and the two say the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parent.parent / "workflows"
+NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+NOTES = {"Note", "MarkdownNote"}
+
+
+def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return json.loads((FOLDER / f"{name}.json").read_text()), json.loads((FOLDER / "api" / f"{name}.json").read_text())
+
+
+def test_there_is_one_of_each() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == NAMES
+    assert {"text_to_video", "image_to_video", "extend_video", "long_text_to_video"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_have_the_same_nodes_links_and_values(name: str) -> None:
+    page, api = both(name)
+    nodes = {str(node["id"]): node for node in page["nodes"] if node["type"] not in NOTES}
+    assert {key: node["type"] for key, node in nodes.items()} == {key: node["class_type"] for key, node in api.items()}
+    drawn = {(str(target), nodes[str(target)]["inputs"][slot]["name"], str(source), out) for _, source, out, target, slot, _ in page["links"]}
+    wired = {(key, name, *value) for key, node in api.items() for name, value in node["inputs"].items() if isinstance(value, list)}
+    assert drawn == wired
+    for key, node in api.items():
+        shown = iter(nodes[key].get("widgets_values", []))
+        for name, value in node["inputs"].items():
+            if not isinstance(value, list):
+                assert any(value == one for one in shown), f"{key} {name} = {value!r} is not among the page's values, or out of order"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_s_links_agree_with_its_nodes(name: str) -> None:
+    page, _ = both(name)
+    nodes = {node["id"]: node for node in page["nodes"]}
+    assert len(nodes) == len(page["nodes"])
+    assert max(nodes) == page["last_node_id"]
+    for link, source, out, target, slot, kind in page["links"]:
+        assert link <= page["last_link_id"]
+        assert nodes[source]["outputs"][out]["type"] == kind
+        assert link in nodes[source]["outputs"][out]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_has_a_small_thumbnail(name: str) -> None:
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size < 100_000
+    with Image.open(path) as picture:
+        assert picture.width >= 128
