@@ -73,12 +73,16 @@ class ChunkSampler(comfy.samplers.Sampler):
             ) as session,
             tqdm(total=total, disable=disable_pbar) as bar,
         ):
+            for said in session.foresee(noise.device):
+                bar.write(f"FlowCache: {said}")
+            live.show(session.report, 0)
             try:
                 samples = sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step)
             finally:
                 options.pop(TURN, None)
         self.mailbox.report = session.report
-        bar.write(f"FlowCache: {session.report.summary()}")
+        for said in (session.report.summary(), *session.told):
+            bar.write(f"FlowCache: {said}")
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
     def schedule(self, layout: Any, frames: int, steps: int) -> ChunkSchedule:
