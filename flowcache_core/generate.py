@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from .chunk import Chunk
 from .decision import CachePolicy
 from .demo.bundle import Bundle
+from .models.adapter import ModelAdapter
 from .models.attention import bidirectional
+from .models.skyreels import SkyReelsV2
 from .models.skyreels_adapter import SkyReelsAdapter
 from .models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
 from .report import RunReport
@@ -21,6 +23,8 @@ from .session import Session
 from .solvers import solver
 
 Progress = Callable[[Chunk], None]
+MakeAdapter = Callable[[SkyReelsV2, Sequence[float]], ModelAdapter]
+"""(network, noise levels) -> the adapter that a run uses."""
 BRANCHES = ("cond", "uncond")
 
 
@@ -57,12 +61,14 @@ class Job:
 
 
 @torch.inference_mode()
-def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None) -> tuple[Tensor, RunReport]:
+def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
+             adapter: MakeAdapter = lambda network, sigmas: SkyReelsAdapter(network)) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report."""
     schedule, levels, like = job.schedule(bundle), flow_sigmas(job.steps, job.shift), bundle.network.patch_embedding.weight
     noise = job.noise().to(like.device)
     branches, text = _text(bundle, job)
-    with Session(SkyReelsAdapter(bundle.network), schedule, levels, tuple(noise.shape[3:]), policy=policy, fps=job.fps) as session:  # type: ignore[arg-type]
+    with Session(adapter(bundle.network, levels), schedule, levels, tuple(noise.shape[3:]), policy=policy, fps=job.fps) as session:  # type: ignore[arg-type]
+        session.foresee(noise.device)
 
         def predict(part: Tensor, chunk: Chunk) -> Tensor:
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
