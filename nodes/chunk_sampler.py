@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             tqdm(total=total, disable=disable_pbar) as bar,
         ):
             for said in session.foresee(noise.device):
-                bar.write(f"FlowCache: {said}")
+                bar.write(f"FlowCache: {said}", file=sys.stderr)
             live.show(session.report, 0)
             try:
                 samples = sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step)
@@ -82,7 +83,7 @@ class ChunkSampler(comfy.samplers.Sampler):
                 options.pop(TURN, None)
         self.mailbox.report = session.report
         for said in (session.report.summary(), *session.told):
-            bar.write(f"FlowCache: {said}")
+            bar.write(f"FlowCache: {said}", file=sys.stderr)
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
     def schedule(self, layout: Any, frames: int, steps: int) -> ChunkSchedule:
