@@ -9,15 +9,18 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
+from flowcache_core.chunk import Chunk
 from flowcache_core.decision import Compute, Outlook, Signature
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
 from flowcache_core.policies.plan import Standing, computed_from, decision_table, least_computed, nearest_threshold
-from flowcache_core.policies.target import Pace, Target, straight_changes
+from flowcache_core.policies.target import Found, Pace, Target, straight_changes
 from flowcache_core.report import RunReport
+from flowcache_core.sampler import sample_chunks
 from flowcache_core.schedule import ChunkSchedule, flow_sigmas
 from flowcache_core.session import Session
+from flowcache_core.solvers import Euler
 from flowcache_core.state import RunState
 
 Changes = Callable[[int, int], float]
@@ -145,6 +148,25 @@ def test_a_target_is_met_in_a_real_run_and_leaves_nothing_on_the_policy(
     assert reports[0].as_dict()["map"] == reports[1].as_dict()["map"]
     assert policy == Target(share=0.5, warmup_steps=3)
     assert "the threshold lay between" in reports[0].text()
+
+
+@pytest.mark.parametrize("signature", ["latent", "time"])
+def test_an_interrupted_run_leaves_no_controller_behind(
+    net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], signature: Signature
+) -> None:
+    schedule, sigmas = ChunkSchedule(6, 3, 12, 4), flow_sigmas(12)
+    session = Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=Target(share=0.7, warmup_steps=2, signature=signature))
+
+    def predict(x: Tensor, chunk: Chunk) -> Tensor:
+        if chunk.step == 9:
+            raise KeyboardInterrupt
+        return session.denoise(x, chunk, texts[:1], ("cond",))
+
+    with pytest.raises(KeyboardInterrupt), session:
+        sample_chunks(predict, noise_of(6), schedule, sigmas, Euler(), session.commit)
+    assert session.state.memory.find(Pace) is None
+    assert session.state.memory.find(Found) is None
+    assert len(session.state) == 0
 
 
 def test_a_share_of_one_is_the_uncached_run(cached: Callable[..., tuple[Tensor, RunReport]], noise_of: Callable[..., Tensor]) -> None:
