@@ -45,6 +45,8 @@ def _bench(args: argparse.Namespace) -> None:
     result = {"bench": bench.NAME, "device": device_name(), "commit": demo.commit(), **bench.run(args)}
     rows = result["rows"]
     print(_table(rows))
+    if result.get("summary"):
+        print(f"\nat equal computed share, between the nearest settings\n{_table(result['summary'])}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

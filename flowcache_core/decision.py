@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from .chunk import Chunk
 
 if TYPE_CHECKING:
-    from .state import ChunkState
+    from .state import ChunkState, RunMemory
 
 Signature = Literal["latent", "time"]
 Replay = Literal["velocity", "residual"]
+Rescale = Literal["none", "clamped", "unclamped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,29 @@ class Reuse:
 Decision = Compute | Reuse
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is known of a run before it begins."""
+
+    chunks: int
+    """Chunks to be denoised; each takes all steps."""
+    sigmas: tuple[float, ...]
+    """Noise levels, one more than there are steps."""
+    time_changes: Callable[[], Sequence[float]]
+    """Relative change of the time modulation at every step; asks the network once."""
+    polynomial: tuple[float, ...] = ()
+    """Published rescaling of these changes for this network, highest power first; () when none was published."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
 class Signals(Protocol):
     """What is known before a step is decided."""
+
+    @property
+    def outlook(self) -> Outlook: ...
 
     def change(self, signature: Signature) -> float:
         """Relative L1 change since the chunk's previous step, mean|now - before| / mean|before|.
@@ -53,6 +76,23 @@ class CachePolicy(Protocol):
         ...
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision: ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A policy that can say before a run what the run will do. Optional: the session asks a policy that has these methods."""
+
+    def check_run(self, steps: int) -> None:
+        """Raises ValueError, before weights load, for a number of steps per chunk that these settings cannot serve."""
+        ...
+
+    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+        """Sentences for the log, the report and the page."""
+        ...
+
+    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+        """Sentences for the report when the run is over."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from .chunk import Chunk
 from .decision import CachePolicy
 from .demo.bundle import Bundle
 from .given import GivenNoise
-from .models.skyreels import require_fps
+from .models.adapter import ModelAdapter
+from .models.skyreels import SkyReelsV2, require_fps
 from .models.skyreels_adapter import SkyReelsAdapter
 from .models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
 from .report import RunReport
@@ -23,6 +24,8 @@ from .solvers import solver
 from .window import WindowSession
 
 Progress = Callable[[Chunk], None]
+MakeAdapter = Callable[[SkyReelsV2, Sequence[float]], ModelAdapter]
+"""(network, noise levels) -> the adapter that a run uses."""
 BRANCHES = ("cond", "uncond")
 
 
@@ -113,13 +116,15 @@ NOTHING = Given()
 
 @torch.inference_mode()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
-             given: Given = NOTHING) -> tuple[Tensor, RunReport]:  # fmt: skip
+             given: Given = NOTHING, adapter: MakeAdapter = lambda network, sigmas: SkyReelsAdapter(network),
+             ) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in."""
     schedule, levels, like = job.schedule(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
-    adapter, grid = SkyReelsAdapter(bundle.network), (x.shape[3], x.shape[4])
-    with Session(adapter, schedule, levels, grid, policy=policy, fps=job.fps, prefix_sigma=light.sigma) as session:
+    with Session(adapter(bundle.network, levels), schedule, levels, (x.shape[3], x.shape[4]), policy=policy, fps=job.fps,
+                 prefix_sigma=light.sigma) as session:  # fmt: skip
+        session.foresee(x.device)
 
         def predict(part: Tensor, chunk: Chunk) -> Tensor:
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)

@@ -11,7 +11,7 @@ from .report import COMPUTED, NOT_RUN, RunReport
 PAPER, INK, GRID = (250, 250, 252), (30, 34, 44), (222, 226, 234)
 SHADES = {COMPUTED: (38, 84, 164), NOT_RUN: (236, 238, 242)}
 REUSED_SHADE = (247, 181, 84)
-LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120))
+LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120), (190, 30, 60), (0, 150, 170))
 
 
 def font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -24,6 +24,7 @@ class RunReport:
         self.drift = np.zeros((chunks, steps), np.float32)
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
+        self.notes: tuple[str, ...] = ()
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._events: list[tuple[str, Any, Any]] = []
@@ -107,6 +108,10 @@ class RunReport:
         return (f"computed {n} of {m} chunk-steps ({n / max(m, 1):.0%}), {self.wall_s:.1f} s, "
                 f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB, {self.host_syncs} host syncs")  # fmt: skip
 
+    def text(self) -> str:
+        """The summary, and below it what was known before the run and found in it, a sentence a line."""
+        return "\n".join((self.summary(), *self.notes))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed)."""
         network = self.seconds.get("network", 0.0)
@@ -122,4 +127,5 @@ class RunReport:
             "wall_s": round(self.wall_s, 3),
             "seconds": {"network": round(network, 3), "rest": round(self.wall_s - network, 3)},
             "map": ["".join(map(str, row)) for row in self.map],
+            "notes": list(self.notes),
         }

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Reuse, Signature
+from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Reuse, Signature
 from .kv.cache import Branches, CachedAttention, KVStore
 from .models.adapter import Call, ModelAdapter
+from .models.published import time_polynomial
 from .policies.always import Always
 from .report import RunReport
 from .schedule import ChunkSchedule
@@ -35,7 +37,11 @@ class Session:
         self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
         self.prefix_sigma = prefix_sigma
         self.policy: CachePolicy = policy or Always()
+        if isinstance(self.policy, Foresees):
+            self.policy.check_run(schedule.steps)
         self.report = RunReport(schedule.chunks, schedule.steps)
+        self.told: tuple[str, ...] = ()
+        """What the policy says when the run is over."""
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._kv = KVStore(batch, adapter.layers, adapter.heads, adapter.head_dim, schedule.frames * self._frame_tokens)
@@ -49,10 +55,22 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        if isinstance(self.policy, Foresees):
+            self.told = self.policy.retell(self.state.memory)
+            self.report.notes += self.told
         self.report.close()
         self._kv.free()
         self._text.clear()
         self.state.clear()
+
+    def foresee(self, device: torch.device) -> tuple[str, ...]:
+        """What is known before the first step, in sentences that the report repeats. `device`: where the run will be."""
+        said = self.policy.foresee(self.outlook(device)) if isinstance(self.policy, Foresees) else ()
+        self.report.notes += said
+        return said
+
+    def outlook(self, device: torch.device) -> Outlook:
+        return Outlook(self.schedule.chunks - self.schedule.given, self.sigmas, lambda: self.time_changes(device), time_polynomial(self.adapter))
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
         """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
@@ -103,10 +121,10 @@ class Session:
             self._text[branches] = self.adapter.text(context)
         return self._text[branches]
 
-    def time_change(self, call: Call) -> float:
+    def time_changes(self, device: torch.device) -> list[float]:
         if self._time_changes is None:
-            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps, call.x.device)
-        return self._time_changes[call.chunk.step]
+            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps, device)
+        return self._time_changes
 
 
 class _Signals:
@@ -115,9 +133,13 @@ class _Signals:
     def __init__(self, session: Session, call: Call, state: ChunkState) -> None:
         self.session, self.call, self.state = session, call, state
 
+    @property
+    def outlook(self) -> Outlook:
+        return self.session.outlook(self.call.x.device)
+
     def change(self, signature: Signature) -> float:
         if signature == "time":
-            return self.session.time_change(self.call)
+            return self.session.time_changes(self.call.x.device)[self.call.chunk.step]
         now, before = self.call.x[: self.session.batch], self.state.latent
         self.state.latent = now
         if before is None:

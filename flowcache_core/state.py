@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 from torch import Tensor
 
 from .decision import Decision
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,24 @@ class Prediction:
 
     sigma: float
     value: Tensor
+
+
+class RunMemory:
+    """What a policy remembers across the chunks of a run, found by its type."""
+
+    def __init__(self) -> None:
+        self._things: dict[type, object] = {}
+
+    def of(self, kind: type[T], make: Callable[[], T]) -> T:
+        if kind not in self._things:
+            self._things[kind] = make()
+        return cast(T, self._things[kind])
+
+    def find(self, kind: type[T]) -> T | None:
+        return cast("T | None", self._things.get(kind))
+
+    def clear(self) -> None:
+        self._things.clear()
 
 
 @dataclass(slots=True)
@@ -29,6 +50,7 @@ class ChunkState:
     decided_at: int = -1
     decision: Decision | None = None
     predictions: dict[Hashable, tuple[Prediction, ...]] = field(default_factory=dict)
+    run: RunMemory = field(default_factory=RunMemory)
 
     def keep(self, branches: Hashable, sigma: float, value: Tensor) -> None:
         """Remember a computed step; the last two are enough for a linear prediction."""
@@ -48,15 +70,17 @@ class RunState:
 
     def __init__(self) -> None:
         self._chunks: dict[int, ChunkState] = {}
+        self.memory = RunMemory()
 
     def of(self, index: int) -> ChunkState:
-        return self._chunks.setdefault(index, ChunkState())
+        return self._chunks.setdefault(index, ChunkState(run=self.memory))
 
     def drop(self, index: int) -> None:
         self._chunks.pop(index, None)
 
     def clear(self) -> None:
         self._chunks.clear()
+        self.memory.clear()
 
     def __len__(self) -> int:
         return len(self._chunks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional 
 
 Plan = ChunkSchedule | tuple[Window, ...]
 """One rolling schedule with a KV cache, or bidirectional windows."""
+
+
+def say(lines: Iterable[str]) -> None:
+    """Onto the console, above a progress bar."""
+    for line in lines:
+        tqdm.write(f"FlowCache: {line}", file=sys.stderr)
 
 
 class Mailbox:
@@ -105,7 +112,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         finally:
             options.pop(TURN, None)
         self.mailbox.put(report)
-        tqdm.write(f"FlowCache: {report.summary()}")
+        say(report.text().splitlines())
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
     def plan(self, layout: ChunkLayout, frames: int, steps: int, prefix: int, suffix: int, model_options: dict[str, Any]) -> Plan:
@@ -129,6 +136,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         grid, policy = tuple(x.shape[3:]), policy_of(extra_args["model_options"])
         progress = Progress(x, schedule.chunk_steps, schedule.chunks, self.node, callback, hide)
         with Session(model.adapter(), schedule, levels, grid, x.shape[0], policy, self.fps, light.sigma) as session, progress.bar:
+            say(session.foresee(x.device))
+            progress.live.show(session.report, 0)
 
             def predict(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
                 options[TURN] = ChunkTurn(session, chunk)

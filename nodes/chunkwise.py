@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flowcache_core.decision import Setting
+from ..flowcache_core.models.published import time_polynomial
 from ..flowcache_core.policies.chunkwise import Chunkwise
-from .host_model import OPTIONS, require_ours
+from ..flowcache_core.policies.foresight import on_rescaling
+from ..flowcache_core.policies.presets import CUSTOM, PRESETS, describe, preset
+from ..flowcache_core.policies.target import Target
+from .guard import with_policy
+from .host_model import require_ours
+
+NODE = "Chunkwise Cache"
+NEWER = ("rescale",)
+"""Fields that workflows saved before they existed do without."""
+OFF, SHARE, SPEED_UP = "off", "computed share", "speed-up"
 
 
 def widgets(policy: type) -> list[Any]:
@@ -17,7 +27,7 @@ def widgets(policy: type) -> list[Any]:
     out: list[Any] = []
     for field in fields(policy):
         rule: Setting = field.metadata["setting"]
-        common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced}
+        common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced, "optional": field.name in NEWER}
         if rule.options:
             out.append(io.Combo.Input(field.name, options=list(rule.options), **common))
         elif isinstance(field.default, int):
@@ -32,18 +42,36 @@ class ChunkwiseCache(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FlowCacheChunkwise",
-            display_name="Chunkwise Cache",
+            display_name=NODE,
             category="FlowCache",
             description="Every chunk reuses its last prediction while its input has drifted little. Goes between the model loader and the guider.",
             search_aliases=["flowcache", "teacache", "speed up", "cache"],
-            inputs=[io.Model.Input("model"), *widgets(Chunkwise)],
+            inputs=[
+                io.Model.Input("model"),
+                *widgets(Chunkwise),
+                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=CUSTOM, optional=True,
+                               tooltip="custom uses the widgets above; any other name replaces all of them, and the node says by what."),
+                io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP], default=OFF, optional=True,
+                               tooltip="Finds the threshold for you: exactly before sampling under signature time, during the run under latent."),
+                io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
+                               tooltip="For target computed share: the share of chunk-steps that the network computes."),
+                io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True,
+                               tooltip="For target speed-up: one in so many chunk-steps is computed. What every run pays comes on top: "
+                                       "commit passes, text, decoding."),
+            ],
             outputs=[io.Model.Output()],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
-        require_ours(model, "Chunkwise Cache")
-        patched = model.clone()
-        options = patched.model_options.setdefault("transformer_options", {})
-        patched.model_options["transformer_options"] = {**options, OPTIONS: {"policy": Chunkwise(**settings)}}
-        return io.NodeOutput(patched)
+    def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
+                **settings: Any) -> io.NodeOutput:  # fmt: skip
+        inner = require_ours(model, NODE)
+        policy = rule(preset, settings)
+        if target != OFF:
+            policy = Target.of(policy, target_share if target == SHARE else 1 / target_speedup)
+        said = "\n".join([f"{preset}: {describe(policy)}", *on_rescaling(policy, time_polynomial(inner.adapter()))])
+        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText(said))
+
+
+def rule(name: str, settings: dict[str, Any]) -> Chunkwise:
+    return Chunkwise(**settings) if name == CUSTOM else preset(name)

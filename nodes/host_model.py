@@ -28,6 +28,7 @@ from ..flowcache_core.window import WindowSession
 OPTIONS = "flowcache"
 """Key in transformer_options under which our settings travel on a MODEL: {"policy": a frozen dataclass}."""
 TURN = "flowcache_turn"
+NOT_CHUNKWISE = "Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class HostNetwork(SkyReelsV2):
         if turn is not None:
             return turn.denoise(x, context, tuple(options["uuids"]))
         if options.get(OPTIONS, {}).get("policy") is not None:
-            raise ValueError("Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache")
+            raise ValueError(NOT_CHUNKWISE)
         t = timestep.floor().view(-1, 1)
         return super().forward(x, t, self.text_kv(context), bidirectional)
 

@@ -14,7 +14,7 @@ PAUSE_S = 0.1
 
 
 class LiveMap:
-    """One run's messages to the tab that queued it: {"node", "map", "share", "done", "total", "eta_s"}."""
+    """One run's messages to the tab that queued it: {"node", "map", "share", "done", "total", "eta_s", "note"}."""
 
     def __init__(self, node: str | None, total: int) -> None:
         self.node, self.total = node, total
@@ -25,7 +25,10 @@ class LiveMap:
         if server is None or self.node is None or (now - self._sent < PAUSE_S and 1 < done < self.total):
             return
         self._sent = now
-        left = (now - self._began) / done * (self.total - done)
+        left = (now - self._began) / max(done, 1) * (self.total - done)
         rows = ["".join(map(str, row)) for row in report.map]
-        message: dict[str, Any] = {"node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left}
+        note = report.notes[0] if report.notes else ""
+        message: dict[str, Any] = {
+            "node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left, "note": note,
+        }  # fmt: skip
         server.send_sync(EVENT, message, server.client_id)

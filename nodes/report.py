@@ -38,7 +38,7 @@ class CacheReport(io.ComfyNode):
         if report.report is None:
             raise ValueError("this sampler has not run yet: connect latent to the output of the SamplerCustomAdvanced that uses it")
         done = report.report
-        said = report.name + done.summary()
         picture = torch.from_numpy(np.asarray(chunk_map(done), np.float32) / 255)[None]
+        said = report.name + done.text()
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
         return io.NodeOutput(said, json.dumps(done.as_dict()), picture, ui=shown)

@@ -98,7 +98,21 @@ def test_bench_reuse_writes_its_rows_and_a_plot(cli: Cli, tmp_path: Path, monkey
     assert (row["rule"], row["setting"]) == ("default", 0.1)
     assert 0 < row["share"] <= 1
     assert (result["bench"], result["prompts"], result["steps"]) == ("reuse", 1, 6)
+    assert [(one["rule"], one["share"]) for one in result["summary"]] == [("default", 0.55), ("default", 0.4)]
     assert out.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_bench_reuse_measures_the_same_with_workers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "THRESHOLDS", (10.0,))
+    results = []
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.json"
+        arguments = ("--prompts", 1, "--steps", 7, "--frames", 9, "--rules", "published-increment", "--workers", workers)
+        assert cli("bench", "reuse", *arguments, "--json", out) == 0
+        results.append([{k: row[k] for k in ("rule", "setting", "share")} for row in json.loads(out.read_text())["rows"]])
+    assert results[0] == results[1]
+    assert results[0][0]["share"] == round(6 / 7, 4)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +120,9 @@ def test_bench_reuse_writes_its_rows_and_a_plot(cli: Cli, tmp_path: Path, monkey
     [
         (("--prompts", 0), "0 prompts were asked for: there are 1 to 16"),
         (("--prompts", 17), "17 prompts were asked for"),
+        (("--workers", 0), "0 workers were asked for: use 1 or more"),
+        (("--frames", 34), "34 frames are not 4n + 1: use 33 or 45"),
+        (("--rules", "time", "--steps", 6), "a computed share of 38% cannot be reached"),
         (("--rules", "magic"), "no rule is called magic: there are default, "),
     ],
 )

@@ -383,7 +383,60 @@ def test_easycache_after_chunkwise_is_refused(host: Host, graph: Graph) -> None:
 def test_chunkwise_under_a_stock_sampler_is_refused(host: Host, graph: Graph) -> None:
     stock = {**graph, node(graph, "FlowCacheSampler"): {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}}
     del stock[node(graph, "FlowCacheReport")]
-    refused(host, stock, "Chunkwise Cache works with the AR Chunk Sampler")
+    host.ask("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
+    before = host.log.read_text().count("Requested to load HostModel")
+    refused(host, put(stock, "RandomNoise", noise_seed=77), "Chunkwise Cache works with the AR Chunk Sampler")
+    assert host.log.read_text().count("Requested to load HostModel") == before, "no weights are loaded for a refusal"
+
+
+def test_saved_workflows_keep_their_inputs_in_order_and_new_ones_may_be_missing(host: Host, graph: Graph) -> None:
+    inputs = host.ask("/object_info/FlowCacheChunkwise")["FlowCacheChunkwise"]["input"]
+    saved = ["model", "threshold", "warmup_steps", "max_reuse", "signature", "replay", "order", "start_percent", "end_percent"]
+    assert list(inputs["required"]) == saved == list(graph[node(graph, "FlowCacheChunkwise")]["inputs"])
+    assert list(inputs["optional"]) == ["rescale", "preset", "target", "target_share", "target_speedup"]
+    assert inputs["optional"]["preset"][1]["default"] == "custom"
+    assert inputs["optional"]["target"][1]["default"] == "off"
+
+
+def said(host: Host, graph: Graph, kind: str) -> str:
+    """What a node shows in a run that has to succeed."""
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    return "\n".join(done["outputs"][node(graph, kind)]["text"])
+
+
+def test_a_preset_replaces_every_widget_and_the_node_says_by_what(host: Host, graph: Graph) -> None:
+    named = put(small(graph, steps=12), "FlowCacheChunkwise", preset="flowcache-slow", start_percent=0.9, end_percent=0.1)
+    done = host.run(named)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    shown = "\n".join(done["outputs"][node(graph, "FlowCacheChunkwise")]["text"])
+    assert "flowcache-slow: threshold 0.1, warmup_steps 5, max_reuse 1000, signature time, rescale clamped, replay residual" in shown
+    assert "no polynomial was published for this model" in shown
+    summary, foretold, *_ = "\n".join(done["outputs"][node(graph, "FlowCacheReport")]["text"]).splitlines()
+    (computed,) = re.findall(r"computed (\d+) of 12 chunk-steps", summary)
+    assert foretold.startswith(f"{computed} of 12 chunk-steps will be computed")
+    assert f"FlowCache: {foretold}" in host.log.read_text()
+
+
+@pytest.mark.parametrize("settings", [{"target": "computed share", "target_share": 0.5}, {"target": "speed-up", "target_speedup": 2.0}])
+@pytest.mark.parametrize("signature", ["latent", "time"])
+def test_a_target_is_met(host: Host, graph: Graph, signature: str, settings: dict[str, Any]) -> None:
+    base = put(small(graph, steps=16, length=21), "FlowCacheChunkwise", signature=signature, warmup_steps=3, **settings)
+    text = said(host, base, "FlowCacheReport")
+    assert "computed 16 of 32 chunk-steps" in text
+    assert ("the threshold lay between" if signature == "latent" else "was found") in text
+
+
+def test_a_target_out_of_reach_is_refused(host: Host, graph: Graph) -> None:
+    far = put(small(graph, steps=12), "FlowCacheChunkwise", target="computed share", target_share=0.1)
+    refused(host, far, "a computed share of 10% cannot be reached: .* at least 6 of 12 are computed")
+
+
+def test_few_steps_are_called_too_few(host: Host, graph: Graph) -> None:
+    assert "of 4 steps per chunk 4 are always computed, so none can be reused" in said(
+        host, put(graph, "RandomNoise", noise_seed=4), "FlowCacheReport"
+    )
 
 
 def test_split_noise_levels_are_refused(host: Host, graph: Graph) -> None:

@@ -31,6 +31,10 @@ function draw(canvas, state) {
     pen.fillText("computed and reused steps appear here", 4, 14);
     return;
   }
+  if (!state.done && state.note) {
+    pen.fillText(state.note, 4, 12, width - 8);
+    return;
+  }
   const computed = Math.round(state.share * 100);
   const left = state.done < state.total ? `, ${Math.ceil(state.eta_s)} s left` : "";
   pen.fillText(`step ${state.done} of ${state.total}: ${computed}% computed${left}`, 4, 12);

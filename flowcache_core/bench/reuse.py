@@ -1,82 +1,182 @@
 """`bench reuse`: how good a film stays when chunks reuse their predictions, over a sweep of settings.
 
-Every film is compared with the uncached run of the same prompt and seed in the same process, and timed against it there.
+Every film is compared with the uncached run of the same prompt, seed and solver in the same process, and timed against it there.
+The summary compares the rules where they compute equally much.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..decision import CachePolicy
-from ..demo.bundle import load_bundle
+from ..demo.bundle import Bundle, load_bundle
 from ..device import fast_dtype
-from ..generate import Job, decode, generate
+from ..generate import Job, MakeAdapter, decode, generate
+from ..models.skyreels_adapter import SkyReelsAdapter
 from ..policies.chunkwise import Chunkwise
+from ..policies.target import Target
+from .increment import IncrementAdapter
 from .metrics import psnr, ssim
 from .prompts import PROMPTS, seed_of
 
 NAME = "reuse"
-THRESHOLDS = (0.02, 0.03, 0.05, 0.1)
-TIME_THRESHOLDS = (0.02, 0.04, 0.08, 0.16)
+THRESHOLDS = (0.015, 0.02, 0.03, 0.05, 0.1)
+SHARES = (0.38, 0.5, 0.6, 0.75)
+"""Where the time signature is measured: its decisions are known in advance, so its threshold is found for a share."""
+EULER_THRESHOLDS = (0.02, 0.04, 0.1)
+EQUAL_SHARES = (0.55, 0.40)
+MEASURES = ("share", "chunk_share", "psnr", "ssim", "plain", "cached")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One point of the sweep."""
+    """One point of the sweep. `setting` is a threshold, or the wanted share of a rule under the time signature."""
 
     rule: str
     setting: float
     policy: CachePolicy
+    solver: str = "unipc"
+    increment: bool = False
+
+    @property
+    def adapter(self) -> MakeAdapter:
+        return IncrementAdapter if self.increment else lambda network, sigmas: SkyReelsAdapter(network)
 
 
 def rules() -> list[Rule]:
-    """The default rule along its threshold, then one change of it at a time."""
+    """The default rule along its threshold, one change of it at a time, and the published rules.
+
+    `published-increment` is the rule of MAGI-1: the drift of the latent, and the latent increment replayed; it sets no limit
+    to reused steps in a row and is stepped with Euler, as published. `euler` is the default rule with that solver.
+    `published-residual` is the rule of SkyReels-V2: the time signature, and the residual of the block stack replayed; no
+    polynomial was published for the bundled model.
+    """
     out = [Rule("default", t, Chunkwise(threshold=t)) for t in THRESHOLDS]
-    out += [Rule("extrapolated", t, Chunkwise(threshold=t, order=1)) for t in THRESHOLDS]
-    out += [Rule("residual", t, Chunkwise(threshold=t, replay="residual")) for t in THRESHOLDS]
-    return out + [Rule("time", t, Chunkwise(threshold=t, signature="time")) for t in TIME_THRESHOLDS]
+    out += [Rule("order-1", t, Chunkwise(threshold=t, order=1)) for t in THRESHOLDS]
+    out += [Rule("time", s, Target(share=s, signature="time")) for s in SHARES]
+    out += [Rule("time-order-1", s, Target(share=s, signature="time", order=1)) for s in SHARES]
+    out += [Rule("published-residual", s, Target(share=s, signature="time", replay="residual", max_reuse=1000)) for s in SHARES]
+    out += [Rule("published-increment", t, Chunkwise(threshold=t, replay="residual", max_reuse=1000), "euler", True) for t in THRESHOLDS]
+    return out + [Rule("euler", t, Chunkwise(threshold=t), "euler") for t in EULER_THRESHOLDS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--frames", type=int, default=33, help="pixel frames, a whole number of chunks (default %(default)s)")
     parser.add_argument("--rules", default="", help="only these rules, by name, separated by commas")
+    parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """-> {"rows": [...]}: means over the prompts; `wall_ratio` is uncached seconds over cached seconds."""
+    """-> {"rows": [...], "summary": [...]}: means over the prompts; `wall_ratio` is uncached seconds over cached seconds."""
     if not 1 <= args.prompts <= len(PROMPTS):
         raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
+    if args.workers < 1:
+        raise ValueError(f"{args.workers} workers were asked for: use 1 or more")
     wanted = [r for r in rules() if not args.rules or r.rule in args.rules.split(",")]
     if not wanted:
         raise ValueError(f"no rule is called {args.rules}: there are {', '.join(dict.fromkeys(r.rule for r in rules()))}")
+    jobs = [Job(PROMPTS[i], frames=args.frames, steps=args.steps, seed=seed_of(i)) for i in range(args.prompts)]
     bundle = load_bundle(fast_dtype())
-    generate(bundle, Job("", 9, 2))
-    sums: list[dict[str, float]] = [{"share": 0.0, "chunk_share": 0.0, "psnr": 0.0, "ssim": 0.0, "plain": 0.0, "cached": 0.0} for _ in wanted]
-    with tqdm(total=args.prompts * (len(wanted) + 1), unit="film") as bar:
-        for index in range(args.prompts):
-            job = Job(PROMPTS[index], steps=args.steps, seed=seed_of(index))
-            latents, plain = generate(bundle, job)
-            reference = decode(bundle, latents)
-            bar.update()
-            for point, total in zip(wanted, sums, strict=True):
-                latents, report = generate(bundle, job, point.policy)
-                film = decode(bundle, latents)
-                total["share"] += report.share
-                total["chunk_share"] += report.chunk_steps_computed / report.chunk_steps
-                total["psnr"] += psnr(film, reference)
-                total["ssim"] += ssim(film, reference)
-                total["plain"] += plain.wall_s
-                total["cached"] += report.wall_s
+    jobs[0].schedule(bundle)
+    for rule in wanted:
+        if isinstance(rule.policy, Target):
+            rule.policy.check_run(args.steps)
+    measured = _all(bundle, jobs, wanted, args.workers)
+    rows = [_row(point, [film[k] for film in measured]) for k, point in enumerate(wanted)]
+    return {"steps": args.steps, "frames": args.frames, "prompts": args.prompts, "workers": args.workers, "rows": rows, "summary": summary(rows)}
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per rule and share of EQUAL_SHARES the PSNR and SSIM on the line between the two nearest settings; None outside of them."""
+    out = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        points = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["share"])
+        for share in EQUAL_SHARES:
+            at = {m: between([(p["share"], p[m]) for p in points], share) for m in ("psnr", "ssim")}
+            out.append({"rule": rule, "share": share, **{m: v if v is None else round(v, 4 if m == "ssim" else 2) for m, v in at.items()}})
+    return out
+
+
+def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """y at `x` on the broken line through points (x, y) in rising x; None where the line does not reach."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= x <= x1:
+            return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+Measured = list[dict[str, float]]
+"""Of one prompt: what MEASURES names, for every point of the sweep."""
+
+
+def _all(bundle: Bundle, jobs: list[Job], wanted: list[Rule], workers: int) -> list[Measured]:
+    with tqdm(total=len(jobs), unit="prompt") as bar:
+        if workers == 1:
+            _warm_up(bundle)
+            out = []
+            for job in jobs:
+                out.append(_measure(bundle, job, wanted))
                 bar.update()
-    n = args.prompts
-    rows = [
-        {"rule": p.rule, "setting": p.setting, "share": round(t["share"] / n, 4), "chunk_share": round(t["chunk_share"] / n, 4),
-         "psnr": round(t["psnr"] / n, 2), "ssim": round(t["ssim"] / n, 4), "wall_ratio": round(t["plain"] / t["cached"], 3)}
-        for p, t in zip(wanted, sums, strict=True)
-    ]  # fmt: skip
-    return {"steps": args.steps, "prompts": n, "rows": rows}
+            return out
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers,)) as pool:
+            todo = [pool.submit(_measure_there, job, wanted) for job in jobs]
+            for one in todo:
+                one.add_done_callback(lambda done: bar.update())
+            return [one.result() for one in todo]
+
+
+def _warm_up(bundle: Bundle) -> None:
+    """One short film, so that the first one measured does not pay for what every process pays once."""
+    generate(bundle, Job("", 9, 2))
+
+
+_bundle: Bundle | None = None
+"""Of a worker process."""
+
+
+def _start_worker(workers: int) -> None:
+    global _bundle
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _bundle = load_bundle(fast_dtype())
+    _warm_up(_bundle)
+
+
+def _measure_there(job: Job, wanted: list[Rule]) -> Measured:
+    assert _bundle is not None
+    return _measure(_bundle, job, wanted)
+
+
+def _measure(bundle: Bundle, job: Job, wanted: list[Rule]) -> Measured:
+    """One prompt through all points; the uncached film of each solver is made once."""
+    plain = {}
+    for name in dict.fromkeys(point.solver for point in wanted):
+        latents, report = generate(bundle, replace(job, solver=name))
+        plain[name] = decode(bundle, latents), report
+    out = []
+    for point in wanted:
+        latents, report = generate(bundle, replace(job, solver=point.solver), point.policy, adapter=point.adapter)
+        film, (reference, uncached) = decode(bundle, latents), plain[point.solver]
+        values = (report.share, report.chunk_steps_computed / report.chunk_steps, psnr(film, reference), ssim(film, reference),
+                  uncached.wall_s, report.wall_s)  # fmt: skip
+        out.append(dict(zip(MEASURES, values, strict=True)))
+    return out
+
+
+def _row(point: Rule, films: Sequence[dict[str, float]]) -> dict[str, Any]:
+    mean = {m: sum(film[m] for film in films) / len(films) for m in MEASURES}
+    return {
+        "rule": point.rule, "setting": point.setting, "share": round(mean["share"], 4), "chunk_share": round(mean["chunk_share"], 4),
+        "psnr": round(mean["psnr"], 2), "ssim": round(mean["ssim"], 4), "wall_ratio": round(mean["plain"] / mean["cached"], 3),
+    }  # fmt: skip

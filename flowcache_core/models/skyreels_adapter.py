@@ -18,6 +18,7 @@ class SkyReelsAdapter:
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
 
     name: ClassVar[str] = "skyreels-v2-df"
+    head_dim: int = HEAD_DIM
 
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype

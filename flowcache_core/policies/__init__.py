@@ -2,5 +2,6 @@
 
 from .always import Always
 from .chunkwise import Chunkwise
+from .target import Target
 
-POLICIES = (Always, Chunkwise)
+POLICIES = (Always, Chunkwise, Target)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..chunk import Chunk
-from ..decision import Compute, Decision, Replay, Reuse, Signals, Signature, check, setting
-from ..state import ChunkState
+from ..decision import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature, check, setting
+from ..state import ChunkState, RunMemory
+from .foresight import forecast, headroom, on_rescaling
+from .plan import rescaled
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,21 @@ class Chunkwise:
     order: int = setting(0, "0 holds the last output; 1 extrapolates along the line through the last two.", low=0, high=1, advanced=True)
     start_percent: float = setting(0.0, "Before this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
     end_percent: float = setting(1.0, "After this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
+    rescale: Rescale = setting(
+        "none",
+        "Whether changes of the time signature go through the polynomial published for the model: clamped at 0, or unclamped as published.",
+        options=("none", "clamped", "unclamped"), advanced=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
         if self.start_percent > self.end_percent:
             raise ValueError(f"start_percent {self.start_percent} lies after end_percent {self.end_percent}: swap them")
+        if self.rescale != "none" and self.signature != "time":
+            raise ValueError(
+                f"rescale {self.rescale} was published for the time modulation, but signature is {self.signature}: "
+                "set signature to time, or rescale to none"
+            )
 
     @property
     def keeps(self) -> Replay:
@@ -48,18 +60,37 @@ class Chunkwise:
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         if self.threshold == 0:
             return self._compute(state)
-        state.drift += signals.change(self.signature)
-        progress = chunk.step / chunk.steps
-        must = (
-            state.computed < self.warmup_steps
-            or chunk.step == chunk.steps - 1
-            or state.reused_in_a_row >= self.max_reuse
-            or not self.start_percent <= progress <= self.end_percent
-        )
-        if must or state.drift >= self.threshold:
+        return self.decide_at(self.threshold, self.change(signals), chunk, state)
+
+    def decide_at(self, threshold: float, change: float, chunk: Chunk, state: ChunkState) -> Decision:
+        """The rule itself, for a change that is already measured and rescaled."""
+        state.drift += change
+        must = self.forced(chunk.step, chunk.steps, state.computed) or state.reused_in_a_row >= self.max_reuse
+        if must or state.drift >= threshold:
             return self._compute(state)
         state.reused_in_a_row += 1
         return Reuse(self.replay, self.order)
+
+    def forced(self, step: int, steps: int, computed: int) -> bool:
+        """Whether a step is computed whatever the drift: warm-up, last step, outside start_percent..end_percent."""
+        return computed < self.warmup_steps or step == steps - 1 or not self.start_percent <= step / steps <= self.end_percent
+
+    def change(self, signals: Signals) -> float:
+        change = signals.change(self.signature)
+        return change if self.rescale == "none" else rescaled(change, signals.outlook.polynomial, self.rescale)
+
+    def known_changes(self, outlook: Outlook) -> list[float]:
+        """The changes of every step of a chunk, as `decide` will add them up. Only for signature time."""
+        return [rescaled(change, outlook.polynomial, self.rescale) for change in outlook.time_changes()]
+
+    def check_run(self, steps: int) -> None:
+        """Any number of steps will do."""
+
+    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+        return (*forecast(self, outlook), *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
+
+    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+        return ()
 
     def _compute(self, state: ChunkState) -> Decision:
         state.drift, state.reused_in_a_row = 0.0, 0
