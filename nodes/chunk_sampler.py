@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.chunk import Chunk
+from ..flowcache_core.footprint import Footprint, footprint
 from ..flowcache_core.report import RunReport
 from ..flowcache_core.sampler import sample_chunks
 from ..flowcache_core.schedule import ChunkSchedule
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
-from .host_model import TURN, Turn, policy_of, require_ours
+from .host_model import TURN, Turn, policy_of, require_ours, take_expected
 from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
@@ -41,7 +43,7 @@ class ChunkSampler(comfy.samplers.Sampler):
     node: str | None = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
-        model = require_ours(model_wrap.model_patcher, NODE)
+        model, expected = require_ours(model_wrap.model_patcher, NODE), take_expected()
         self._require(noise, latent_image, denoise_mask, sigmas)
         levels = sigmas.tolist()
         schedule = self.schedule(model.layout, noise.shape[2], len(levels) - 1)
@@ -73,6 +75,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             ) as session,
             tqdm(total=total, disable=disable_pbar) as bar,
         ):
+            session.report.expected = expected
             try:
                 samples = sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step)
             finally:
@@ -80,6 +83,29 @@ class ChunkSampler(comfy.samplers.Sampler):
         self.mailbox.report = session.report
         bar.write(f"FlowCache: {session.report.summary()}")
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
+
+    def expects(self, guider: Any, noise: torch.Tensor, latent_image: Any, denoise_mask: Any, sigmas: torch.Tensor) -> tuple[int, Footprint]:
+        """Latent frames of the longest chunk, and what the run will hold. Called before weights are moved, and refuses what cannot run."""
+        patcher = guider.model_patcher
+        model = require_ours(patcher, NODE)
+        self._require(noise, latent_image, denoise_mask, sigmas)
+        adapter, config = model.adapter(), model.diffusion_model.config
+        if self.fps != model.layout.fps and not config.fps:
+            raise ValueError(
+                f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors (of the SkyReels-V2 models only the 1.3B has): "
+                f"set fps to {model.layout.fps}"
+            )
+        schedule = self.schedule(model.layout, noise.shape[2], len(sigmas) - 1)
+        alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds
+        conds = [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
+        tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
+        batch, policy = noise.shape[0], policy_of(patcher.model_options)
+        expected = footprint(
+            adapter, schedule, (noise.shape[1], *noise.shape[3:]), len(conds) * batch, tokens * batch, adapter.dtype.itemsize,
+            policy.keeps if policy else None, patcher.model_size(),
+        )  # fmt: skip
+        logging.info(f"FlowCache: {expected.sentence()}")
+        return schedule.span(0)[1], expected
 
     def schedule(self, layout: Any, frames: int, steps: int) -> ChunkSchedule:
         return ChunkSchedule(frames, self.chunk_frames or layout.chunk_frames, steps, self.ar_step, self.window or layout.window)

@@ -39,5 +39,5 @@ class CacheReport(io.ComfyNode):
             raise ValueError("this sampler has not run yet: connect latent to the output of the SamplerCustomAdvanced that uses it")
         done = report.report
         picture = torch.from_numpy(np.asarray(chunk_map(done), np.float32) / 255)[None]
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(done.summary()).as_dict()}
-        return io.NodeOutput(done.summary(), json.dumps(done.as_dict()), picture, ui=shown)
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(done.text()).as_dict()}
+        return io.NodeOutput(done.text(), json.dumps(done.as_dict()), picture, ui=shown)
