@@ -99,7 +99,7 @@ def _files_of(path: Path) -> tuple[tuple[Path, ...], set[str]]:
         return _files_in(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if path.suffix != SUFFIX:
+    if path.suffix not in (SUFFIX, ".sft"):
         raise ValueError(f"{path.name} is no safetensors file: only .safetensors files are read, because other kinds can run code when opened")
     for index in sorted(path.parent.glob(f"*{INDEX}")):
         if path.name in _listed(index).values():
