@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .chunk import Chunk
+from .footprint import Footprint
 from .schedule import Row
 
 NOT_RUN, REUSED, COMPUTED = 0, 1, 2
@@ -25,6 +26,7 @@ class RunReport:
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
         self.notes: tuple[str, ...] = ()
+        self.expected: Footprint | None = None
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
         self._events: list[tuple[str, Any, Any]] = []
@@ -109,8 +111,8 @@ class RunReport:
                 f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB, {self.host_syncs} host syncs")  # fmt: skip
 
     def text(self) -> str:
-        """The summary, and below it what was known before the run and found in it, a sentence a line."""
-        return "\n".join((self.summary(), *self.notes))
+        """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
+        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed)."""
@@ -123,6 +125,7 @@ class RunReport:
             "share": round(self.share, 4),
             "commits": self.commits,
             "kv_peak_bytes": self.kv_peak_bytes,
+            "expected_bytes": self.expected.as_dict() if self.expected else {},
             "host_syncs": self.host_syncs,
             "wall_s": round(self.wall_s, 3),
             "seconds": {"network": round(network, 3), "rest": round(self.wall_s - network, 3)},

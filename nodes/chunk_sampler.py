@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -13,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.chunk import Chunk
+from ..flowcache_core.decision import CachePolicy, Foresees
+from ..flowcache_core.footprint import Footprint, footprint
 from ..flowcache_core.given import GivenNoise, given_frames
 from ..flowcache_core.models.wan_vae import latent_frames
 from ..flowcache_core.report import RunReport
@@ -21,7 +24,7 @@ from ..flowcache_core.schedule import ChunkSchedule, Row, Window, plan_windows
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
 from ..flowcache_core.window import WindowSession
-from .host_model import TURN, ChunkLayout, ChunkTurn, WindowTurn, policy_of, require_ours
+from .host_model import EXPECTED, TURN, ChunkLayout, ChunkTurn, HostModel, WindowTurn, policy_of, require_ours, take_expected
 from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
@@ -35,6 +38,22 @@ def say(lines: Iterable[str]) -> None:
     """Onto the console, above a progress bar."""
     for line in lines:
         tqdm.write(f"FlowCache: {line}", file=sys.stderr)
+
+
+def expects(guider: Any, model: HostModel, plan: Plan, noise: torch.Tensor, policy: CachePolicy | None) -> tuple[int, Footprint]:
+    """Latent frames of the longest evaluation, and what the run will hold beside it."""
+    adapter = model.adapter()
+    alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds
+    conds = [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
+    tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
+    batch, schedules = noise.shape[0], [plan] if isinstance(plan, ChunkSchedule) else [window.schedule for window in plan]
+    held = footprint(
+        adapter, schedules[0], (noise.shape[1], *noise.shape[3:]), len(conds) * batch, tokens * batch, adapter.dtype.itemsize,
+        policy.keeps if policy else None, guider.model_patcher.model_size(),
+    )  # fmt: skip
+    if isinstance(plan, ChunkSchedule):
+        return max(frames for _, frames in (plan.span(k) for k in range(plan.chunks))), held
+    return max(one.frames for one in schedules), replace(held, kv=0)
 
 
 class Mailbox:
@@ -88,17 +107,32 @@ class ChunkSampler(comfy.samplers.Sampler):
     addnoise_condition: int = 20
 
     def around(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """The host's OUTER_SAMPLE: refuses before any weights move; puts given frames back as they came, past the latent format."""
-        model = require_ours(executor.class_obj.model_patcher, NODE)
+        """The host's OUTER_SAMPLE: refuses before any weights move, and tells what the run will hold; puts given frames back as they came."""
+        guider = executor.class_obj
+        model, options = require_ours(guider.model_patcher, NODE), guider.model_options
         self._require(noise, latent_image, sigmas)
+        if self.fps != model.layout.fps and not model.diffusion_model.config.fps:
+            raise ValueError(
+                f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors (of the SkyReels-V2 models only the 1.3B has): "
+                f"set fps to {model.layout.fps}"
+            )
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
-        self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, executor.class_obj.model_options)
-        samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        plan = self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
+        policy = policy_of(options)
+        if isinstance(policy, Foresees):
+            policy.check_run(len(sigmas) - 1)
+        expected = expects(guider, model, plan, noise, policy)
+        logging.info(f"FlowCache: {expected[1].sentence()}")
+        token = EXPECTED.set(expected)
+        try:
+            samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        finally:
+            EXPECTED.reset(token)
         keep_given(samples, latent_image, prefix, suffix)
         return samples
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
-        model = require_ours(model_wrap.model_patcher, NODE)
+        model, expected = require_ours(model_wrap.model_patcher, NODE), take_expected()
         self._require(noise, latent_image, sigmas)
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         plan = self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, extra_args["model_options"])
@@ -111,6 +145,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             samples, report = run(plan, model, model_wrap, sigmas, extra_args, x, light, callback, disable_pbar)
         finally:
             options.pop(TURN, None)
+        report.expected = expected
         self.mailbox.put(report)
         say(report.text().splitlines())
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)

@@ -13,8 +13,7 @@ from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
 from ..flowcache_core.policies.presets import CUSTOM, PRESETS, describe, preset
 from ..flowcache_core.policies.target import Target
-from .guard import with_policy
-from .host_model import require_ours
+from .host_model import require_ours, with_policy
 
 NODE = "Chunkwise Cache"
 NEWER = ("rescale",)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -18,16 +20,21 @@ import torch
 
 from ..flowcache_core.chunk import Chunk
 from ..flowcache_core.decision import CachePolicy
+from ..flowcache_core.footprint import Footprint
 from ..flowcache_core.models.attention import bidirectional
-from ..flowcache_core.models.checkpoint import skyreels_config, without_prefix
+from ..flowcache_core.models.checkpoint import release_of
+from ..flowcache_core.models.quantised import FLOAT8, is_companion
 from ..flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from ..flowcache_core.session import Session
 from ..flowcache_core.window import WindowSession
+from .model_files import open_model
 
 OPTIONS = "flowcache"
 """Key in transformer_options under which our settings travel on a MODEL: {"policy": a frozen dataclass}."""
 TURN = "flowcache_turn"
+EXPECTED: ContextVar[tuple[int, Footprint] | None] = ContextVar("flowcache_expected", default=None)
+"""Between the announcement of a run and its first step: the latent frames of its longest evaluation, and what it will hold."""
 NOT_CHUNKWISE = "Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache"
 
 
@@ -84,10 +91,11 @@ class HostNetwork(SkyReelsV2):
 
 
 class HostModel(comfy.model_base.BaseModel):
-    """A flow model of per-chunk noise levels; the KV cache is part of its memory estimate."""
+    """A flow model of per-chunk noise levels. What a run of AR Chunk Sampler will hold is part of its memory estimate."""
 
     def __init__(self, model_config: Any, layout: ChunkLayout, device: Any = None) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostNetwork)
+        self.device = None  # the patcher decides where it lies
         self.layout = layout
 
     def adapter(self) -> SkyReelsAdapter:
@@ -100,10 +108,12 @@ class HostModel(comfy.model_base.BaseModel):
         return out
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = {}) -> Any:  # noqa: B006 (the host's signature)
-        config: SkyReelsConfig = self.diffusion_model.config
-        tokens = input_shape[0] * input_shape[2] * (input_shape[3] // 2) * (input_shape[4] // 2)
-        kv = 2 * config.layers * tokens * config.dim * comfy.model_management.dtype_size(self.get_dtype_inference())
-        return super().memory_required(input_shape, cond_shapes) + kv
+        """Bytes for an evaluation of `input_shape`; before a run of chunks, of one chunk and all that the run will hold."""
+        expected = EXPECTED.get()
+        if expected is None:
+            return super().memory_required(input_shape, cond_shapes)
+        frames, held = expected
+        return super().memory_required([*input_shape[:2], frames, *input_shape[3:]], cond_shapes) + held.held
 
 
 class HostConfig(comfy.supported_models_base.BASE):
@@ -113,37 +123,80 @@ class HostConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
 
-    def __init__(self, config: SkyReelsConfig) -> None:
+    def __init__(self, config: SkyReelsConfig, quantised: bool, operations: Any = None) -> None:
         super().__init__({"config": config})
         self.memory_usage_factor = config.dim / 2222
+        self.quant_config = {"mixed_ops": True} if quantised else None
+        self.custom_operations = operations
 
 
-def load(weights: dict[str, torch.Tensor], name: str, layout: ChunkLayout) -> Any:
-    """State dict -> ModelPatcher. Raises ValueError before anything is moved when a key or shape does not fit."""
-    weights = without_prefix(weights)
-    config = skyreels_config(weights, name)
-    host = HostConfig(config)
-    device = comfy.model_management.get_torch_device()
-    dtype = comfy.model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(weights),
-        supported_dtypes=host.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(weights),
-    )
-    host.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, host.supported_inference_dtypes))
-    model = HostModel(host, layout)
-    offload = comfy.model_management.unet_offload_device()
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
-    if not comfy.model_management.is_device_cpu(offload):
+def load(path: Path, name: str, layout: ChunkLayout, disable_dynamic: bool = False) -> Any:
+    """A file, any file of a set, or a folder -> ModelPatcher. Raises ValueError, before weights are read, for what does not fit.
+
+    fp8 matrices stay fp8; everything else has the dtype that the host chooses, or computes in. Without a conversion, weights
+    stay views of the mapped file.
+    """
+    file = open_model(path, name)
+    quantised = any(key.endswith(".comfy_quant") for key in file.weights)
+    host = HostConfig(file.config, quantised, file.operations)
+    device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    stored, supported = comfy.utils.weight_dtype(file.weights), host.supported_inference_dtypes
+    if stored in FLOAT8 and not quantised:
+        dtype = stored
+    else:
+        parameters = comfy.utils.calculate_parameters(file.weights)
+        dtype = comfy.model_management.unet_dtype(None, parameters, supported, None if quantised else stored)
+    cast = comfy.model_management.unet_manual_cast(None if quantised else dtype, device, supported)
+    host.set_inference_dtype(dtype, cast)
+    model = HostModel(host, layout, None if quantised else torch.device("meta"))
+    plain = disable_dynamic or file.patcher is not None
+    patcher = (comfy.model_patcher.ModelPatcher if plain else comfy.model_patcher.CoreModelPatcher)(model, load_device=device, offload_device=offload)
+    weights = file.weights
+    if file.operations is None and not patcher.is_dynamic():
+        as_stored = {key for key in weights if is_companion(key, weights) or f"{key.removesuffix('.weight')}.comfy_quant" in weights}
+        weights = {k: v if k in as_stored else _placed(k, v, dtype, cast or dtype) for k, v in weights.items()}
+    model.load_model_weights(weights, "", assign=True)
+    if patcher.is_dynamic():
+        _keep_small_weights(model.diffusion_model, cast or dtype)
+    elif not comfy.model_management.is_device_cpu(offload):
         model.to(offload)
-    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, OPTIONS, outer_sample)
+    patcher = file.patcher(patcher) if file.patcher else patcher
+    patcher.cached_patcher_init = (load, (path, name, layout))
     return patcher
 
 
-def outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """Around a whole sampling: lets a sampler of ours check its plan before weights move; others pass as they are."""
+def _placed(key: str, weight: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor:
+    """A weight in the dtype it is kept in: fp8 is for the matrices of the blocks alone."""
+    if dtype not in FLOAT8:
+        return weight.to(dtype)
+    matrix = weight.ndim == 2 and key.startswith("blocks.")
+    return weight if matrix and weight.dtype in FLOAT8 else weight.to(compute)
+
+
+def _keep_small_weights(network: torch.nn.Module, compute: torch.dtype) -> None:
+    """Dynamic loading casts a weight to the dtype that is noted for it: what an fp8 file keeps wider stays wider."""
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if getattr(module, f"{name}_comfy_model_dtype", None) in FLOAT8 and weight.dtype not in FLOAT8:
+                setattr(module, f"{name}_comfy_model_dtype", compute)
+
+
+def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """Around every run of our MODEL, before weights are moved: our sampler checks its plan here, a stock one is refused a cache policy."""
     around = getattr(sampler, "around", None)
-    return (executor if around is None else partial(around, executor))(noise, latent_image, sampler, *args, **kwargs)
+    if around is not None:
+        return around(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+    if policy_of(executor.class_obj.model_options) is not None:
+        raise ValueError(NOT_CHUNKWISE)
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def take_expected() -> Footprint | None:
+    """What was announced. From now on it is held, and no longer to be asked for."""
+    expected = EXPECTED.get()
+    EXPECTED.set(None)
+    return expected[1] if expected else None
 
 
 def require_ours(model: Any, node: str) -> HostModel:
@@ -153,12 +206,43 @@ def require_ours(model: Any, node: str) -> HostModel:
         raise ValueError(
             f"{node} cannot serve a {type(inner).__name__} model: load it with the Load AR Video Model node (SkyReels-V2 diffusion forcing)"
         )
+    _require_fitting_lora(model, inner, node)
     stacked = [key for kind in getattr(model, "wrappers", {}).values() for key in kind if key in ("easycache", "lazycache")]
     if stacked:
         raise ValueError(f"{node} and {stacked[0]} both decide which steps to skip: bypass one of the two")
     return inner
 
 
+def with_policy(model: Any, policy: CachePolicy) -> Any:
+    """A clone of a ModelPatcher that carries the policy; what an earlier cache node had put there is replaced."""
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    patched.model_options["transformer_options"] = {**options, OPTIONS: {"policy": policy}}
+    return patched
+
+
 def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
     policy: CachePolicy | None = model_options.get("transformer_options", {}).get(OPTIONS, {}).get("policy")
     return policy
+
+
+def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
+    """A LoRA changes a weight by the product of two matrices; both have to fit."""
+    wrong = []
+    for key, patches in getattr(model, "patches", {}).items():
+        shape = tuple(comfy.utils.get_attr(inner, key).shape)
+        for lora in (patch[1] for patch in patches if getattr(patch[1], "name", "") == "lora" and patch[3] is None):
+            made_for = (lora.weights[0].shape[0], math.prod(lora.weights[1].shape[1:]))
+            if lora.weights[3] is None and lora.weights[5] is None and made_for != (shape[0], math.prod(shape[1:])):
+                wrong.append((key.removeprefix("diffusion_model."), made_for, shape))
+    if wrong:
+        key, made_for, shape = wrong[0]
+        raise ValueError(
+            f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for a matrix of {made_for}, this model has {shape}. "
+            f"It was made for another size: use one for {release_of(inner.diffusion_model.config)}, or bypass it"
+        )
+    if getattr(model, "attachments", {}).get("lora_metadata") and not model.patches:
+        raise ValueError(
+            f"{node}: none of the LoRA's layers is in this model, so it would change nothing: it was made for another kind of model, or names "
+            "its layers in the Diffusers way, which this ComfyUI does not read for Wan models. Bypass it, or use one with original or kohya names"
+        )

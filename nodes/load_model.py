@@ -7,14 +7,14 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flowcache_core.demo import bundle
 from ..flowcache_core.device import fast_dtype
-from ..flowcache_core.models.checkpoint import read
+from ..flowcache_core.models.shards import open_checkpoint
 from .host_model import ChunkLayout, load
+from .model_files import choices, path_of
 from .word_clip import word_clip
 
 BUNDLED = f"{bundle.NAME} (bundled)"
@@ -33,9 +33,9 @@ class LoadARVideoModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[BUNDLED, *folder_paths.get_filename_list("diffusion_models")],
+                    options=[BUNDLED, *choices()],
                     default=BUNDLED,
-                    tooltip="The bundled tiny model, or a SkyReels-V2 DF file from models/diffusion_models.",
+                    tooltip="The bundled tiny model, or a SkyReels-V2 DF file, or a folder with its shards, in models/diffusion_models.",
                 )
             ],
             outputs=[
@@ -48,13 +48,12 @@ class LoadARVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         if model_name == BUNDLED:
-            weights, metadata = read(bundle.NETWORK)
-            model = load(weights, model_name, ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), causal=True))
+            metadata = open_checkpoint(bundle.NETWORK).metadata
+            model = load(bundle.NETWORK, model_name, ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), causal=True))
             on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
             vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(bundle.VAE)), dtype=fast_dtype() if on_cpu else None)
             return io.NodeOutput(model, word_clip(model.model.diffusion_model.config.text_dim), vae)
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        model = load(read(path)[0], model_name, SKYREELS)
+        model = load(path_of(model_name), model_name, SKYREELS)
         return io.NodeOutput(model, _absent("CLIP", "Load CLIP (umt5-xxl, type wan)"), _absent("VAE", "Load VAE (Wan 2.1 VAE)"))
 
 

@@ -52,8 +52,8 @@ def test_a_missing_key_is_named(weights: dict[str, Tensor]) -> None:
 
 
 def test_an_unknown_key_is_named(weights: dict[str, Tensor]) -> None:
-    weights.update({"img_emb.proj.0.bias": torch.zeros(1), "img_emb.proj.0.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"2 unknown \(img_emb.proj.0.bias, ...\)"):
+    weights.update({f"rope.{i}": torch.zeros(1) for i in range(4)})
+    with pytest.raises(ValueError, match=r"4 unknown \(rope.0, rope.1, rope.2, ...\)"):
         skyreels_config(weights, "net")
 
 
@@ -66,6 +66,29 @@ def test_a_wrong_shape_is_named_with_both_shapes(weights: dict[str, Tensor]) -> 
 def test_another_network_is_refused_by_name(weights: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"other: this is not a SkyReels-V2 or Wan 2\.1 checkpoint"):
         skyreels_config({"conv.weight": torch.zeros(1)}, "other")
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("img_emb.proj.0.bias", "an image-to-video or control checkpoint"),
+        ("blocks.0.cross_attn.k_img.weight", "an image-to-video or control checkpoint"),
+        ("blocks.0.self_attn.q.lora_A.weight", "a LoRA: put it into models/loras"),
+        ("vace_blocks.0.norm3.bias", "a VACE checkpoint"),
+        ("encoder.block.0.layer.0.layer_norm.weight", "a T5 text encoder"),
+        ("videodit_blocks.layers.0.ada_modulate_layer.proj.0.bias", "a MAGI-1 checkpoint"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_by_name(key: str, said: str, weights: dict[str, Tensor]) -> None:
+    weights[key] = torch.zeros(1)
+    with pytest.raises(ValueError, match=f"net is {said}"):
+        skyreels_config(weights, "net")
+
+
+def test_more_channels_in_than_out_are_refused_as_image_to_video(weights: dict[str, Tensor]) -> None:
+    weights["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
+    with pytest.raises(ValueError, match="it takes 36 channels and gives 16"):
+        skyreels_config(weights, "net")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

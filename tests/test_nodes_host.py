@@ -43,7 +43,7 @@ class Host:
     def __init__(self, base: Path) -> None:
         self.base, self.log = base, base / "host.log"
         for folder in ("custom_nodes", "input", "output", "temp", "user"):
-            (base / folder).mkdir()
+            (base / folder).mkdir(exist_ok=True)
         (base / "custom_nodes" / "flowcache").symlink_to(PACK, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

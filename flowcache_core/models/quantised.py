@@ -1,0 +1,66 @@
+"""Weights stored in few bits: which keys only accompany a weight, and what its values are.
+
+Two conventions are known: `scaled_fp8` with `LAYER.scale_weight`, and ComfyUI's `LAYER.weight_scale` with `LAYER.comfy_quant`.
+A plain fp8 file has no companions: its weights are simply rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MARKER = "scaled_fp8"
+COMPANIONS = ("weight_scale", "weight_scale_2", "input_scale", "comfy_quant", "scale_weight", "scale_input")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Shaped(Protocol):
+    """What a tensor and a slot of a file have in common."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def is_companion(key: str, keys: Collection[str]) -> bool:
+    """Whether a key tells something about a weight among `keys` instead of being one."""
+    layer, _, last = key.rpartition(".")
+    return key == MARKER or (last in COMPANIONS and f"{layer}.weight" in keys)
+
+
+def plain_shapes(weights: Mapping[str, Shaped]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the values that are meant; companions left out. Four-bit weights lie two to a byte."""
+    shapes = {}
+    for key, weight in weights.items():
+        if is_companion(key, weights.keys()):
+            continue
+        shape = tuple(weight.shape)
+        packed = key.endswith(".weight") and f"{key.removesuffix('.weight')}.weight_scale_2" in weights
+        shapes[key] = (*shape[:-1], 2 * shape[-1]) if packed else shape
+    return shapes
+
+
+def scale_key(key: str, keys: Collection[str]) -> str | None:
+    """The key of the scale that belongs to a weight."""
+    layer = key.removesuffix(".weight")
+    return next((k for k in (f"{layer}.weight_scale", f"{layer}.scale_weight") if k != key and k in keys), None)
+
+
+def restored(key: str, weight: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """The values of a weight in `dtype` (None: as stored). `scale`: one number, or one per row.
+
+    Raises ValueError for a scaled weight that is not fp8: only the host can compute with those.
+    """
+    if scale is None:
+        return weight if dtype is None else weight.to(dtype)
+    if weight.dtype not in FLOAT8 or scale.numel() not in (1, weight.shape[0]):
+        raise ValueError(
+            f"{key} is quantised as {str(weight.dtype).removeprefix('torch.')} with scales {tuple(scale.shape)}: "
+            "outside ComfyUI only fp8 with one scale per tensor or row is read; use a bf16, fp16 or fp8 file"
+        )
+    return (weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))).to(dtype or torch.float32)

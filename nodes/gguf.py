@@ -1,0 +1,41 @@
+"""GGUF files, read and computed by the ComfyUI-GGUF pack where it is installed; nothing of the format is known here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nodes
+
+PACK, NODE, SUFFIX = "ComfyUI-GGUF", "UnetLoaderGGUF", ".gguf"
+
+
+class Pack:
+    """What the installed pack offers. Raises ValueError when there is none."""
+
+    def __init__(self, name: str) -> None:
+        node = nodes.NODE_CLASS_MAPPINGS.get(NODE)
+        if node is None:
+            raise ValueError(f"{name} is a GGUF file, which {PACK} reads: install that node pack (ComfyUI Manager has it), or use a safetensors file")
+        self._pack = sys.modules[node.__module__]
+
+    def read(self, path: Path) -> dict[str, torch.Tensor]:
+        """Key -> the pack's own tensors, whose `shape` is that of the values."""
+        read: dict[str, torch.Tensor] = self._pack.gguf_sd_loader(str(path))
+        return read
+
+    def prepared(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Matrices stay as they are and are dequantised when used; everything else becomes plain float32."""
+        plain = sys.modules[self._pack.gguf_sd_loader.__module__].dequantize_tensor
+        matrix = {key for key, weight in weights.items() if len(weight.shape) == 2 and key.endswith(".weight")} - {"fps_embedding.weight"}
+        return {k: v if k in matrix else plain(v, torch.float32).as_subclass(torch.Tensor).reshape(v.shape) for k, v in weights.items()}
+
+    def operations(self) -> Any:
+        return self._pack.GGMLOps()
+
+    def patcher(self, model: Any) -> Any:
+        """The MODEL with the pack's way of patching quantised weights."""
+        return self._pack.GGUFModelPatcher.clone(model)

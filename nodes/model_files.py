@@ -1,0 +1,109 @@
+"""Model files as the host knows them: what can be chosen, where it lies, and its tensors under their original names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import torch
+
+from ..flowcache_core.models.checkpoint import release_of, skyreels_config, without_prefix
+from ..flowcache_core.models.key_names import original_names
+from ..flowcache_core.models.quantised import FLOAT8, MARKER, restored
+from ..flowcache_core.models.shards import SHARD, open_checkpoint
+from ..flowcache_core.models.skyreels import SkyReelsConfig
+from . import gguf
+
+FOLDER = "diffusion_models"
+FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A recognised model that is ready to be put into the network.
+
+    `operations`: layers that have to be used, or None for the host's choice; `patcher`: what the finished MODEL passes through.
+    """
+
+    weights: dict[str, torch.Tensor]
+    config: SkyReelsConfig
+    operations: Any = None
+    patcher: Callable[[Any], Any] | None = None
+
+
+def choices() -> list[str]:
+    """Files of models/diffusion_models; then, with a slash at the end, folders with a set of shards; then GGUF files."""
+    names = folder_paths.get_filename_list(FOLDER)
+    shards = [PurePath(name) for name in names if SHARD.fullmatch(PurePath(name).name)]
+    folders = sorted({f"{path.parent.as_posix()}/" for path in shards if path.parent.name})
+    found = (folder_paths.recursive_search(folder, [".git"])[0] for folder in folder_paths.get_folder_paths(FOLDER))
+    ggufs = sorted({name for some in found for name in some if name.lower().endswith(gguf.SUFFIX)})
+    return [*names, *folders, *ggufs]
+
+
+def path_of(name: str) -> Path:
+    """Raises FileNotFoundError for what is no longer there."""
+    if not name.endswith("/"):
+        return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        if (path := Path(folder, name)).is_dir():
+            return path
+    raise FileNotFoundError(f"there is no folder {name} in models/{FOLDER}: refresh the page and choose again")
+
+
+def open_model(path: Path, name: str) -> ModelFile:
+    """Raises ValueError, before weights are read, when this is not one whole SkyReels-V2 model."""
+    if path.suffix.lower() == gguf.SUFFIX:
+        return _open_gguf(path, name)
+    checkpoint = open_checkpoint(path)
+    names = original_names(checkpoint.slots, (MARKER,))
+    config = skyreels_config({names[key]: slot for key, slot in checkpoint.slots.items() if key in names}, name)
+    weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names, lambda file: comfy.utils.load_torch_file(str(file)))}
+    logging.info(f"FlowCache: {name} is {release_of(config)}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")
+    return ModelFile(_marked(weights, checkpoint.metadata.get("_quantization_metadata"), names), config)
+
+
+def _open_gguf(path: Path, name: str) -> ModelFile:
+    pack = gguf.Pack(name)
+    weights = without_prefix(pack.read(path))
+    config = skyreels_config(weights, name)
+    logging.info(f"FlowCache: {name} is {release_of(config)}, read by {gguf.PACK}")
+    return ModelFile(pack.prepared(weights), config, pack.operations(), pack.patcher)
+
+
+def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Scaled weights marked as the host's mixed-precision layers expect it: LAYER.weight_scale and LAYER.comfy_quant.
+
+    `listed`: what the file's metadata says about its layers, under the names of the file.
+    """
+    for layer, how in (json.loads(listed)["layers"] if listed else {}).items():
+        if key := names.get(f"{layer}.weight"):
+            weights[f"{key.removesuffix('.weight')}.comfy_quant"] = _mark(how)
+    if any(key.endswith(".scale_weight") for key in weights):
+        weights.setdefault(MARKER, torch.zeros(2, dtype=torch.float8_e4m3fn))  # two elements: multiply in full precision
+    weights = comfy.utils.convert_old_quants(weights, "", None)[0]
+    for scale in [key for key in weights if key.endswith(".weight_scale")]:
+        layer = scale.removesuffix(".weight_scale")
+        weight, mark = weights[f"{layer}.weight"], weights.get(f"{layer}.comfy_quant")
+        if weight.ndim != 2:  # only matrices have a quantised layer
+            weights[f"{layer}.weight"] = restored(f"{layer}.weight", weight, weights.pop(scale), torch.float32)
+            weights.pop(f"{layer}.comfy_quant", None)
+        elif weight.dtype in FLOAT8:
+            how = {"full_precision_matrix_mult": True} if mark is None else json.loads(mark.numpy().tobytes())
+            weights[f"{layer}.comfy_quant"] = _mark({**how, "format": FORMATS[weight.dtype]})
+        elif mark is None:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{layer}.weight is stored as {kind} with scales, and the file does not say in which format: use a bf16, fp16 or fp8 file"
+            )
+    return weights
+
+
+def _mark(how: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(how).encode()), dtype=torch.uint8)
