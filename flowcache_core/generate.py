@@ -68,7 +68,11 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
             return _guided(session.denoise(batch, chunk, text, branches).float(), job.cfg)
 
-        latents = sample_chunks(predict, noise, schedule, levels, solver(job.solver), session.commit, lambda chunk, clean, film: on_step(chunk))
+        def moved(chunk: Chunk, clean: Tensor, film: Tensor) -> None:
+            session.note(chunk, clean)
+            on_step(chunk)
+
+        latents = sample_chunks(predict, noise, schedule, levels, solver(job.solver), session.commit, moved)
     return latents, session.report
 
 

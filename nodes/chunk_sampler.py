@@ -59,6 +59,7 @@ class ChunkSampler(comfy.samplers.Sampler):
 
         def on_step(chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
             nonlocal at
+            session.note(chunk, clean)
             shown[:, :, chunk.start : chunk.start + chunk.frames] = clean
             at += 1
             bar.set_postfix_str(f"chunk {chunk.index + 1}/{schedule.chunks}, computed {session.report.share:.0%}", refresh=False)

@@ -2,5 +2,6 @@
 
 from .always import Always
 from .chunkwise import Chunkwise
+from .motion import Motion
 
-POLICIES = (Always, Chunkwise)
+POLICIES = (Always, Chunkwise, Motion)
