@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .bench import reuse
+from .bench import motion, recall, reuse
 from .demo import run as demo
 from .device import device_name
 from .plot import line_plot
 
-BENCHES = (reuse,)
+BENCHES = (reuse, motion, recall)
 
 
 def main() -> int:
@@ -45,9 +45,13 @@ def _bench(args: argparse.Namespace) -> None:
     result = {"bench": bench.NAME, "device": device_name(), "commit": demo.commit(), **bench.run(args)}
     rows = result["rows"]
     print(_table(rows))
+    if "summary" in result:
+        print(f"\nat equal shares\n{_table(result['summary'])}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if "share" not in rows[0]:
+            return
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             lines.setdefault(row["rule"], []).append((row["share"], row["psnr"]))

@@ -9,14 +9,17 @@ from comfy_api.latest import io
 
 from ..flowcache_core.decision import Setting
 from ..flowcache_core.policies.chunkwise import Chunkwise
-from .host_model import OPTIONS, require_ours
+from ..flowcache_core.policies.motion import Motion
+from .host_model import OPTIONS, policy_of, require_ours
 
 
 def widgets(policy: type) -> list[Any]:
-    """One widget per field of a policy, with its range, help and place."""
+    """One widget per field of a policy that describes itself, with its range, help and place."""
     out: list[Any] = []
     for field in fields(policy):
-        rule: Setting = field.metadata["setting"]
+        rule: Setting | None = field.metadata.get("setting")
+        if rule is None:
+            continue
         common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced}
         if rule.options:
             out.append(io.Combo.Input(field.name, options=list(rule.options), **common))
@@ -43,6 +46,8 @@ class ChunkwiseCache(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
         require_ours(model, "Chunkwise Cache")
+        if isinstance(policy_of(model.model_options), Motion):
+            raise ValueError("Chunkwise Cache after Motion Cache would take its place: put it before Motion Cache, which then refines it")
         patched = model.clone()
         options = patched.model_options.setdefault("transformer_options", {})
         patched.model_options["transformer_options"] = {**options, OPTIONS: {"policy": Chunkwise(**settings)}}

@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 
 from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import CachePolicy
+from ..flowcache_core.decision import CachePolicy, TokenPolicy
 from ..flowcache_core.models.attention import bidirectional
 from ..flowcache_core.models.checkpoint import skyreels_config, without_prefix
 from ..flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
@@ -55,8 +55,9 @@ class HostNetwork(SkyReelsV2):
         turn: Turn | None = options.get(TURN)
         if turn is not None:
             return turn.session.denoise(x, turn.chunk, context, tuple(options["uuids"]))
-        if options.get(OPTIONS, {}).get("policy") is not None:
-            raise ValueError("Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache")
+        if (policy := options.get(OPTIONS, {}).get("policy")) is not None:
+            node = "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
+            raise ValueError(f"{node} works with the AR Chunk Sampler: connect that node to the sampler input, or bypass {node}")
         t = timestep.floor().view(-1, 1)
         return super().forward(x, t, self.text_kv(context), bidirectional)
 
