@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.film import overlay
 from ..flowcache_core.models.adapter import require_tokens
+from ..flowcache_core.overlay import overlay
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
 from .chunk_sampler import Mailbox

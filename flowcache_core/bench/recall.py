@@ -31,6 +31,7 @@ from ..training.scenes import HELD_OUT, make_scene, motion_mask, render
 NAME = "recall"
 MEASURES: tuple[Measure, ...] = ("clean", "noisy", "output", "change")
 SHARES = (0.2, 0.4, 0.6)
+FRAMES = 57
 ENOUGH, TOO_MUCH = 0.02, 0.6
 """Clips are taken in which the share of moving tokens lies between these two."""
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     moving_shares, seed = [], HELD_OUT + 5000
     with tqdm(total=args.clips, unit="clip") as bar:
         while bar.n < args.clips:
-            scene, seed = make_scene(seed), seed + 1
+            scene, seed = make_scene(seed, FRAMES), seed + 1
             film = render(scene)
             moving = tokens_that_move(motion_mask(film))
             share = float(moving.float().mean())

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ..bench.metrics import psnr, ssim
 from ..decision import CachePolicy
 from ..device import device_name, fast_dtype
-from ..film import frames_of, overlay, side_by_side, write_film
+from ..film import frames_of, side_by_side, write_film
 from ..generate import Job, decode, generate, generate_upstream
+from ..overlay import overlay
 from ..plot import chunk_map
 from ..policies.chunkwise import Chunkwise
 from ..policies.motion import Motion
