@@ -23,7 +23,8 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
     """Rows are chunks, columns are steps: blue was computed, orange was reused, green was computed in part, the darker the more."""
     chunks, steps = report.map.shape
     left, top = 74, 34
-    picture = Image.new("RGB", (max(left + steps * cell + 16, 460), top + chunks * (cell + 3) + 30), PAPER)
+    width = max(left + steps * cell + 16, 460, int(font(12).getlength(report.summary())) + 20)
+    picture = Image.new("RGB", (width, top + chunks * (cell + 3) + 30), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((10, 9), report.summary(), INK, font(12))
     for k in range(chunks):
