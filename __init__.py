@@ -11,11 +11,12 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.frames_in import ARVideoFramesIn
     from .nodes.latent import EmptyARVideoLatent
     from .nodes.load_model import LoadARVideoModel
+    from .nodes.motion import MotionCache, RefreshOverlay
     from .nodes.report import CacheReport
     from .nodes.sampler import ARChunkSampler
 
     class FlowCache(ComfyExtension):
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            return [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn, ChunkwiseCache, ARChunkSampler, CacheReport]
+            return [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn, ChunkwiseCache, MotionCache, ARChunkSampler, CacheReport, RefreshOverlay]
 
     return FlowCache()

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .bench import reuse, seam
+from .bench import motion, recall, reuse, seam
 from .demo import run as demo
 from .device import device_name
 from .plot import line_plot
 
-BENCHES = (reuse, seam)
+BENCHES = (reuse, motion, recall, seam)
 
 
 def main() -> int:
@@ -50,6 +50,8 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if "share" not in rows[0]:
+            return
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in (r for r in rows if r["psnr"] is not None):
             lines.setdefault(row["rule"], []).append((row["share"], row["psnr"]))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from .chunk import Chunk
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 Signature = Literal["latent", "time"]
 Replay = Literal["velocity", "residual"]
 Rescale = Literal["none", "clamped", "unclamped"]
+Measure = Literal["clean", "noisy", "output", "change"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,19 @@ class Reuse:
     order: int = 0
 
 
-Decision = Compute | Reuse
+@dataclass(frozen=True, slots=True, eq=False)
+class Refresh:
+    """Run the network for some tokens of the chunk; the others replay, as in `Reuse`.
+
+    `tokens`: int64 [n], ascending, counted from the chunk's first token, on the device of the latents.
+    """
+
+    tokens: Tensor
+    what: Replay = "velocity"
+    order: int = 0
+
+
+Decision = Compute | Reuse | Refresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,23 @@ class Signals(Protocol):
         """
         ...
 
+    def unread_change(self, signature: Signature) -> Tensor | float:
+        """The same number, left on the device where it is measured there: costs no host sync."""
+        ...
+
+    def motion(self, measure: Measure) -> Tensor:
+        """How much every token moves, [frames, rows, columns], not scaled; ones where nothing is known yet. No host sync.
+
+        "noisy", "clean", "output": difference to the frame before, of the noisy latent, of the clean latent as last
+        predicted, or of the last block's output (relative). "change": how fast the kept prediction changed with the noise
+        level between the last two times the token was computed.
+        """
+        ...
+
+    def read(self, *numbers: Tensor) -> list[float]:
+        """Waits for the device: one host sync for all numbers together."""
+        ...
+
 
 class CachePolicy(Protocol):
     """Frozen settings plus a rule. All memory is in `state`; the session calls `decide` once per chunk and step."""
@@ -76,6 +108,16 @@ class CachePolicy(Protocol):
         ...
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision: ...
+
+
+@runtime_checkable
+class TokenPolicy(CachePolicy, Protocol):
+    """A policy that may decide `Refresh`."""
+
+    @property
+    def watches(self) -> Measure:
+        """The measure of motion it asks for: what the session has to remember."""
+        ...
 
 
 @runtime_checkable

@@ -130,7 +130,11 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
             return _guided(session.denoise(batch, chunk, text, branches).float(), job.cfg)
 
-        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, lambda chunk, clean, film: on_step(chunk), light)
+        def moved(chunk: Chunk, clean: Tensor, film: Tensor) -> None:
+            session.note(chunk, clean)
+            on_step(chunk)
+
+        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light)
     return latents, session.report
 
 

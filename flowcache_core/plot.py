@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .report import COMPUTED, NOT_RUN, RunReport
+from .report import COMPUTED, NOT_RUN, REFRESHED, RunReport
 
 PAPER, INK, GRID = (250, 250, 252), (30, 34, 44), (222, 226, 234)
 SHADES = {COMPUTED: (38, 84, 164), NOT_RUN: (236, 238, 242)}
 REUSED_SHADE = (247, 181, 84)
+REFRESHED_SHADES = (196, 232, 204), (30, 120, 72)
 LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120), (190, 30, 60), (0, 150, 170))
 
 
@@ -19,10 +20,11 @@ def font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
-    """Rows are chunks, columns are steps: blue was computed, orange was reused."""
+    """Rows are chunks, columns are steps: blue was computed, orange was reused, green was computed in part, the darker the more."""
     chunks, steps = report.map.shape
     left, top = 74, 34
-    picture = Image.new("RGB", (max(left + steps * cell + 16, 460), top + chunks * (cell + 3) + 30), PAPER)
+    width = max(left + steps * cell + 16, 460, int(font(12).getlength(report.summary())) + 20)
+    picture = Image.new("RGB", (width, top + chunks * (cell + 3) + 30), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((10, 9), report.summary(), INK, font(12))
     for k in range(chunks):
@@ -30,12 +32,26 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
         draw.text((10, y - 1), f"chunk {k + 1}", INK, font(12))
         for j in range(steps):
             shade = SHADES.get(int(report.map[k, j]), REUSED_SHADE)
+            if report.map[k, j] == REFRESHED:
+                shade = between(*REFRESHED_SHADES, float(report.shares[k, j]))
             draw.rectangle((left + j * cell, y, left + (j + 1) * cell - 2, y + cell - 1), shade)
     y = top + chunks * (cell + 3) + 6
-    for x, shade, word in ((left, SHADES[COMPUTED], "computed"), (left + 110, REUSED_SHADE, "reused")):
+    legend = [(left, SHADES[COMPUTED], "computed"), (left + 110, REUSED_SHADE, "reused")]
+    if report.chunk_steps_refreshed:
+        legend.append((left + 200, between(*REFRESHED_SHADES, 0.5), "some tokens computed"))
+    for x, shade, word in legend:
         draw.rectangle((x, y + 2, x + 11, y + 13), shade)
         draw.text((x + 17, y), word, INK, font(12))
     return picture
+
+
+Shade = tuple[int, int, int]
+
+
+def between(a: Shade, b: Shade, share: float) -> Shade:
+    """The colour `share` of the way from a to b."""
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Image.Image:

@@ -9,20 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .chunk import Chunk
 from .footprint import Footprint
 from .schedule import Row
 
-NOT_RUN, REUSED, COMPUTED = 0, 1, 2
+NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
 
 
 class RunReport:
-    """Filled while a run goes on. `map` is uint8 [chunks, steps] of NOT_RUN, REUSED, COMPUTED; `drift` float32, same shape."""
+    """Filled while a run goes on. `map` is uint8 [chunks, steps] of NOT_RUN, REUSED, COMPUTED, REFRESHED (some tokens of it).
 
-    def __init__(self, chunks: int, steps: int) -> None:
+    `drift` and `shares` are float32 of that shape: accumulated drift, and the share of the chunk's tokens that ran. After
+    `close`, `visits` is int32 [frames, rows, columns]: at how many steps each token was computed, commits left out.
+    """
+
+    def __init__(self, chunks: int, steps: int, grid: tuple[int, int, int] | None = None) -> None:
         self.map = np.zeros((chunks, steps), np.uint8)
-        self.drift = np.zeros((chunks, steps), np.float32)
+        self.drift, self.shares = (np.zeros((chunks, steps), np.float32) for _ in range(2))
+        self.visits: np.ndarray | None = None
+        self._visits = None if grid is None else torch.zeros(grid, dtype=torch.int32)
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
         self.notes: tuple[str, ...] = ()
@@ -32,17 +39,41 @@ class RunReport:
         self._events: list[tuple[str, Any, Any]] = []
         self._closed = False
 
-    def decided(self, chunk: Chunk, computed: bool, tokens: int, drift: float) -> None:
-        self.map[chunk.index, chunk.step] = COMPUTED if computed else REUSED
+    def decided(self, chunk: Chunk, computed: bool, tokens: int, drift: float, refreshed: Tensor | None = None) -> None:
+        """`refreshed`: int64 [n], the tokens of the chunk that run where not all of its `tokens` do."""
         self.drift[chunk.index, chunk.step] = drift
         self.tokens += tokens
-        self.tokens_computed += tokens if computed else 0
+        if computed:
+            self._count(chunk, COMPUTED, tokens, tokens)
+        elif refreshed is None:
+            self._count(chunk, REUSED, 0, tokens)
+        else:
+            self._count(chunk, REFRESHED, len(refreshed), tokens)
+        if computed or refreshed is not None:
+            self._visit(chunk, refreshed)
 
     def ran(self, chunk: Chunk, tokens: int) -> None:
-        """The network runs for this chunk-step; it had been decided otherwise when a branch has nothing to replay."""
-        if self.map[chunk.index, chunk.step] == REUSED:
-            self.map[chunk.index, chunk.step] = COMPUTED
-            self.tokens_computed += tokens
+        """The whole chunk runs at this step; it had been decided otherwise when a branch has nothing to replay."""
+        if self.map[chunk.index, chunk.step] != COMPUTED:
+            self.tokens_computed -= round(float(self.shares[chunk.index, chunk.step]) * tokens)
+            self._count(chunk, COMPUTED, tokens, tokens)
+
+    def _count(self, chunk: Chunk, kind: int, run: int, tokens: int) -> None:
+        self.map[chunk.index, chunk.step] = kind
+        self.shares[chunk.index, chunk.step] = run / tokens
+        self.tokens_computed += run
+
+    def _visit(self, chunk: Chunk, only: Tensor | None) -> None:
+        """One more computed step for `only` these tokens of the chunk, or for all; counted on their device, read after the run."""
+        if self._visits is None:
+            return
+        if only is not None:
+            self._visits = self._visits.to(only.device)
+        mine = self._visits[chunk.start : chunk.start + chunk.frames].view(-1)
+        if only is None:
+            mine += 1
+        else:
+            mine.index_add_(0, only, torch.ones_like(only, dtype=torch.int32))
 
     def committed(self, tokens: int) -> None:
         """A pass that rewrites a finished chunk's keys and values: every arm pays it."""
@@ -54,6 +85,7 @@ class RunReport:
         """The upstream way runs every chunk of the window, idle ones too: all of them are counted as computed."""
         for chunk in row.active:
             self.map[chunk.index, chunk.step] = COMPUTED
+            self.shares[chunk.index, chunk.step] = 1.0
         self._idle += row.last - row.first - len(row.active)
         self.tokens += tokens
         self.tokens_computed += tokens
@@ -85,6 +117,8 @@ class RunReport:
         for part, begin, end in self._events:
             self.seconds[part] = self.seconds.get(part, 0.0) + begin.elapsed_time(end) / 1000
         self._events.clear()
+        if self._visits is not None:
+            self.visits, self._visits = self._visits.cpu().numpy(), None
         self.seconds["total"] = time.perf_counter() - self._started
 
     @property
@@ -94,6 +128,11 @@ class RunReport:
     @property
     def chunk_steps_computed(self) -> int:
         return int((self.map == COMPUTED).sum()) + self._idle
+
+    @property
+    def chunk_steps_refreshed(self) -> int:
+        """Chunk-steps at which some tokens ran and the others were replayed."""
+        return int((self.map == REFRESHED).sum())
 
     @property
     def share(self) -> float:
@@ -107,7 +146,8 @@ class RunReport:
     def summary(self) -> str:
         """One line for a console."""
         n, m = self.chunk_steps_computed, self.chunk_steps
-        return (f"computed {n} of {m} chunk-steps ({n / max(m, 1):.0%}), {self.wall_s:.1f} s, "
+        part = f"in part {self.chunk_steps_refreshed} ({self.share:.0%} of all tokens), " if self.chunk_steps_refreshed else ""
+        return (f"computed {n} of {m} chunk-steps ({n / max(m, 1):.0%}), {part}{self.wall_s:.1f} s, "
                 f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB, {self.host_syncs} host syncs")  # fmt: skip
 
     def text(self) -> str:
@@ -115,11 +155,15 @@ class RunReport:
         return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed)."""
+        """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed, 3 refreshed in part).
+
+        `shares` has the share of the chunk's tokens that ran, per chunk and step.
+        """
         network = self.seconds.get("network", 0.0)
         return {
             "chunk_steps": self.chunk_steps,
             "chunk_steps_computed": self.chunk_steps_computed,
+            "chunk_steps_refreshed": self.chunk_steps_refreshed,
             "tokens": self.tokens,
             "tokens_computed": self.tokens_computed,
             "share": round(self.share, 4),
@@ -130,5 +174,6 @@ class RunReport:
             "wall_s": round(self.wall_s, 3),
             "seconds": {"network": round(network, 3), "rest": round(self.wall_s - network, 3)},
             "map": ["".join(map(str, row)) for row in self.map],
+            "shares": [[round(float(s), 3) for s in row] for row in self.shares],
             "notes": list(self.notes),
         }

@@ -1,4 +1,4 @@
-"""One sampling run. Read this first: for every chunk and step it decides, then computes or replays.
+"""One sampling run. Read this first: for every chunk and step it decides, then computes, refreshes some tokens, or replays.
 
 The sampler asks for velocities; the policy decides; the adapter runs the network; the KV store holds the history.
 The decision is made once per chunk and step, by the first branch that arrives, and every other branch follows it.
@@ -6,6 +6,7 @@ The decision is made once per chunk and step, by the first branch that arrives, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Reuse, Signature
+from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Refresh, Replay, Reuse, TokenPolicy
+from .kernels.tokens import mask_over
 from .kv.cache import Branches, CachedAttention, KVStore
-from .models.adapter import Call, ModelAdapter
+from .models.adapter import Call, ModelAdapter, require_tokens
 from .models.published import time_polynomial
 from .policies.always import Always
 from .report import RunReport
 from .schedule import ChunkSchedule
+from .signals import StepSignals
 from .state import ChunkState, RunState
 
 
@@ -39,11 +42,15 @@ class Session:
         self.policy: CachePolicy = policy or Always()
         if isinstance(self.policy, Foresees):
             self.policy.check_run(schedule.steps)
-        self.report = RunReport(schedule.chunks, schedule.steps)
         self.told: tuple[str, ...] = ()
         """What the policy says when the run is over."""
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
+        self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
+        self._tokens = require_tokens(adapter, schedule.chunk_frames) if self._watches else None
+        patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
+        self._grid = grid[0] // patch, grid[1] // patch
+        self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         self._kv = KVStore(batch, adapter.layers, adapter.heads, adapter.head_dim, schedule.frames * self._frame_tokens)
         self._text: dict[Branches, object] = {}
         self._time_changes: list[float] | None = None
@@ -81,17 +88,25 @@ class Session:
             if state.decided_at != chunk.step:
                 state.decided_at = chunk.step
                 self.report.committed(chunk.frames * self._frame_tokens)
+                if self._watches in ("clean", "noisy"):
+                    self.state.edges[chunk.index] = x[: self.batch, :, -1]
             return self._compute(call, branches)[0]
         match self._decide(call, state):
             case Reuse(what, order) if branches in state.predictions:
-                value = state.predict(branches, call.sigma, order)
-                return value if what == "velocity" else self.adapter.replay(call, value)
+                return self._replay(call, state, branches, what, order)
+            case Refresh(tokens, what, order) if branches in state.predictions:
+                self._keep(call, state, branches, *self._compute(call, branches, tokens), tokens)
+                return self._replay(call, state, branches, what, order)
             case _:
                 self.report.ran(chunk, chunk.frames * self._frame_tokens)
                 velocity, residual = self._compute(call, branches)
-                if self.policy.keeps:
-                    state.keep(branches, call.sigma, velocity if self.policy.keeps == "velocity" else residual)
+                self._keep(call, state, branches, velocity, residual)
                 return velocity
+
+    def note(self, chunk: Chunk, clean: Tensor) -> None:
+        """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk."""
+        if self._watches == "clean":
+            self.state.of(chunk.index).clean = clean
 
     def commit(self, chunk: Chunk) -> None:
         """A finished chunk is history from now on: only its keys and values stay."""
@@ -100,21 +115,39 @@ class Session:
     def _decide(self, call: Call, state: ChunkState) -> Decision:
         chunk = call.chunk
         if state.decided_at != chunk.step or state.decision is None:
-            state.decision = self.policy.decide(chunk, _Signals(self, call, state), state)
+            grid = (chunk.frames, *self._grid)
+            signals = StepSignals(call, self.batch, grid, self.state, self.report, self.outlook(call.x.device), self._tokens)
+            state.decision = self.policy.decide(chunk, signals, state)
             state.decided_at = chunk.step
-            computed = isinstance(state.decision, Compute)
-            self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift)
+            computed, some = isinstance(state.decision, Compute), state.decision.tokens if isinstance(state.decision, Refresh) else None
+            self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift, some)
         return state.decision
 
-    def _compute(self, call: Call, branches: Branches) -> tuple[Tensor, Tensor]:
+    def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Velocity and residual of the chunk, or of `only` some of its tokens."""
         chunk, tokens = call.chunk, self._frame_tokens
         oldest = self.schedule.span(self.schedule.oldest(chunk.index))[0]
         cache, rows = self._kv.of(branches)
-        attend = CachedAttention(cache, rows, oldest * tokens, chunk.start * tokens, (chunk.start + chunk.frames) * tokens)
+        attend = CachedAttention(cache, rows, oldest * tokens, chunk.start * tokens, (chunk.start + chunk.frames) * tokens, only)
         with self.report.clock("network", call.x.device):
-            out = self.adapter.forward(call, attend)
+            out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)
         return out
+
+    def _keep(self, call: Call, state: ChunkState, branches: Branches, velocity: Tensor, residual: Tensor, only: Tensor | None = None) -> None:
+        if self.policy.keeps:
+            value = velocity if self.policy.keeps == "velocity" else residual
+            state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))
+        if self._watches == "output" and branches == next(iter(state.predictions), branches):
+            mine, old = residual[: self.batch], state.residual
+            state.residual = mine if only is None or old is None else torch.where(self._mask(call.chunk, mine, only), mine, old)
+
+    def _mask(self, chunk: Chunk, value: Tensor, tokens: Tensor) -> Tensor:
+        return mask_over(value, tokens, (chunk.frames, *self._grid))
+
+    def _replay(self, call: Call, state: ChunkState, branches: Branches, what: Replay, order: int) -> Tensor:
+        value = state.predict(branches, call.sigma, order)
+        return value if what == "velocity" else self.adapter.replay(call, value)
 
     def _text_of(self, context: Tensor, branches: Branches) -> object:
         if branches not in self._text:
@@ -125,24 +158,3 @@ class Session:
         if self._time_changes is None:
             self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps, device)
         return self._time_changes
-
-
-class _Signals:
-    """Measures what the policy asks for; the one place where a decision waits for the device."""
-
-    def __init__(self, session: Session, call: Call, state: ChunkState) -> None:
-        self.session, self.call, self.state = session, call, state
-
-    @property
-    def outlook(self) -> Outlook:
-        return self.session.outlook(self.call.x.device)
-
-    def change(self, signature: Signature) -> float:
-        if signature == "time":
-            return self.session.time_changes(self.call.x.device)[self.call.chunk.step]
-        now, before = self.call.x[: self.session.batch], self.state.latent
-        self.state.latent = now
-        if before is None:
-            return float("inf")
-        self.session.report.host_syncs += 1
-        return float(((now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)).item())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from .decision import Decision
@@ -15,10 +16,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a computed step leaves behind for one branch: its noise level and the tensor that reuse replays."""
+    """What a computed step leaves behind for one branch: its noise level and the tensor that reuse replays.
 
-    sigma: float
+    Where tokens were computed at different steps, `sigma` is a tensor that broadcasts with `value`.
+    """
+
+    sigma: float | Tensor
     value: Tensor
+
+    def overlaid(self, fresh: Tensor, other: Prediction) -> Prediction:
+        """This, but the other where `fresh` is True."""
+        return Prediction(torch.where(fresh, other.sigma, self.sigma), torch.where(fresh, other.value, self.value))
 
 
 class RunMemory:
@@ -47,40 +55,64 @@ class ChunkState:
     reused_in_a_row: int = 0
     computed: int = 0
     latent: Tensor | None = None
+    clean: Tensor | None = None
+    residual: Tensor | None = None
+    token_drift: Tensor | None = None
+    token_age: Tensor | None = None
     decided_at: int = -1
     decision: Decision | None = None
     predictions: dict[Hashable, tuple[Prediction, ...]] = field(default_factory=dict)
     run: RunMemory = field(default_factory=RunMemory)
 
-    def keep(self, branches: Hashable, sigma: float, value: Tensor) -> None:
-        """Remember a computed step; the last two are enough for a linear prediction."""
-        self.predictions[branches] = (*self.predictions.get(branches, ())[-1:], Prediction(sigma, value))
+    def keep(self, branches: Hashable, sigma: float, value: Tensor, fresh: Tensor | None = None) -> None:
+        """Remember a computed step, or its `fresh` part; the last two of every token are enough for a linear prediction."""
+        kept, now = self.predictions.get(branches, ()), Prediction(sigma, value)
+        if fresh is None:
+            self.predictions[branches] = (*kept[-1:], now)
+        else:
+            self.predictions[branches] = (kept[0].overlaid(fresh, kept[-1]), kept[-1].overlaid(fresh, now))
 
     def predict(self, branches: Hashable, sigma: float, order: int) -> Tensor:
         """The last value (order 0), or the line through the last two, at noise level `sigma` (order 1)."""
         *earlier, last = self.predictions[branches]
-        if order == 0 or not earlier or earlier[0].sigma == last.sigma:
+        if order == 0 or not earlier:
             return last.value
-        ahead = (sigma - last.sigma) / (last.sigma - earlier[0].sigma)
-        return last.value + ahead * (last.value - earlier[0].value)
+        ahead, between = sigma - last.sigma, last.sigma - earlier[0].sigma
+        if isinstance(between, Tensor):
+            along = torch.where(between == 0, 0.0, ahead / between)
+            return last.value + (along * (last.value - earlier[0].value)).to(last.value.dtype)
+        if between == 0:
+            return last.value
+        return last.value + ahead / between * (last.value - earlier[0].value)
+
+    @property
+    def latest(self) -> tuple[Prediction, ...]:
+        """The last one or two predictions of whichever branches were computed first; empty before that."""
+        return next(iter(self.predictions.values()), ())
 
 
 class RunState:
-    """All chunks in flight: `of` makes or finds one, `drop` forgets it when the chunk has become history."""
+    """All chunks in flight: `of` makes or finds one, `drop` forgets it when the chunk has become history.
+
+    `edges`: by chunk, the last frame of what motion was measured on, for the next chunk to compare its first frame with.
+    """
 
     def __init__(self) -> None:
         self._chunks: dict[int, ChunkState] = {}
         self.memory = RunMemory()
+        self.edges: dict[int, Tensor] = {}
 
     def of(self, index: int) -> ChunkState:
         return self._chunks.setdefault(index, ChunkState(run=self.memory))
 
     def drop(self, index: int) -> None:
         self._chunks.pop(index, None)
+        self.edges.pop(index - 1, None)
 
     def clear(self) -> None:
         self._chunks.clear()
         self.memory.clear()
+        self.edges.clear()
 
     def __len__(self) -> int:
         return len(self._chunks)

@@ -179,6 +179,7 @@ class ChunkSampler(comfy.samplers.Sampler):
                 return velocity(model_wrap, part, sigmas[chunk.step], extra_args)
 
             def on_step(chunk: Chunk, clean: torch.Tensor, film: torch.Tensor) -> None:
+                session.note(chunk, clean)
                 progress.step(session.report, chunk, clean, film)
 
             return sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step, light), session.report

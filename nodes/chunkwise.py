@@ -11,9 +11,10 @@ from ..flowcache_core.decision import Setting
 from ..flowcache_core.models.published import time_polynomial
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
+from ..flowcache_core.policies.motion import Motion
 from ..flowcache_core.policies.presets import CUSTOM, PRESETS, describe, preset
 from ..flowcache_core.policies.target import Target
-from .host_model import require_ours, with_policy
+from .host_model import policy_of, require_ours, with_policy
 
 NODE = "Chunkwise Cache"
 NEWER = ("rescale",)
@@ -22,10 +23,12 @@ OFF, SHARE, SPEED_UP = "off", "computed share", "speed-up"
 
 
 def widgets(policy: type) -> list[Any]:
-    """One widget per field of a policy, with its range, help and place."""
+    """One widget per field of a policy that describes itself, with its range, help and place."""
     out: list[Any] = []
     for field in fields(policy):
-        rule: Setting = field.metadata["setting"]
+        rule: Setting | None = field.metadata.get("setting")
+        if rule is None:
+            continue
         common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced, "optional": field.name in NEWER}
         if rule.options:
             out.append(io.Combo.Input(field.name, options=list(rule.options), **common))
@@ -52,9 +55,9 @@ class ChunkwiseCache(io.ComfyNode):
                                tooltip="custom uses the widgets above; any other name replaces all of them, and the node says by what."),
                 io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP], default=OFF, optional=True,
                                tooltip="Finds the threshold for you: exactly before sampling under signature time, during the run under latent."),
-                io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
+                io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="For target computed share: the share of chunk-steps that the network computes."),
-                io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True,
+                io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True, advanced=True,
                                tooltip="For target speed-up: one in so many chunk-steps is computed. What every run pays comes on top: "
                                        "commit passes, text, decoding."),
             ],
@@ -65,6 +68,8 @@ class ChunkwiseCache(io.ComfyNode):
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
                 **settings: Any) -> io.NodeOutput:  # fmt: skip
         inner = require_ours(model, NODE)
+        if isinstance(policy_of(model.model_options), Motion):
+            raise ValueError(f"{NODE} after Motion Cache would take its place: put it before Motion Cache, which then refines it")
         policy = rule(preset, settings)
         if target != OFF:
             policy = Target.of(policy, target_share if target == SHARE else 1 / target_speedup)

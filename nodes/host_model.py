@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 
 from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import CachePolicy
+from ..flowcache_core.decision import CachePolicy, TokenPolicy
 from ..flowcache_core.footprint import Footprint
 from ..flowcache_core.models.attention import bidirectional
 from ..flowcache_core.models.checkpoint import release_of
@@ -35,7 +35,6 @@ OPTIONS = "flowcache"
 TURN = "flowcache_turn"
 EXPECTED: ContextVar[tuple[int, Footprint] | None] = ContextVar("flowcache_expected", default=None)
 """Between the announcement of a run and its first step: the latent frames of its longest evaluation, and what it will hold."""
-NOT_CHUNKWISE = "Chunkwise Cache works with the AR Chunk Sampler: connect that node to the sampler input, or bypass Chunkwise Cache"
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class HostNetwork(SkyReelsV2):
         turn: ChunkTurn | WindowTurn | None = options.get(TURN)
         if turn is not None:
             return turn.denoise(x, context, tuple(options["uuids"]))
-        if options.get(OPTIONS, {}).get("policy") is not None:
-            raise ValueError(NOT_CHUNKWISE)
+        if (policy := options.get(OPTIONS, {}).get("policy")) is not None:
+            raise ValueError(wrong_sampler(policy))
         t = timestep.floor().view(-1, 1)
         return super().forward(x, t, self.text_kv(context), bidirectional)
 
@@ -187,9 +186,14 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     around = getattr(sampler, "around", None)
     if around is not None:
         return around(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
-    if policy_of(executor.class_obj.model_options) is not None:
-        raise ValueError(NOT_CHUNKWISE)
+    if (policy := policy_of(executor.class_obj.model_options)) is not None:
+        raise ValueError(wrong_sampler(policy))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def wrong_sampler(policy: CachePolicy) -> str:
+    node = "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
+    return f"{node} works with the AR Chunk Sampler: connect that node to the sampler input, or bypass {node}"
 
 
 def take_expected() -> Footprint | None:

@@ -80,7 +80,13 @@ def cached(net: SkyReelsV2, texts: Tensor) -> Cached:
         levels = sigmas or flow_sigmas(schedule.steps)
         with Session(SkyReelsAdapter(network), schedule, levels, tuple(noise.shape[3:]), policy=policy) as session:
             out = sample_chunks(
-                lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), noise, schedule, levels, solver or Euler(), session.commit
+                lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)),
+                noise,
+                schedule,
+                levels,
+                solver or Euler(),
+                session.commit,
+                lambda chunk, clean, film: session.note(chunk, clean),
             )
         return out, session.report
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+import torch
 from PIL import Image
 
 from flowcache_core.__main__ import main
-from flowcache_core.bench import reuse
+from flowcache_core.bench import motion, reuse
+from flowcache_core.bench.recall import recall, spearman, tokens_that_move
 from flowcache_core.demo.bundle import NETWORK, VAE
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/demo/weights")
@@ -139,3 +141,58 @@ def test_the_module_can_be_run_and_its_exit_code_is_the_refusal() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("flowcache: there is no arm teacache")
+
+
+def test_demo_of_motion_writes_its_overlay(cli: Cli, tmp_path: Path) -> None:
+    assert cli("demo", "--frames", 9, "--steps", 12, "--arms", "uncached,motion", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["arm"] for run in report["runs"]] == ["uncached", "motion"]
+    assert report["runs"][1]["tokens_computed"] < report["runs"][0]["tokens_computed"]
+    assert iio.imread(tmp_path / "motion_overlay.mp4").shape == (9, 128, 128, 3)
+
+
+def test_bench_motion_compares_at_equal_shares(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [r for r in motion.rules() if r.rule in ("chunkwise", "motion")][::3]
+    monkeypatch.setattr(motion, "rules", lambda: some)
+    out = tmp_path / "motion.json"
+    assert cli("bench", "motion", "--prompts", 1, "--steps", 10, "--size", 64, "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert [row["rule"] for row in result["rows"]] == ["chunkwise", "motion"]
+    assert all({"setting", "share", "psnr", "ssim", "wall_ratio"} <= row.keys() for row in result["rows"])
+    assert {(line["share"], line["rule"]) for line in result["summary"]} == {(s, r) for s in (0.4, 0.3) for r in ("chunkwise", "motion")}
+
+
+def test_bench_motion_refuses_an_unknown_rule(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("bench", "motion", "--rules", "motion,magic") == 2
+    assert "no rule is called magic: there are chunkwise, motion, " in capsys.readouterr().err
+
+
+def test_a_summary_lies_between_its_neighbours_and_never_outside_the_sweep() -> None:
+    rows = [{"rule": "a", "share": s, "psnr": p, "ssim": p / 100, "wall_ratio": 1 / s} for s, p in ((0.5, 30.0), (0.3, 20.0), (0.4, 26.0))]
+    line, middle, outside = motion.summary(rows, (0.4, 0.35, 0.2))
+    assert line["psnr"] == 26
+    assert middle["psnr"] == 23
+    assert outside["psnr"] is None
+
+
+def test_recall_and_rank_correlation_are_what_they_say() -> None:
+    assert recall(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, False, False, True]), 0.5) == 0.5
+    assert recall(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, False, True, False]), 0.5) == 1
+    x = torch.rand(20)
+    assert spearman(x, x.exp()) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1)
+    cells = torch.zeros(1, 4, 4, dtype=torch.bool)
+    cells[0, 3, 0] = True
+    assert tokens_that_move(cells)[0].tolist() == [[False, False], [True, False]]
+
+
+def test_bench_recall_says_how_well_each_measure_finds_what_moves(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowcache_core.bench.recall.FRAMES", 9)
+    out = tmp_path / "recall.json"
+    assert cli("bench", "recall", "--clips", 1, "--steps", 10, "--json", out) == 0
+    rows = {row["measure"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"clean", "noisy", "output", "change", "chance"}
+    for row in rows.values():
+        assert 0 <= row["recall@20%"] <= row["recall@40%"] <= row["recall@60%"] <= 1
+        assert -1 <= row["spearman"] <= 1
+    assert cli("bench", "recall", "--clips", 0) == 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowcache_core.film import frames_of, side_by_side, write_film
+from flowcache_core.overlay import overlay
 
 
 def test_frames_are_rounded_and_clamped() -> None:
@@ -41,3 +42,23 @@ def test_films_stand_side_by_side_in_their_order() -> None:
     assert both.shape == (2, 24 + 16, 32, 3)
     assert (both[:, 24:, :16] == 10).all()
     assert (both[:, 24:, 16:] == 200).all()
+
+
+def test_an_overlay_is_bluest_where_most_was_computed_and_has_the_size_of_the_film() -> None:
+    film = np.full((2 * 9, 16, 32, 3), 0.5, np.float32)
+    visits = np.full((3, 2, 4), 5, np.int32)
+    visits[1, 1, 3] = 20
+    tinted, mask = overlay(film, visits, 20, 0.5)
+    assert tinted.shape == mask.shape == film.shape
+    assert tinted.dtype == mask.dtype == np.float32
+    blue = tinted[..., 2] - tinted[..., 0]
+    assert blue[1:5, 8:, 24:].min() > 0 > blue[5:9].max()
+    assert blue[10:14, 8:, 24:].min() > 0, "the second film of the batch has the same tint"
+    assert (mask[1:5, 8:, 24:] == 1).all()
+    assert (mask[0] == 0.25).all()
+    assert np.array_equal(overlay(film, visits, 20, 0.0)[0], film)
+
+
+def test_an_overlay_over_another_film_is_refused() -> None:
+    with pytest.raises(ValueError, match="8 images are not whole films of 3 latent frames, 9 images each: connect the film of this run"):
+        overlay(np.zeros((8, 16, 16, 3), np.float32), np.zeros((3, 2, 2), np.int32), 20)

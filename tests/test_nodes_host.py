@@ -159,9 +159,9 @@ def after_loader(graph: Graph, kind: str, **inputs: Any) -> Graph:
     return {**out, "extra": {"class_type": kind, "inputs": {"model": [loader, 0], **inputs}}}
 
 
-def without_cache(graph: Graph) -> Graph:
-    """The graph with Chunkwise Cache taken out."""
-    gone = node(graph, "FlowCacheChunkwise")
+def without_cache(graph: Graph, kind: str = "FlowCacheChunkwise") -> Graph:
+    """The graph with the cache node taken out."""
+    gone = node(graph, kind)
     source = graph[gone]["inputs"]["model"]
     out = {k: v for k, v in copy.deepcopy(graph).items() if k != gone}
     for one in out.values():
@@ -191,8 +191,10 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheLatent",
         "FlowCacheConditionFrames",
         "FlowCacheChunkwise",
+        "FlowCacheMotion",
         "FlowCacheSampler",
         "FlowCacheReport",
+        "FlowCacheOverlay",
     }
     for name, one in info.items():
         assert one["category"] == "FlowCache"
@@ -497,3 +499,55 @@ def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) 
     host.ask("/free", {"unload_models": True, "free_memory": True})
     time.sleep(2)
     assert torch.equal(host.latents(base), before)
+
+
+@pytest.fixture
+def motion() -> Graph:
+    return small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=10)
+
+
+def test_motion_cache_threshold_zero_equals_the_graph_without_the_node(host: Host, motion: Graph) -> None:
+    bare = {k: v for k, v in without_cache(motion, "FlowCacheMotion").items() if v["class_type"] not in ("FlowCacheOverlay", "SaveVideo")}
+    assert torch.equal(host.latents(put(motion, "FlowCacheMotion", threshold=0)), host.latents(bare))
+
+
+def test_motion_cache_refreshes_in_part_and_the_overlay_shows_it(host: Host, motion: Graph) -> None:
+    """The tint differs from the film, and the report names the steps that ran in part."""
+    base = put(motion, "FlowCacheMotion", threshold=0.3, coarse=0.2, alpha=0.1, min_refresh=0.0, full_share=1.0)
+    frames = {k: v for k, v in base.items() if v["class_type"] not in ("CreateVideo", "SaveVideo")}
+    overlay = node(frames, "FlowCacheOverlay")
+    for name, source in (("overlay", [overlay, 0]), ("mask", [overlay, 1])):
+        frames[name] = {"class_type": "PreviewImage", "inputs": {"images": source}}
+    done = host.run(put(after_loader(frames, "FlowCacheChunkwise", threshold=0.3, warmup_steps=2, max_reuse=8, signature="latent",
+                                     replay="velocity", order=1, start_percent=0.0, end_percent=1.0), "FlowCacheLatent", length=9))  # fmt: skip
+    assert done["status"]["status_str"] == "success", error_of(done)
+    assert "in part" in json.dumps(done["outputs"][node(frames, "FlowCacheReport")]["text"])
+    assert len(done["outputs"]["overlay"]["images"]) == len(done["outputs"]["mask"]["images"]) == 9
+
+
+@pytest.mark.parametrize("preset", ["skyreels-v2", "magi-1"])
+def test_published_presets_of_motion_cache_run(host: Host, motion: Graph, preset: str) -> None:
+    assert torch.isfinite(host.latents(put(motion, "FlowCacheMotion", preset=preset))).all()
+
+
+def test_motion_cache_settings_that_contradict_are_refused(host: Host, motion: Graph) -> None:
+    refused(host, put(motion, "FlowCacheMotion", min_refresh=0.9, full_share=0.5), r"min_refresh 0\.9 is larger than full_share 0\.5")
+
+
+def test_chunks_of_one_frame_under_motion_cache_are_refused(host: Host, motion: Graph) -> None:
+    refused(host, put(motion, "FlowCacheSampler", chunk_frames=1, window=9), "chunks of 1 latent frame have none")
+
+
+def test_chunkwise_behind_motion_cache_is_refused(host: Host, motion: Graph) -> None:
+    behind = {"class_type": "FlowCacheChunkwise", "inputs": {"model": [node(motion, "FlowCacheMotion"), 0], "threshold": 0.03, "warmup_steps": 5,
+              "max_reuse": 8, "signature": "latent", "replay": "velocity", "order": 0, "start_percent": 0.0, "end_percent": 1.0}}  # fmt: skip
+    refused(host, {**put(motion, "CFGGuider", model=["late", 0]), "late": behind}, "put it before Motion Cache")
+
+
+def test_motion_cache_under_a_stock_sampler_is_refused(host: Host, motion: Graph) -> None:
+    stock = {**motion, node(motion, "FlowCacheSampler"): {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}}
+    for kind in ("FlowCacheReport", "FlowCacheOverlay"):
+        del stock[node(stock, kind)]
+    gone = [k for k, v in stock.items() if v["class_type"] == "CreateVideo" and v["inputs"]["images"][0] not in stock]
+    stock = {k: v for k, v in stock.items() if k not in gone and not (v["class_type"] == "SaveVideo" and v["inputs"]["video"][0] in gone)}
+    refused(host, stock, "Motion Cache works with the AR Chunk Sampler")

@@ -139,9 +139,10 @@ def test_settings_out_of_range_are_refused_with_the_range(settings: dict[str, An
 def test_a_policy_is_frozen_named_and_shows_every_field(kind: type) -> None:
     policy = kind()
     assert hash(policy) == hash(kind())
-    assert kind in {Always, Chunkwise} or policy.name
+    assert policy.name
     for field in fields(kind):
-        rule = field.metadata["setting"]
+        if (rule := field.metadata.get("setting")) is None:
+            continue
         assert rule.help.endswith(".")
         assert rule.options or rule.low <= field.default <= rule.high
         with pytest.raises(AttributeError):

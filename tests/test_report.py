@@ -84,5 +84,25 @@ def test_the_picture_shows_computed_reused_and_not_run(report: RunReport) -> Non
     assert len(set(cells)) == 3
 
 
+def test_a_step_that_ran_in_part_is_drawn_the_darker_the_more_tokens_ran() -> None:
+    report = RunReport(1, 4)
+    for step, count in enumerate((2, 8)):
+        report.decided(Chunk(0, 0, 2, step, 4), False, 10, 0.0, torch.arange(count))
+    report.decided(Chunk(0, 0, 2, 2, 4), True, 10, 0.0)
+    report.decided(Chunk(0, 0, 2, 3, 4), False, 10, 0.0)
+    cells = [chunk_map(report, cell=14).getpixel((74 + j * 14 + 4, 38)) for j in range(4)]
+    assert len(set(cells)) == 4
+    assert sum(cells[0]) > sum(cells[1])  # type: ignore[arg-type]
+    assert (report.tokens, report.tokens_computed, report.chunk_steps_computed, report.chunk_steps_refreshed) == (40, 20, 1, 2)
+
+
+def test_a_chunk_that_runs_whole_after_all_is_counted_once() -> None:
+    report = RunReport(1, 1)
+    report.decided(Chunk(0, 0, 2, 0, 1), False, 10, 0.0, torch.arange(4))
+    for _ in range(2):
+        report.ran(Chunk(0, 0, 2, 0, 1), 10)
+    assert (report.tokens_computed, report.chunk_steps_computed, report.chunk_steps_refreshed) == (10, 1, 0)
+
+
 def test_a_plot_of_a_single_point_is_drawn() -> None:
     assert line_plot({"a": [(0.5, 30.0)]}, "x", "y").size == (640, 420)

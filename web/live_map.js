@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 
 const EVENT = "flowcache.steps";
 const NODE = "FlowCacheSampler";
-const SHADES = { 0: "#3a3f4b", 1: "#f7b554", 2: "#4a8cf0" };
+const SHADES = { 0: "#3a3f4b", 1: "#f7b554", 2: "#4a8cf0", 3: "#4fb477" };
 const HEIGHT = 74;
 
 // "1:2:3" is node 3 in subgraph node 2 of node 1

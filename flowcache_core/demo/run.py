@@ -9,19 +9,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from ..bench.metrics import psnr, ssim
+from ..decision import CachePolicy
 from ..device import device_name, fast_dtype
 from ..film import frames_of, side_by_side, write_film
 from ..generate import Job, decode, generate, generate_upstream
+from ..overlay import overlay
 from ..plot import chunk_map
 from ..policies.chunkwise import Chunkwise
+from ..policies.motion import Motion
 from ..report import RunReport
 from .bundle import NAME, Bundle, load_bundle
 
-ARMS = ("upstream", "uncached", "chunkwise")
+ARMS = ("upstream", "uncached", "chunkwise", "motion")
+USUAL = ARMS[:3]
 PROMPT = "red circle moves right, blue square moves down"
 
 
@@ -29,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="sprites, colours and directions, such as: %(default)s")
     parser.add_argument("--frames", type=int, default=57, help="pixel frames, 4n + 1 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default %(default)s)")
-    parser.add_argument("--arms", default=",".join(ARMS), help="which ways to run it, of %(default)s")
+    parser.add_argument("--arms", default=",".join(USUAL), help=f"which ways to run it, of {', '.join(ARMS)} (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
 
@@ -58,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
     for arm in arms:
         write_film(out / f"{arm}.mp4", frames_of(films[arm]), job.fps)
         chunk_map(reports[arm]).save(out / f"{arm}_map.png")
+        if arm == "motion":
+            write_film(out / "motion_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
         "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "model": NAME, "prompt": job.prompt,
@@ -73,7 +80,8 @@ def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
     with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == "upstream":
             return generate_upstream(bundle, job, lambda chunk: bar.update())
-        return generate(bundle, job, Chunkwise() if arm == "chunkwise" else None, lambda chunk: bar.update())
+        policies: dict[str, CachePolicy] = {"chunkwise": Chunkwise(), "motion": Motion()}
+        return generate(bundle, job, policies.get(arm), lambda chunk: bar.update())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -98,6 +106,7 @@ def _row(arm: str, films: dict[str, Tensor], report: RunReport, decode_s: float)
         "seconds": {**done["seconds"], "decode": round(decode_s, 3)},
         "chunk_steps": done["chunk_steps"],
         "chunk_steps_computed": done["chunk_steps_computed"],
+        "chunk_steps_refreshed": done["chunk_steps_refreshed"],
         "tokens": done["tokens"],
         "tokens_computed": done["tokens_computed"],
         "psnr": round(psnr(films[arm], films["uncached"]), 2) if compared else None,
@@ -105,6 +114,13 @@ def _row(arm: str, films: dict[str, Tensor], report: RunReport, decode_s: float)
         "kv_peak_bytes": done["kv_peak_bytes"],
         "host_syncs": done["host_syncs"],
     }
+
+
+def _tinted(film: Tensor, report: RunReport) -> np.ndarray:
+    """[T, 3, H, W] -> uint8 [T, H, W, 3]: the film under a tint of how often each place was computed."""
+    assert report.visits is not None
+    tinted, _ = overlay(film.permute(0, 2, 3, 1).numpy(), report.visits, report.map.shape[1])
+    return (tinted * 255).round().astype(np.uint8)
 
 
 def _arms(text: str) -> list[str]:

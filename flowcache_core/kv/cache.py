@@ -53,15 +53,24 @@ class KVCache:
 
 
 class CachedAttention:
-    """Attention of one chunk: writes rows `start`..`end`, sees rows `first`..`end`. One per call of the network."""
+    """Attention of one chunk: writes rows `start`..`end`, sees rows `first`..`end`. One per call of the network.
 
-    def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int) -> None:
+    With `tokens`, int64 [n] counted from `start`, it writes these rows only; what it sees stays the same, so the queries of
+    refreshed tokens meet the fresh rows and the old ones of their own chunk.
+    """
+
+    def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None) -> None:
         self.cache, self.rows, self.first, self.start, self.end = cache, rows, first, start, end
+        self.at = None if tokens is None else tokens + start
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (buffer[self.rows] for buffer in self.cache.layer(layer, k))
-        keys[:, :, self.start : self.end] = k
-        values[:, :, self.start : self.end] = v
+        if self.at is None:
+            keys[:, :, self.start : self.end] = k
+            values[:, :, self.start : self.end] = v
+        else:
+            keys.index_copy_(2, self.at, k)
+            values.index_copy_(2, self.at, v)
         return attention(q, keys[:, :, self.first : self.end], values[:, :, self.first : self.end])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,3 +59,31 @@ class ModelAdapter(Protocol):
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Relative L1 change of the time modulation at every step against the step before it (0 for the first)."""
         ...
+
+
+@runtime_checkable
+class TokenAdapter(ModelAdapter, Protocol):
+    """An adapter that can run single tokens. A token is a square patch of latent cells of one frame."""
+
+    def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """`forward` for the listed tokens [n] of the chunk alone; same shapes, zero at all other tokens.
+
+        `attend` writes the keys and values of these tokens and sees those of the whole chunk.
+        """
+        ...
+
+    def output(self, call: Call, residual: Tensor) -> Tensor:
+        """[B, T, d]: the last block's output, from the embedding of the call's latents and a residual."""
+        ...
+
+
+def require_tokens(adapter: ModelAdapter, chunk_frames: int) -> TokenAdapter:
+    """Raises ValueError where a model cannot refresh single tokens, or where a chunk has no neighbouring frames to compare."""
+    if not isinstance(adapter, TokenAdapter):
+        raise ValueError(f"Motion Cache refreshes single tokens, which {adapter.name} cannot do here: use Chunkwise Cache with this model")
+    if chunk_frames < 2:
+        raise ValueError(
+            f"Motion Cache compares neighbouring frames of a chunk, and chunks of {chunk_frames} latent frame have none: "
+            "use chunk_frames 2 or more, or Chunkwise Cache"
+        )
+    return adapter

@@ -215,7 +215,10 @@ class SkyReelsV2(nn.Module):
 
     def velocity(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [B, T, d] -> velocity (noise - clean) [B, C, F, h, w]; `grid`: frames, h/2, w/2."""
-        y: Tensor = self.head(tokens, e)
+        return self.unfold(self.head(tokens, e), grid)
+
+    def unfold(self, y: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """What the head says per token [B, T, 4 C] -> [B, C, F, h, w]."""
         f, h, w = grid
         y = y.view(-1, f, h, w, 1, PATCH, PATCH, self.config.channels)
         return y.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.channels, f, h * PATCH, w * PATCH)

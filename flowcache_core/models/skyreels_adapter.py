@@ -18,7 +18,6 @@ class SkyReelsAdapter:
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
 
     name: ClassVar[str] = "skyreels-v2-df"
-    head_dim: int = HEAD_DIM
 
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype
@@ -41,9 +40,23 @@ class SkyReelsAdapter:
         out = self.network.stack(tokens, e0, call.text, self._rope(call), attend)
         return self.network.velocity(out, e, self._grid(call)), out - tokens
 
+    def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        e, e0 = self._modulation(call)
+        embedded, grid = self.network.embed(call.x), self._grid(call)
+        frame = tokens // (grid[1] * grid[2])
+        short = embedded[:, tokens]
+        out = self.network.stack(short, _per_token(e0, frame), call.text, self._rope(call)[tokens], attend)
+        said: Tensor = self.network.head(out, _per_token(e, frame))
+        velocity = said.new_zeros(len(said), embedded.shape[1], said.shape[2]).index_copy_(1, tokens, said)
+        residual = torch.zeros_like(embedded).index_copy_(1, tokens, out - short)
+        return self.network.unfold(velocity, grid), residual
+
     def replay(self, call: Call, residual: Tensor) -> Tensor:
         e, _ = self._modulation(call)
-        return self.network.velocity(self.network.embed(call.x) + residual, e, self._grid(call))
+        return self.network.velocity(self.output(call, residual), e, self._grid(call))
+
+    def output(self, call: Call, residual: Tensor) -> Tensor:
+        return self.network.embed(call.x) + residual
 
     def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
         e, e0 = self.network.modulation(torch.tensor([[timestep(s) for s in sigmas]], device=x.device), fps, x.dtype)
@@ -74,3 +87,8 @@ class SkyReelsAdapter:
         if key not in self._ropes:
             self._ropes[key] = rope_table(*key, device=device)
         return self._ropes[key]
+
+
+def _per_token(modulation: Tensor, frame: Tensor) -> Tensor:
+    """[B, F, ...] -> the row of every token's own frame [B, n, ...]; one level for all frames stays one row."""
+    return modulation if modulation.shape[1] == 1 else modulation[:, frame]

@@ -2,6 +2,7 @@
 
 from .always import Always
 from .chunkwise import Chunkwise
+from .motion import Motion
 from .target import Target
 
-POLICIES = (Always, Chunkwise, Target)
+POLICIES = (Always, Chunkwise, Target, Motion)

@@ -1,0 +1,158 @@
+"""MotionCache's reuse by token (arXiv 2605.01725, sections 4.1 to 4.3): what moves is refreshed more often than what stands still.
+
+After the warm-up a chunk goes through two phases. In the coarse one Chunkwise decides for the whole chunk. In the fine one
+every token adds up drift of its own, A += w * change of the chunk, and is due when A reaches the threshold; its weight is
+w = alpha + (1 - alpha) * motion, with motion scaled to 0..1. Due tokens run through the network, the others replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk
+from ..decision import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals, check, setting
+from ..kernels.tokens import normalised
+from ..state import ChunkState
+from .chunkwise import Chunkwise
+
+BUCKETS = 16
+"""A chunk runs in one of this many lengths, so that shapes repeat."""
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Settings of Motion Cache. Raises ValueError for a value outside its range.
+
+    `base` has warm-up, signature, what is replayed and how, for both phases, and the threshold of the coarse one; without it
+    Chunkwise's defaults are taken, extrapolated, at this threshold.
+    """
+
+    name: ClassVar[str] = "motion"
+
+    threshold: float = setting(
+        0.05, "How far a token may drift, weighed by its motion, before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005
+    )
+    alpha: float = setting(
+        0.3, "Weight of a token that stands still, where 1 is that of one that moves. 1 is Chunkwise Cache.", low=0.0, high=1.0, step=0.05
+    )
+    coarse: float = setting(0.4, "Share of a chunk's steps, from its first, that are decided for the chunk as a whole.", low=0.0, high=1.0, step=0.05)
+    measure: Measure = setting(
+        "clean",
+        "Where motion is seen: in the clean latent as predicted so far, in the noisy latent, in the last block's output, or as the speed at which "
+        "a token's prediction changes from step to step.",
+        options=("clean", "noisy", "output", "change"), advanced=True,
+    )  # fmt: skip
+    scale: Literal["frame", "chunk"] = setting(
+        "frame", "Whether motion is scaled to 0..1 in every frame on its own or over the chunk.", options=("frame", "chunk"), advanced=True
+    )
+    quantile: float = setting(1.0, "Motion above this quantile counts as the most. Below 1 a few fast tokens do not set the scale.",
+                              low=0.5, high=1.0, step=0.01, advanced=True)  # fmt: skip
+    vote: Literal["off", "widen", "agree"] = setting(
+        "off",
+        "What the frames of a chunk have to say together at one place. widen: where most are due, all are. agree: otherwise none are.",
+        options=("off", "widen", "agree"), advanced=True,
+    )  # fmt: skip
+    min_refresh: float = setting(0.1, "While a smaller share of the tokens is due, they wait.", low=0.0, high=1.0, step=0.05, advanced=True)
+    full_share: float = setting(0.85, "When a larger share of the tokens is due, all are computed.", low=0.0, high=1.0, step=0.05, advanced=True)
+    max_age: int = setting(8, "At most this many steps in a row a token is replayed.", low=1, high=1000, advanced=True)
+    base: Chunkwise | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.min_refresh > self.full_share:
+            raise ValueError(f"min_refresh {self.min_refresh} is larger than full_share {self.full_share}: swap them")
+
+    @property
+    def chunkwise(self) -> Chunkwise:
+        return self.base or Chunkwise(threshold=self.threshold, order=1)
+
+    @property
+    def keeps(self) -> Replay:
+        return self.chunkwise.replay
+
+    @property
+    def watches(self) -> Measure:
+        return self.measure
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+        if self.threshold == 0:
+            return Compute()
+        if self.alpha == 1 or chunk.step < round(self.coarse * chunk.steps):
+            return self.chunkwise.decide(chunk, signals, state)
+        base = self.chunkwise
+        change = base.change(signals) if base.signature == "time" else signals.unread_change(base.signature)
+        return self._whole(state) if self._must(chunk, state) else self._fine(change, signals, state)
+
+    def _must(self, chunk: Chunk, state: ChunkState) -> bool:
+        base, progress = self.chunkwise, chunk.step / chunk.steps
+        return (
+            state.computed < base.warmup_steps
+            or chunk.step == chunk.steps - 1
+            or not base.start_percent <= progress <= base.end_percent
+            or base.threshold == 0
+        )
+
+    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Decision:
+        """Which tokens are due. One host sync, for how many."""
+        motion = signals.motion(self.measure)
+        weight = self.alpha + (1 - self.alpha) * normalised(motion, self.quantile, self.scale == "chunk")
+        if state.token_drift is None or state.token_age is None:
+            state.token_drift = torch.full_like(weight, state.drift)
+            state.token_age = torch.full_like(weight, state.reused_in_a_row, dtype=torch.int32)
+        drift, age = state.token_drift + weight * change, state.token_age
+        old = age >= self.max_age
+        due = self._voted(drift >= self.threshold) | old
+        counts = signals.read(due.sum(), old.sum(), drift.mean())
+        count, forced, total = int(counts[0]), int(counts[1]), due.numel()
+        state.drift = counts[2]
+        size = math.ceil(total / BUCKETS)
+        run = -(-count // size) * size
+        if count > self.full_share * total or run >= total:
+            return self._whole(state)
+        state.token_drift, state.token_age = drift, age + 1
+        if count == 0 or (count < self.min_refresh * total and not forced):
+            state.reused_in_a_row += 1
+            return Reuse(self.chunkwise.replay, self.chunkwise.order)
+        urgency = torch.where(due, drift + _FIRST, drift).flatten()
+        tokens = urgency.topk(run, sorted=False).indices.sort().values
+        state.token_drift.view(-1).index_fill_(0, tokens, 0.0)
+        state.token_age.view(-1).index_fill_(0, tokens, 0)
+        state.reused_in_a_row = 0
+        return Refresh(tokens, self.chunkwise.replay, self.chunkwise.order)
+
+    def _voted(self, due: Tensor) -> Tensor:
+        """[frames, rows, columns]: the majority of the frames at one place."""
+        if self.vote == "off":
+            return due
+        most = (due.float().mean(0) > 0.5).expand_as(due)
+        return due | most if self.vote == "widen" else most
+
+    def _whole(self, state: ChunkState) -> Decision:
+        state.drift, state.reused_in_a_row = 0.0, 0
+        state.token_drift = state.token_age = None
+        state.computed += 1
+        return Compute()
+
+
+_FIRST = 1e6
+"""Puts what is due before everything that only comes near."""
+
+
+PRESETS: Mapping[str, Motion] = {
+    "skyreels-v2": Motion(
+        threshold=0.1, alpha=0.6, coarse=0.42, measure="output", vote="agree", min_refresh=0.4, full_share=1.0, max_age=1000,
+        base=Chunkwise(threshold=0.1, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", rescale="clamped"),
+    ),
+    "magi-1": Motion(
+        threshold=0.0065, alpha=0.6, coarse=25 / 64, measure="noisy", min_refresh=0.0, full_share=1.0, max_age=1000,
+        base=Chunkwise(threshold=0.0065, warmup_steps=5, max_reuse=1000),
+    ),
+}  # fmt: skip
+"""The published constants (released configurations). SkyReels-V2's coarse phase is published as six computed steps after a
+warm-up of five: at 50 steps, and the published rate of computing, that is about 0.42 of them."""

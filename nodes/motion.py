@@ -1,0 +1,92 @@
+"""Motion Cache, and Refresh Overlay, which lays over the film how often each of its places was computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..flowcache_core.models.adapter import require_tokens
+from ..flowcache_core.overlay import overlay
+from ..flowcache_core.policies.chunkwise import Chunkwise
+from ..flowcache_core.policies.motion import PRESETS, Motion
+from .chunk_sampler import Mailbox
+from .chunkwise import widgets
+from .host_model import policy_of, require_ours, with_policy
+from .sampler import Report
+
+NODE = "Motion Cache"
+CUSTOM = "custom"
+
+
+class MotionCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheMotion",
+            display_name=NODE,
+            category="FlowCache",
+            description="Within a chunk, what moves is computed again more often than what stands still. Goes between the model loader, or Chunkwise "
+            "Cache, and the guider.",
+            search_aliases=["motioncache", "flowcache", "token cache", "speed up"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=CUSTOM,
+                               tooltip="custom takes the settings below; the others are published constants and take their place, and that of a "
+                               "Chunkwise Cache in front."),
+                *widgets(Motion),
+            ],
+            outputs=[io.Model.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, preset: str, **settings: Any) -> io.NodeOutput:
+        host = require_ours(model, NODE)
+        require_tokens(host.adapter(), host.layout.chunk_frames)
+        policy = _policy(preset, settings, policy_of(model.model_options))
+        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText(_said(policy)))
+
+
+def _policy(preset: str, settings: dict[str, Any], before: Any) -> Motion:
+    """The settings of the node, on top of those of a Chunkwise Cache in front of it."""
+    if preset != CUSTOM:
+        return PRESETS[preset]
+    if isinstance(before, Motion):
+        before = before.base
+    return replace(Motion(**settings), base=before if isinstance(before, Chunkwise) else None)
+
+
+def _said(policy: Motion) -> str:
+    base = policy.chunkwise
+    coarse = f"first {policy.coarse:.0%} of the steps by chunk: threshold {base.threshold:g}, warm-up {base.warmup_steps}"
+    return f"{coarse}; then by token: threshold {policy.threshold:g}, weights {policy.alpha:g} to 1 by motion in '{policy.measure}'"
+
+
+class RefreshOverlay(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheOverlay",
+            display_name="Refresh Overlay",
+            category="FlowCache",
+            description="Tints a film by how often each place was computed: blue often, orange seldom, where it was replayed instead.",
+            search_aliases=["reuse mask", "motion mask"],
+            inputs=[
+                Report.Input("report", tooltip="The report output of the AR Chunk Sampler that made the film."),
+                io.Image.Input("images", tooltip="The decoded film."),
+                io.Float.Input("opacity", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="How much of the film the tint covers."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="overlay", tooltip="The tinted film."),
+                io.Image.Output(display_name="mask", tooltip="White where every step was computed, black where all were replayed."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, report: Mailbox, images: torch.Tensor, opacity: float) -> io.NodeOutput:
+        if report.report is None or report.report.visits is None:
+            raise ValueError("this sampler has not run yet: connect images to the film decoded from its latents")
+        tinted, mask = overlay(images.cpu().numpy(), report.report.visits, report.report.map.shape[1], opacity)
+        return io.NodeOutput(torch.from_numpy(tinted), torch.from_numpy(mask))

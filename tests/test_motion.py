@@ -1,0 +1,597 @@
+"""Motion Cache: which tokens are due, what a refresh computes, and that the rest is replayed exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.chunk import Chunk
+from flowcache_core.decision import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
+from flowcache_core.kernels.tokens import frame_difference, mask_over, normalised, pooled
+from flowcache_core.kv.cache import CachedAttention, KVCache
+from flowcache_core.models.adapter import Attend, Call, require_tokens
+from flowcache_core.models.attention import BlockCausal
+from flowcache_core.models.published import POLYNOMIALS
+from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.policies import Always, Chunkwise, Motion
+from flowcache_core.policies.motion import BUCKETS, PRESETS
+from flowcache_core.report import REFRESHED, RunReport
+from flowcache_core.sampler import sample_chunks
+from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.session import Session
+from flowcache_core.solvers import Euler, Solver, UniPC
+from flowcache_core.state import ChunkState
+
+Cached = Callable[..., tuple[Tensor, RunReport]]
+Noise = Callable[..., Tensor]
+GRID, SIDE, TOKENS = (3, 4, 4), 8, 16
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BASE = Chunkwise(threshold=0.1, warmup_steps=1, max_reuse=1000)
+FINE: dict[str, Any] = {"threshold": 0.1, "alpha": 0.2, "coarse": 0.0, "min_refresh": 0.0, "full_share": 1.0, "max_age": 1000, "base": BASE}
+
+
+class Given:
+    """Signals of a given sequence of changes and one map of motion, in a network of the size 1.3B."""
+
+    outlook = Outlook(1, (1.0, 0.0), list, POLYNOMIALS["skyreels-v2-df", 1536, 30])
+
+    def __init__(self, changes: list[float], motion: Tensor) -> None:
+        self.changes, self.seen, self.at, self.reads = changes, motion, 0, 0
+
+    def change(self, signature: Signature) -> float:
+        self.reads += signature == "latent"
+        return self.changes[self.at]
+
+    def unread_change(self, signature: Signature) -> Tensor | float:
+        return self.changes[self.at]
+
+    def motion(self, measure: str) -> Tensor:
+        return self.seen
+
+    def read(self, *numbers: Tensor) -> list[float]:
+        self.reads += 1
+        return [float(n) for n in numbers]
+
+
+def decide_all(policy: Chunkwise | Motion, changes: list[float], motion: Tensor) -> tuple[list[Decision], Given]:
+    state, signals, out = ChunkState(), Given(changes, motion), []
+    for step in range(len(changes)):
+        signals.at = step
+        out.append(policy.decide(Chunk(0, 0, len(motion), step, len(changes)), signals, state))
+    return out, signals
+
+
+def letters(made: list[Decision]) -> str:
+    return "".join({Compute: "C", Reuse: "r", Refresh: "f"}[type(d)] for d in made)
+
+
+def random_changes(dice: random.Random, steps: int = 40) -> list[float]:
+    return [0.0, *(dice.uniform(0.0, dice.choice([0.02, 0.1])) for _ in range(steps - 1))]
+
+
+# decisions
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 1.0}, {"coarse": 1.0}])
+def test_weight_one_and_coarse_only_decide_as_chunkwise(settings: dict[str, Any]) -> None:
+    dice = random.Random(3)
+    for _ in range(50):
+        changes, threshold = random_changes(dice), dice.uniform(0.01, 0.5)
+        base = Chunkwise(threshold=threshold, warmup_steps=dice.randint(1, 6), max_reuse=dice.randint(1, 9), order=1)
+        made, _ = decide_all(Motion(base=base, **settings), changes, torch.rand(GRID))
+        assert made == decide_all(base, changes, torch.rand(GRID))[0]
+
+
+def test_without_a_base_the_coarse_phase_is_chunkwise_at_the_same_threshold() -> None:
+    changes = random_changes(random.Random(4))
+    made, _ = decide_all(Motion(threshold=0.07, coarse=1.0), changes, torch.rand(GRID))
+    assert letters(made) == letters(decide_all(Chunkwise(threshold=0.07), changes, torch.rand(GRID))[0])
+
+
+def test_where_everything_moves_alike_the_chunk_is_computed_or_reused_as_a_whole() -> None:
+    dice = random.Random(5)
+    for _ in range(20):
+        changes = random_changes(dice)
+        made, _ = decide_all(Motion(**FINE), changes, torch.ones(GRID))
+        assert letters(made) == letters(decide_all(BASE, changes, torch.ones(GRID))[0])
+
+
+def test_the_drift_of_the_coarse_phase_is_carried_into_the_fine_one() -> None:
+    """Nothing is forgotten at the border: with equal weights it cannot be seen where it lies."""
+    changes = random_changes(random.Random(6))
+    whole = letters(decide_all(BASE, changes, torch.ones(GRID))[0])
+    for coarse in (0.1, 0.25, 0.5, 0.9):
+        assert letters(decide_all(Motion(**{**FINE, "coarse": coarse}), changes, torch.ones(GRID))[0]) == whole
+
+
+def test_what_moves_is_never_refreshed_less_often() -> None:
+    motion = torch.rand(GRID)
+    made, _ = decide_all(Motion(**FINE), [0.0, *[0.03] * 200, 0.0], motion)
+    visits = torch.zeros(motion.numel())
+    for decision in made[1:-1]:
+        if isinstance(decision, Refresh):
+            visits[decision.tokens] += 1
+        elif isinstance(decision, Compute):
+            visits += 1
+    weight = (FINE["alpha"] + (1 - FINE["alpha"]) * normalised(motion)).flatten()
+    fast, slow = weight > 0.8, weight < 0.4
+    assert visits[fast].min() > visits[slow].max() > 0
+
+
+def test_weights_run_from_alpha_to_one_in_every_frame() -> None:
+    motion = torch.tensor([[[1.0, 3.0, 2.0]], [[10.0, 10.0, 10.0]]])
+    assert normalised(motion).tolist() == [[[0.0, 1.0, 0.5]], [[1.0, 1.0, 1.0]]]
+    together = normalised(motion, together=True)
+    assert together[0, 0, 0] == 0
+    assert together[1].min() == 1
+
+
+def test_a_quantile_keeps_one_fast_token_from_setting_the_scale() -> None:
+    motion = torch.tensor([[[0.0, 1.0, 2.0, 3.0, 1000.0]]])
+    assert normalised(motion)[0, 0, 3] < 0.01
+    assert normalised(motion, 0.75)[0, 0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+
+
+def test_due_tokens_are_filled_up_to_a_bucket_with_the_next_most_due() -> None:
+    motion = torch.rand(GRID)
+    made, _ = decide_all(Motion(**FINE), [0.0, *[0.02] * 30, 0.0], motion)
+    refreshed = [d for d in made if isinstance(d, Refresh)]
+    size = motion.numel() // BUCKETS
+    assert refreshed
+    assert all(len(d.tokens) % size == 0 and d.tokens.diff().gt(0).all() for d in refreshed)
+    order = normalised(motion).flatten().argsort(descending=True)
+    first = refreshed[0].tokens
+    assert set(first.tolist()) == set(order[: len(first)].tolist()), "all weights act on the same drift until the first refresh"
+
+
+def test_a_few_due_tokens_wait_and_many_bring_the_whole_chunk() -> None:
+    motion = torch.zeros(GRID)
+    motion[:, 0, 0] = 1.0
+    changes = [0.0, *[0.06] * 12, 0.0]
+    waiting = letters(decide_all(Motion(**{**FINE, "min_refresh": 0.5, "full_share": 0.5}), changes, motion)[0])
+    assert "f" not in waiting
+    assert "r" in waiting
+    assert "C" in waiting[1:-1]
+    assert "f" in letters(decide_all(Motion(**FINE), changes, motion)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_refresh": 0.9, "full_share": 1.0}, {"vote": "agree"}])
+def test_no_token_is_replayed_longer_than_allowed(settings: dict[str, Any]) -> None:
+    policy = Motion(**{**FINE, "threshold": 10.0, "max_age": 4, **settings})
+    made, _ = decide_all(policy, [0.0, *[0.01] * 40, 0.0], torch.rand(GRID))
+    age = torch.zeros(GRID).flatten()
+    for decision in made:
+        age += 1
+        if isinstance(decision, Compute):
+            age[:] = 0
+        elif isinstance(decision, Refresh):
+            age[decision.tokens] = 0
+        assert age.max() <= 4
+
+
+def test_frames_vote_place_by_place() -> None:
+    due = torch.zeros(3, 1, 3, dtype=torch.bool)
+    due[:2, 0, 0] = True
+    due[0, 0, 1] = True
+    assert torch.equal(Motion()._voted(due), due)
+    assert Motion(vote="widen")._voted(due)[:, 0].tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+    assert Motion(vote="agree")._voted(due)[:, 0].tolist() == [[True, False, False]] * 3
+
+
+def test_one_wait_per_fine_step_and_none_where_the_chunk_must_run() -> None:
+    policy = Motion(**{**FINE, "base": replace(BASE, signature="time", warmup_steps=3)})
+    _, signals = decide_all(policy, [0.0, *[0.03] * 18, 0.0], torch.rand(GRID))
+    assert signals.reads == 20 - 3 - 1
+
+
+def test_the_last_step_is_always_computed() -> None:
+    for policy in (Motion(), Motion(**{**FINE, "threshold": 10.0})):
+        assert isinstance(decide_all(policy, [0.0] * 20, torch.rand(GRID))[0][-1], Compute)
+
+
+def test_a_rescaled_change_below_zero_counts_as_none() -> None:
+    policy = PRESETS["skyreels-v2"]
+    changes = [0.0] * 5 + [0.001] * 14 + [0.0]
+    assert letters(decide_all(policy, changes, torch.rand(GRID))[0]) == "C" * 5 + "r" * 14 + "C"
+    assert letters(decide_all(policy, [0.0] * 5 + [0.05] * 14 + [0.0], torch.rand(GRID))[0]) != "C" * 5 + "r" * 14 + "C"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"threshold": -0.1}, r"threshold is -0\.1: it must lie between 0\.0 and 10\.0"),
+        ({"alpha": 1.5}, r"alpha is 1\.5: it must lie between 0\.0 and 1\.0"),
+        ({"coarse": -1}, "coarse is -1: it must lie between"),
+        ({"measure": "depth"}, "measure is 'depth': use one of clean, noisy, output, change"),
+        ({"quantile": 0.2}, r"quantile is 0\.2: it must lie between 0\.5 and 1\.0"),
+        ({"max_age": 0}, "max_age is 0: it must lie between 1 and 1000"),
+        ({"min_refresh": 0.9, "full_share": 0.5}, r"min_refresh 0\.9 is larger than full_share 0\.5: swap them"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_the_range(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Motion(**settings)
+
+
+# what is measured
+
+
+def test_the_first_frame_is_compared_with_the_chunk_before_it_or_takes_the_second_frame() -> None:
+    x, before = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 2, 2)
+    moved = frame_difference(x, before)
+    torch.testing.assert_close(moved[0], (x[:, :, 0] - before).abs().mean((0, 1)))
+    torch.testing.assert_close(moved[2], (x[:, :, 2] - x[:, :, 1]).abs().mean((0, 1)))
+    alone = frame_difference(x, None)
+    assert torch.equal(alone[0], alone[1])
+    assert torch.equal(alone[1:], moved[1:])
+    assert torch.equal(frame_difference(x[:, :, :1], None), torch.ones(1, 2, 2))
+
+
+def test_relative_difference_is_over_the_frame_before() -> None:
+    x = torch.tensor([2.0, 3.0, 1.5]).view(1, 1, 3, 1, 1)
+    assert frame_difference(x, None, relative=True).flatten().tolist() == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_a_token_has_the_mean_of_its_cells() -> None:
+    cells = torch.arange(16.0).view(1, 4, 4)
+    assert pooled(cells, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_a_mask_covers_the_cells_of_its_tokens() -> None:
+    tokens = torch.tensor([1, 6])
+    assert mask_over(torch.zeros(2, 8, 5), tokens, (2, 2, 2)).flatten().nonzero().flatten().tolist() == [1, 6]
+    cells = mask_over(torch.zeros(2, 16, 2, 4, 4), tokens, (2, 2, 2))[0, 0]
+    assert cells[0, :2, 2:].all()
+    assert cells[1, 2:, :2].all()
+    assert cells.sum() == 8
+
+
+@pytest.mark.parametrize("measure", ["clean", "noisy", "output", "change"])
+@pytest.mark.parametrize("replay", ["velocity", "residual"])
+def test_motion_is_seen_on_the_tensor_it_is_named_after(net: SkyReelsV2, texts: Tensor, noise_of: Noise, measure: Any, replay: Any) -> None:
+    """The maps that the policy is given are those computed here from the path of the run."""
+    given: dict[int, Tensor] = {}
+    schedule, sigmas, adapter = ChunkSchedule(6, 3, 5, 5), flow_sigmas(5), SkyReelsAdapter(net)
+    path: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    class Watching(Motion):
+        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+            seen = signals.motion(self.measure)
+            if chunk.index == 1:
+                given[chunk.step] = seen
+            return Compute()
+
+    class Recording(SkyReelsAdapter):
+        def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+            velocity, residual = super().forward(call, attend)
+            path[call.chunk.index, call.chunk.step] = (call.x, velocity, call.x - call.sigma * velocity, residual)
+            return velocity, residual
+
+    policy = Watching(measure=measure, base=Chunkwise(replay=replay))
+    with Session(Recording(net), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
+        sample_chunks(lambda x, c: session.denoise(x, c, texts[:1], ("cond",)), noise_of(6, side=SIDE), schedule, sigmas, Euler(), session.commit,
+                      lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+    _, velocity, clean, residual = path[1, 3]
+    now = path[1, 4][0]
+    if measure == "noisy":
+        expected = pooled(frame_difference(now, path[0, 5][0][:, :, -1]), 2)
+    elif measure == "clean":
+        expected = pooled(frame_difference(clean, path[0, 5][0][:, :, -1]), 2)
+    elif measure == "output":
+        out, last = net.embed(now) + residual, net.embed(path[0, 4][0]) + path[0, 3][3]
+        out, last = (t.unflatten(1, GRID).movedim(-1, 1) for t in (out, last))
+        expected = frame_difference(out, last[:, :, -1], relative=True)
+    elif replay == "velocity":
+        expected = pooled((velocity - path[1, 2][1]).abs().mean((0, 1)) / (sigmas[2] - sigmas[3]), 2)
+    else:
+        expected = ((residual - path[1, 2][3]).abs().mean((0, 2)) / (sigmas[2] - sigmas[3])).view(GRID)
+    torch.testing.assert_close(given[4], expected, rtol=1e-4, atol=1e-5)
+    assert given[0].shape == GRID
+    assert adapter.tokens_per_frame(SIDE, SIDE) == TOKENS
+
+
+# what a refresh computes
+
+
+class PerFrame(SkyReelsAdapter):
+    """Every frame of a chunk at a noise level of its own."""
+
+    def _modulation(self, call: Call) -> tuple[Tensor, Tensor]:
+        t = torch.tensor([[timestep(call.sigma * (1 - 0.2 * f)) for f in range(call.chunk.frames)]])
+        return self.network.modulation(t, call.fps, call.x.dtype)
+
+
+@pytest.mark.parametrize("kind", [SkyReelsAdapter, PerFrame])
+@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_refreshed_rows_equal_the_rows_of_a_full_forward(
+    net: SkyReelsV2, texts: Tensor, noise_of: Noise, kind: type[SkyReelsAdapter], window: int | None, share: float
+) -> None:
+    """At every place in the film, for both branches, with fresh keys and values in all other rows; all tokens are a full forward."""
+    x, frames, sigma = noise_of(8, batch=2, side=SIDE), 8, 0.6
+    schedule, adapter, text = ChunkSchedule(frames, 3, 50, 50, window), kind(net), net.text_kv(texts)
+    cache = KVCache(("a", "b"), 1, adapter.layers, adapter.heads, adapter.head_dim, frames * TOKENS)
+    for k in range(schedule.chunks):
+        start, count = schedule.span(k)
+        place = max(0, k - (window or schedule.chunks) + 1) * 3 * TOKENS, start * TOKENS, (start + count) * TOKENS
+        call = Call(x[:, :, start : start + count], sigma, Chunk(k, start, count, 0, 50), text, 24)
+        velocity, residual = adapter.forward(call, CachedAttention(cache, slice(None), *place))
+        tokens = torch.randperm(count * TOKENS)[: int(share * count * TOKENS)].sort().values
+        for layer in range(adapter.layers):
+            for buffer in cache.layer(layer, x):
+                buffer[:, :, tokens + place[1]] = torch.nan
+        again, part = adapter.refresh(call, tokens, CachedAttention(cache, slice(None), *place, tokens))
+        chosen = mask_over(velocity, tokens, (count, 4, 4))
+        torch.testing.assert_close(again, torch.where(chosen, velocity, 0), **CLOSE)
+        torch.testing.assert_close(part[:, tokens], residual[:, tokens], **CLOSE)
+        assert part.count_nonzero() <= part[:, tokens].numel()
+
+
+def test_a_refresh_writes_its_rows_only_and_sees_the_whole_span() -> None:
+    cache, (q, k, v) = KVCache(("a",), 1, 1, 2, 16, 12), torch.randn(3, 1, 2, 3, 16)
+    keys, values = cache.layer(0, torch.empty(0))
+    keys.normal_()
+    values.normal_()
+    before, tokens = keys.clone(), torch.tensor([0, 2, 5])
+    out = CachedAttention(cache, slice(None), 2, 4, 10, tokens)(0, q, k, v)
+    assert torch.equal(keys[:, :, tokens + 4], k)
+    rest = [i for i in range(12) if i not in (4, 6, 9)]
+    assert torch.equal(keys[:, :, rest], before[:, :, rest])
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, keys[:, :, 2:10], values[:, :, 2:10]), **CLOSE)
+
+
+class Scripted(Motion):
+    """Refreshes `count` tokens after two computed steps; others of them at every step."""
+
+    count = 12
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+        if chunk.step < 2 or chunk.step == chunk.steps - 1:
+            return Compute()
+        every = torch.arange(chunk.frames * TOKENS).roll(7 * chunk.step)
+        return Refresh(every[: self.count].sort().values, self.chunkwise.replay, self.chunkwise.order)
+
+
+@pytest.mark.parametrize("replay", ["velocity", "residual"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_run_that_refreshes_all_tokens_equals_the_uncached_run(cached: Cached, noise_of: Noise, replay: Any, order: int) -> None:
+    class Everything(Scripted):
+        count = 1000
+
+    schedule, noise = ChunkSchedule(8, 3, 6, 2), noise_of(8, side=SIDE)
+    plain, _ = cached(noise, schedule)
+    film, report = cached(noise, schedule, policy=Everything(base=Chunkwise(replay=replay, order=order)))
+    torch.testing.assert_close(film, plain, **CLOSE)
+    assert report.chunk_steps_refreshed == 3 * 3
+    assert report.share == 1
+
+
+@pytest.mark.parametrize("solver", [Euler(), UniPC()])
+@pytest.mark.parametrize("settings", [{}, {"coarse": 0.0}, {"base": Chunkwise(replay="residual")}, {"measure": "output"}])
+def test_threshold_zero_is_exact(cached: Cached, noise_of: Noise, solver: Solver, settings: dict[str, Any]) -> None:
+    schedule = ChunkSchedule(8, 3, 6, 2)
+    plain, _ = cached(noise_of(8), schedule, solver)
+    film, report = cached(noise_of(8), schedule, solver, Motion(threshold=0, **settings))
+    assert torch.equal(film, plain)
+    assert report.chunk_steps_computed == report.chunk_steps == 18
+
+
+def test_a_base_of_threshold_zero_is_exact_too(cached: Cached, noise_of: Noise) -> None:
+    schedule = ChunkSchedule(6, 3, 6, 2)
+    assert torch.equal(cached(noise_of(6), schedule)[0], cached(noise_of(6), schedule, policy=Motion(base=Chunkwise(threshold=0)))[0])
+
+
+def test_the_last_two_values_are_kept_token_by_token() -> None:
+    state, two = ChunkState(), torch.tensor([[[True], [False]]])
+    for sigma, value in ((0.9, 1.0), (0.8, 2.0)):
+        state.keep("a", sigma, torch.full((1, 2, 1), value))
+    state.keep("a", 0.6, torch.full((1, 2, 1), 5.0), two)
+    assert state.predict("a", 0.6, 0).flatten().tolist() == [5.0, 2.0]
+    assert state.predict("a", 0.6, 1).flatten().tolist() == pytest.approx([5.0, 4.0])
+    assert state.predict("a", 0.4, 1).flatten().tolist() == pytest.approx([8.0, 6.0])
+    state.keep("a", 0.5, torch.full((1, 2, 1), 0.0), ~two)
+    assert state.predict("a", 0.5, 1).flatten().tolist() == pytest.approx([6.5, 0.0])
+    assert state.predict("a", 0.2, 1).flatten().tolist() == pytest.approx([11.0, -2.0])
+
+
+class Fields:
+    """A network that is a formula in the noise level; a refresh gives it for the tokens asked for."""
+
+    name, layers, heads, head_dim = "fields", 1, 1, 4
+
+    def __init__(self, field: Callable[[float], Tensor]) -> None:
+        self.field = field
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return height * width // 4
+
+    def text(self, context: Tensor) -> Tensor:
+        return context
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        return self.field(call.sigma), call.x.new_zeros(1, 48, 4)
+
+    def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        velocity, residual = self.forward(call, attend)
+        return torch.where(mask_over(velocity, tokens, GRID), velocity, 0), residual
+
+    def output(self, call: Call, residual: Tensor) -> Tensor:
+        return residual
+
+    def replay(self, call: Call, residual: Tensor) -> Tensor:
+        return residual
+
+    def whole(self, x: Tensor, sigmas: Any, text: Any, fps: int) -> Tensor:
+        return self.field(sigmas[0])
+
+    def time_changes(self, sigmas: Any, fps: int, device: Any) -> list[float]:
+        return [0.0] * len(sigmas)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("linear", [False, True])
+def test_replayed_tokens_are_exact_on_a_linear_field(order: int, linear: bool) -> None:
+    """Integrated with the current step size: exact at order 0 where the velocity is constant, at order 1 where it is linear."""
+    noise, a, b = torch.randn(3, 1, 16, 3, SIDE, SIDE, dtype=torch.float64)
+    schedule, sigmas = ChunkSchedule(3, 3, 20), flow_sigmas(20)
+
+    def film(policy: Motion | None) -> Tensor:
+        with Session(Fields(lambda sigma: a + linear * sigma * b), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
+            return sample_chunks(lambda x, chunk: session.denoise(x, chunk, x, ("cond",)), noise, schedule, sigmas, Euler(), session.commit)
+
+    error = (film(Scripted(base=Chunkwise(order=order))) - film(None)).abs().max()
+    assert error > 1e-3 if linear and order == 0 else error < 1e-5
+
+
+# whole runs
+
+RUN = Motion(threshold=0.05, alpha=0.1, coarse=0.3, min_refresh=0.0, full_share=0.9, base=Chunkwise(threshold=0.05, warmup_steps=2, order=1))
+
+
+@pytest.mark.parametrize("measure", ["clean", "noisy", "output", "change"])
+def test_a_run_refreshes_in_part_and_its_report_adds_up(cached: Cached, noise_of: Noise, measure: Any) -> None:
+    schedule = ChunkSchedule(8, 3, 16, 4)
+    plain, _ = cached(noise_of(8, side=SIDE), schedule)
+    film, report = cached(noise_of(8, side=SIDE), schedule, policy=replace(RUN, measure=measure))
+    assert report.chunk_steps_refreshed > 3
+    assert 0 < report.share < 1
+    assert 0 < (film - plain).abs().mean() < 0.3 * plain.abs().mean()
+    assert report.visits is not None
+    assert report.visits.shape == (8, 4, 4)
+    assert report.visits.sum() + (8 - 2) * TOKENS == report.tokens_computed
+    assert report.visits.max() <= schedule.steps
+    counts = [(report.shares[k] * schedule.span(k)[1] * TOKENS).round().sum() for k in range(3)]
+    assert sum(counts) == report.visits.sum()
+    assert ((report.shares > 0) & (report.shares < 1)).sum() == report.chunk_steps_refreshed == (report.map == REFRESHED).sum()
+    said = report.as_dict()
+    assert "3" in said["map"][0]
+    assert said["shares"][0][0] == 1.0
+    assert f"in part {report.chunk_steps_refreshed} (" in report.summary()
+    assert report.host_syncs <= report.chunk_steps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_constants_run(cached: Cached, noise_of: Noise, name: str) -> None:
+    film, report = cached(noise_of(6, side=SIDE), ChunkSchedule(6, 3, 16, 4), policy=PRESETS[name])
+    assert torch.isfinite(film).all()
+    assert report.host_syncs <= report.chunk_steps
+
+
+def guided(net: SkyReelsV2, texts: Tensor, noise: Tensor, cfg: float = 3.0, apart: bool = False, policy: Motion = RUN, steps: int = 12) -> Tensor:
+    schedule, sigmas = ChunkSchedule(noise.shape[2], 3, steps, 3), flow_sigmas(steps)
+    with Session(SkyReelsAdapter(net), schedule, sigmas, tuple(noise.shape[3:]), policy=policy) as session:  # type: ignore[arg-type]
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            if apart:
+                cond, uncond = (session.denoise(x, chunk, texts[i : i + 1], (i,)) for i in (0, 1))
+            else:
+                cond, uncond = session.denoise(x.repeat(2, 1, 1, 1, 1), chunk, texts, (0, 1)).chunk(2)
+            return uncond + cfg * (cond - uncond)
+
+        film = sample_chunks(predict, noise, schedule, sigmas, Euler(), session.commit, lambda chunk, clean, film: session.note(chunk, clean))
+    assert session.report.chunk_steps_refreshed > 0
+    return film
+
+
+@pytest.mark.parametrize("measure", ["clean", "output"])
+def test_both_branches_follow_one_mask_however_they_are_batched(net: SkyReelsV2, texts: Tensor, noise_of: Noise, measure: Any) -> None:
+    policy, noise = replace(RUN, measure=measure), noise_of(6, side=SIDE)
+    torch.testing.assert_close(guided(net, texts, noise, apart=True, policy=policy), guided(net, texts, noise, policy=policy), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_a_run_survives_into_the_next(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+    """Another size, length, seed and guidance in between, and a run that is stopped among its refreshes."""
+    first = guided(net, texts, noise_of(6, side=SIDE))
+    guided(net, texts, noise_of(9, seed=4, side=12), cfg=1.5)
+
+    class Stopping(Motion):
+        seen = 0
+
+        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+            made = super().decide(chunk, signals, state)
+            Stopping.seen += isinstance(made, Refresh)
+            if Stopping.seen == 3:
+                raise KeyboardInterrupt
+            return made
+
+    schedule, sigmas = ChunkSchedule(6, 3, 12, 3), flow_sigmas(12)
+    stopping = Stopping(**{f.name: getattr(RUN, f.name) for f in fields(RUN)})
+    session = Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), policy=stopping)
+    with pytest.raises(KeyboardInterrupt), session:
+        sample_chunks(lambda x, c: session.denoise(x, c, texts[:1], (0,)), noise_of(6, side=SIDE), schedule, sigmas, Euler(), session.commit,
+                      lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+    assert len(session.state) == 0
+    assert not session.state.edges
+    assert session._kv.bytes == 0
+    assert torch.equal(guided(net, texts, noise_of(6, side=SIDE)), first)
+
+
+def test_edges_of_chunks_that_are_history_are_forgotten(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+    schedule, sigmas, most = ChunkSchedule(12, 3, 6, 6), flow_sigmas(6), 0
+    with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=RUN) as session:
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            nonlocal most
+            out = session.denoise(x, chunk, texts[:1], (0,))
+            most = max(most, len(session.state.edges))
+            return out
+
+        sample_chunks(predict, noise_of(12), schedule, sigmas, Euler(), session.commit, lambda chunk, clean, film: session.note(chunk, clean))
+    assert most == 2
+
+
+def test_a_branch_without_a_past_runs_whole(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+    """A branch that joins late has nothing to replay: it is computed, and the report says so."""
+    x, chunk = noise_of(3, side=SIDE), Chunk(0, 0, 3, 0, 6)
+    with Session(SkyReelsAdapter(net), ChunkSchedule(3, 3, 6), flow_sigmas(6), (SIDE, SIDE), policy=Scripted()) as session:
+        for step in range(3):
+            session.denoise(x, replace(chunk, step=step), texts[:1], (0,))
+        late = session.denoise(x, replace(chunk, step=2), texts[1:], (1,))
+        report = session.report
+        assert report.as_dict()["map"] == ["222000"]
+        assert report.tokens_computed == report.tokens == 3 * 48
+    call = Call(x, flow_sigmas(6)[2], replace(chunk, step=2), net.text_kv(texts[1:]), 24)
+    torch.testing.assert_close(late, SkyReelsAdapter(net).forward(call, BlockCausal([48]))[0], **CLOSE)
+
+
+def test_a_short_last_chunk_of_one_frame_works(cached: Cached, noise_of: Noise) -> None:
+    film, _ = cached(noise_of(7, side=SIDE), ChunkSchedule(7, 3, 12, 3), policy=RUN)
+    assert torch.isfinite(film).all()
+
+
+def test_films_of_a_batch_share_one_mask(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+    schedule, sigmas, noise = ChunkSchedule(6, 3, 12, 3), flow_sigmas(12), noise_of(6, side=SIDE).repeat(2, 1, 1, 1, 1)
+    with Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), batch=2, policy=RUN) as session:
+        film = sample_chunks(lambda x, c: session.denoise(x, c, texts[:1].repeat(2, 1, 1), (0,)), noise, schedule, sigmas, Euler(), session.commit,
+                             lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+    assert session.report.chunk_steps_refreshed > 0
+    torch.testing.assert_close(film[0], film[1], rtol=1e-4, atol=1e-4)
+
+
+# what is refused
+
+
+def test_a_model_that_cannot_refresh_is_refused(net: SkyReelsV2) -> None:
+    class Plain:
+        name, layers, heads, head_dim = "plain", 1, 1, 4
+        tokens_per_frame = staticmethod(lambda height, width: 4)
+        text = forward = replay = time_changes = staticmethod(lambda *unused: None)
+
+    schedule, sigmas = ChunkSchedule(6, 3, 4, 2), flow_sigmas(4)
+    with pytest.raises(ValueError, match="Motion Cache refreshes single tokens, which plain cannot do here: use Chunkwise Cache"):
+        Session(Plain(), schedule, sigmas, (4, 4), policy=Motion())  # type: ignore[arg-type]
+    for policy in (Always(), Chunkwise()):
+        Session(Plain(), schedule, sigmas, (4, 4), policy=policy)  # type: ignore[arg-type]
+
+
+def test_chunks_of_one_frame_are_refused(net: SkyReelsV2) -> None:
+    with pytest.raises(ValueError, match="chunks of 1 latent frame have none: use chunk_frames 2 or more, or Chunkwise Cache"):
+        Session(SkyReelsAdapter(net), ChunkSchedule(3, 1, 4, 2), flow_sigmas(4), (4, 4), policy=Motion())
+    assert require_tokens(SkyReelsAdapter(net), 2).name == "skyreels-v2-df"
