@@ -24,7 +24,7 @@ from ..flowcache_core.schedule import ChunkSchedule, Row, Window, plan_windows
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
 from ..flowcache_core.window import WindowSession
-from .host_model import EXPECTED, TURN, ChunkLayout, ChunkTurn, HostModel, WindowTurn, policy_of, require_ours, take_expected
+from .host_model import EXPECTED, TURN, ChunkLayout, ChunkTurn, HostModel, WindowTurn, node_of, policy_of, require_ours, take_expected
 from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
@@ -160,7 +160,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         if policy is not None:
             mine = f"{AUTO}, for this model {BIDIRECTIONAL}" if self.attention == AUTO else BIDIRECTIONAL
             raise ValueError(
-                f"{policy.name.title()} Cache cannot work with the attention of {NODE}, {mine}: there every frame changes every other in every "
+                f"{node_of(policy)} cannot work with the attention of {NODE}, {mine}: there every frame changes every other in every "
                 f"row, so no chunk can be skipped; set attention to {CAUSAL}, or bypass the cache node"
             )
         length = latent_frames(self.window_frames) if self.window_frames else chunk * window

@@ -191,8 +191,13 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
+def node_of(policy: CachePolicy) -> str:
+    """The node that put a policy on a MODEL."""
+    return "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
+
+
 def wrong_sampler(policy: CachePolicy) -> str:
-    node = "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
+    node = node_of(policy)
     return f"{node} works with the AR Chunk Sampler: connect that node to the sampler input, or bypass {node}"
 
 
