@@ -2,7 +2,8 @@
 
 One set of weights has to be right for everything that sampling does, so every batch draws how it is run: block-causal
 (with or without a limited window) or bidirectional, and which noise levels its chunks have: a row of the real
-asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk.
+asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk. Some batches
+begin with a single given frame, as image to video does, and their chunks are shifted by it.
 Loss: mean squared error of the velocity (noise - clean), on the chunks that a step would move.
 """
 
@@ -94,13 +95,17 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int) -> Tensor:
     prompts = ["" if dice.random() < 0.1 else c for c in captions]
     text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts])
     drawn = [draw_levels(dice) for _ in range(batch)]
-    sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(CHUNK, 1)
-    counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(CHUNK, 1)[:, None, :, None, None]
+    spans = torch.full((CHUNKS,), CHUNK)
+    if dice.random() < 0.15:
+        drawn = [([dice.choice([0.0, 0.02]), *levels], [False, *counts]) for levels, counts in drawn]
+        spans = torch.tensor([1, *[CHUNK] * (CHUNKS - 1), CHUNK - 1])
+    sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(spans, 1)
+    counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(spans, 1)[:, None, :, None, None]
     noise = torch.randn_like(clean)
     s = sigma[:, None, :, None, None]
     noisy = (1 - s) * clean + s * noise
 
-    ends = [(k + 1) * CHUNK * TOKENS_PER_FRAME for k in range(CHUNKS)]
+    ends = (spans.cumsum(0) * TOKENS_PER_FRAME).tolist()
     causal = dice.random() < 0.72
     window = dice.choice([2, 3, 4]) if dice.random() < 0.25 else None
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
