@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from torch import Tensor
 
-from flowcache_core.bench import reuse
+from flowcache_core.bench import reuse, sweep
 from flowcache_core.bench.increment import IncrementAdapter
 from flowcache_core.chunk import Chunk
 from flowcache_core.models.skyreels import SkyReelsV2
@@ -52,18 +52,18 @@ def test_without_reuse_the_increment_adapter_is_the_plain_one(cached: Callable[.
 
 @pytest.mark.parametrize(("x", "y"), [(0.2, 10.0), (0.3, 15.0), (0.4, 20.0), (0.55, 35.0), (0.6, 40.0), (0.19, None), (0.61, None)])
 def test_equal_shares_lie_on_the_line_between_neighbours(x: float, y: float | None) -> None:
-    got = reuse.between([(0.2, 10.0), (0.4, 20.0), (0.6, 40.0)], x)
+    got = sweep.between([(0.2, 10.0), (0.4, 20.0), (0.6, 40.0)], x)
     assert got == (y if y is None else pytest.approx(y))
 
 
 def test_the_summary_has_every_rule_at_every_share() -> None:
     rows = [
-        {"rule": name, "setting": s, "share": share, "psnr": gain + 50 * share, "ssim": share}
+        {"rule": name, "setting": s, "share": share, "psnr": gain + 50 * share, "ssim": share, "wall_ratio": 1.0}
         for name, gain in (("a", 0.0), ("b", 5.0)) for s, share in enumerate((0.7, 0.3, 0.5))
     ]  # fmt: skip
-    said = reuse.summary([*rows, {"rule": "c", "setting": 1, "share": 0.5, "psnr": 1.0, "ssim": 1.0}])
+    said = sweep.summary([*rows, {"rule": "c", "setting": 1, "share": 0.5, "psnr": 1.0, "ssim": 1.0, "wall_ratio": 1.0}], reuse.EQUAL_SHARES)
     assert [(r["rule"], r["share"], r["psnr"]) for r in said] == [
-        ("a", 0.55, 27.5), ("a", 0.4, 20.0), ("b", 0.55, 32.5), ("b", 0.4, 25.0), ("c", 0.55, None), ("c", 0.4, None),
+        ("a", 0.55, 27.5), ("b", 0.55, 32.5), ("c", 0.55, None), ("a", 0.4, 20.0), ("b", 0.4, 25.0), ("c", 0.4, None),
     ]  # fmt: skip
     assert json.loads(json.dumps(said)) == said
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from flowcache_core.__main__ import main
-from flowcache_core.bench import motion, reuse
+from flowcache_core.bench import motion, reuse, sweep
 from flowcache_core.bench.recall import recall, spearman, tokens_that_move
 from flowcache_core.demo.bundle import NETWORK, VAE
 
@@ -123,7 +123,7 @@ def test_bench_reuse_measures_the_same_with_workers(cli: Cli, tmp_path: Path, mo
         (("--prompts", 0), "0 prompts were asked for: there are 1 to 16"),
         (("--prompts", 17), "17 prompts were asked for"),
         (("--workers", 0), "0 workers were asked for: use 1 or more"),
-        (("--frames", 34), "34 frames are not 4n + 1: use 33 or 45"),
+        (("--frames", 34), "34 frames are not 4n + 1: use 33 or 37"),
         (("--rules", "time", "--steps", 6), "a computed share of 38% cannot be reached"),
         (("--rules", "magic"), "no rule is called magic: there are default, "),
     ],
@@ -169,7 +169,7 @@ def test_bench_motion_refuses_an_unknown_rule(cli: Cli, capsys: pytest.CaptureFi
 
 def test_a_summary_lies_between_its_neighbours_and_never_outside_the_sweep() -> None:
     rows = [{"rule": "a", "share": s, "psnr": p, "ssim": p / 100, "wall_ratio": 1 / s} for s, p in ((0.5, 30.0), (0.3, 20.0), (0.4, 26.0))]
-    line, middle, outside = motion.summary(rows, (0.4, 0.35, 0.2))
+    line, middle, outside = sweep.summary(rows, (0.4, 0.35, 0.2))
     assert line["psnr"] == 26
     assert middle["psnr"] == 23
     assert outside["psnr"] is None

@@ -1,33 +1,14 @@
-"""`bench reuse`: how good a film stays when chunks reuse their predictions, over a sweep of settings.
-
-Every film is compared with the uncached run of the same prompt, seed and solver in the same process, and timed against it there.
-The summary compares the rules where they compute equally much.
-"""
+"""`bench reuse`: how good a film stays when chunks reuse their predictions, over a sweep of settings, and at equal computed shares."""
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from ..decision import CachePolicy
-from ..demo.bundle import Bundle, load_bundle
-from ..device import fast_dtype
-from ..generate import Job, MakeAdapter, decode, generate
-from ..models.skyreels_adapter import SkyReelsAdapter
 from ..policies.chunkwise import Chunkwise
 from ..policies.target import Target
-from .increment import IncrementAdapter
-from .metrics import psnr, ssim
-from .prompts import PROMPTS, seed_of
+from . import sweep
+from .sweep import Rule
 
 NAME = "reuse"
 THRESHOLDS = (0.015, 0.02, 0.03, 0.05, 0.1)
@@ -35,22 +16,6 @@ SHARES = (0.38, 0.5, 0.6, 0.75)
 """Where the time signature is measured: its decisions are known in advance, so its threshold is found for a share."""
 EULER_THRESHOLDS = (0.02, 0.04, 0.1)
 EQUAL_SHARES = (0.55, 0.40)
-MEASURES = ("share", "chunk_share", "psnr", "ssim", "plain", "cached")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One point of the sweep. `setting` is a threshold, or the wanted share of a rule under the time signature."""
-
-    rule: str
-    setting: float
-    policy: CachePolicy
-    solver: str = "unipc"
-    increment: bool = False
-
-    @property
-    def adapter(self) -> MakeAdapter:
-        return IncrementAdapter if self.increment else lambda network, sigmas: SkyReelsAdapter(network)
 
 
 def rules() -> list[Rule]:
@@ -71,112 +36,8 @@ def rules() -> list[Rule]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--frames", type=int, default=33, help="pixel frames, a whole number of chunks (default %(default)s)")
-    parser.add_argument("--rules", default="", help="only these rules, by name, separated by commas")
-    parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
+    sweep.add_arguments(parser, rules(), "", frames=33)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """-> {"rows": [...], "summary": [...]}: means over the prompts; `wall_ratio` is uncached seconds over cached seconds."""
-    if not 1 <= args.prompts <= len(PROMPTS):
-        raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
-    if args.workers < 1:
-        raise ValueError(f"{args.workers} workers were asked for: use 1 or more")
-    wanted = [r for r in rules() if not args.rules or r.rule in args.rules.split(",")]
-    if not wanted:
-        raise ValueError(f"no rule is called {args.rules}: there are {', '.join(dict.fromkeys(r.rule for r in rules()))}")
-    jobs = [Job(PROMPTS[i], frames=args.frames, steps=args.steps, seed=seed_of(i)) for i in range(args.prompts)]
-    bundle = load_bundle(fast_dtype())
-    jobs[0].schedule(bundle)
-    for rule in wanted:
-        if isinstance(rule.policy, Target):
-            rule.policy.check_run(args.steps)
-    measured = _all(bundle, jobs, wanted, args.workers)
-    rows = [_row(point, [film[k] for film in measured]) for k, point in enumerate(wanted)]
-    return {"steps": args.steps, "frames": args.frames, "prompts": args.prompts, "workers": args.workers, "rows": rows, "summary": summary(rows)}
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per rule and share of EQUAL_SHARES the PSNR and SSIM on the line between the two nearest settings; None outside of them."""
-    out = []
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        points = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["share"])
-        for share in EQUAL_SHARES:
-            at = {m: between([(p["share"], p[m]) for p in points], share) for m in ("psnr", "ssim")}
-            out.append({"rule": rule, "share": share, **{m: v if v is None else round(v, 4 if m == "ssim" else 2) for m, v in at.items()}})
-    return out
-
-
-def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """y at `x` on the broken line through points (x, y) in rising x; None where the line does not reach."""
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= x <= x1:
-            return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
-
-
-Measured = list[dict[str, float]]
-"""Of one prompt: what MEASURES names, for every point of the sweep."""
-
-
-def _all(bundle: Bundle, jobs: list[Job], wanted: list[Rule], workers: int) -> list[Measured]:
-    with tqdm(total=len(jobs), unit="prompt") as bar:
-        if workers == 1:
-            _warm_up(bundle)
-            out = []
-            for job in jobs:
-                out.append(_measure(bundle, job, wanted))
-                bar.update()
-            return out
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers,)) as pool:
-            todo = [pool.submit(_measure_there, job, wanted) for job in jobs]
-            for one in todo:
-                one.add_done_callback(lambda done: bar.update())
-            return [one.result() for one in todo]
-
-
-def _warm_up(bundle: Bundle) -> None:
-    """One short film, so that the first one measured does not pay for what every process pays once."""
-    generate(bundle, Job("", 9, 2))
-
-
-_bundle: Bundle | None = None
-"""Of a worker process."""
-
-
-def _start_worker(workers: int) -> None:
-    global _bundle
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _bundle = load_bundle(fast_dtype())
-    _warm_up(_bundle)
-
-
-def _measure_there(job: Job, wanted: list[Rule]) -> Measured:
-    assert _bundle is not None
-    return _measure(_bundle, job, wanted)
-
-
-def _measure(bundle: Bundle, job: Job, wanted: list[Rule]) -> Measured:
-    """One prompt through all points; the uncached film of each solver is made once."""
-    plain = {}
-    for name in dict.fromkeys(point.solver for point in wanted):
-        latents, report = generate(bundle, replace(job, solver=name))
-        plain[name] = decode(bundle, latents), report
-    out = []
-    for point in wanted:
-        latents, report = generate(bundle, replace(job, solver=point.solver), point.policy, adapter=point.adapter)
-        film, (reference, uncached) = decode(bundle, latents), plain[point.solver]
-        values = (report.share, report.chunk_steps_computed / report.chunk_steps, psnr(film, reference), ssim(film, reference),
-                  uncached.wall_s, report.wall_s)  # fmt: skip
-        out.append(dict(zip(MEASURES, values, strict=True)))
-    return out
-
-
-def _row(point: Rule, films: Sequence[dict[str, float]]) -> dict[str, Any]:
-    mean = {m: sum(film[m] for film in films) / len(films) for m in MEASURES}
-    return {
-        "rule": point.rule, "setting": point.setting, "share": round(mean["share"], 4), "chunk_share": round(mean["chunk_share"], 4),
-        "psnr": round(mean["psnr"], 2), "ssim": round(mean["ssim"], 4), "wall_ratio": round(mean["plain"] / mean["cached"], 3),
-    }  # fmt: skip
+    return sweep.run(args, rules(), EQUAL_SHARES)
