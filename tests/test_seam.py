@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from flowcache_core.__main__ import main
 from flowcache_core.bench import seam
 from flowcache_core.demo.bundle import Bundle
 from flowcache_core.generate import Given, Job, decode, generate
@@ -60,6 +65,18 @@ def test_what_is_given_decides_how_the_film_goes_on(bundle: Bundle) -> None:
     clips = [generate(bundle, Job("red circle", 33, 2, seed, size=16, cfg=1, ar_step=1))[0] for seed in (1, 2)]
     first, second = (generate(bundle, JOB, given=Given(start=clip[:, :, -5:]))[0][:, :, 5:] for clip in clips)
     assert not torch.allclose(first, second)
+
+
+def test_the_command_writes_rows_and_no_plot_of_what_has_no_meaning(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = seam.measure
+    monkeypatch.setattr(seam, "load_bundle", lambda dtype: bundle)
+    monkeypatch.setattr(seam, "measure", lambda bundle, jobs, rules: real(bundle, [replace(JOB, prompt=j.prompt) for j in jobs], rules))
+    out = tmp_path / "new" / "seam.json"
+    monkeypatch.setattr(sys, "argv", ["flowcache_core", "bench", "seam", "--prompts", "1", "--steps", "2", "--rules", "rolled", "--json", str(out)])
+    assert main() == 0
+    result = json.loads(out.read_text())
+    assert (result["bench"], result["prompts"], [r["rule"] for r in result["rows"]]) == ("seam", 1, ["rolled"])
+    assert [path.name for path in out.parent.iterdir()] == ["seam.json"]
 
 
 @pytest.mark.parametrize(
