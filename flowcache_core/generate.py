@@ -43,7 +43,7 @@ class Job:
     seed: int = 0
     negative: str = ""
     size: int = 128
-    cfg: float = 5.0
+    cfg: float = 3.0
     shift: float = 8.0
     ar_step: int = 5
     solver: str = "unipc"
