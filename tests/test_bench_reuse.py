@@ -70,10 +70,10 @@ def test_the_summary_has_every_rule_at_every_share() -> None:
 
 def test_the_sweep_names_its_rules_and_all_of_them_can_go_to_a_worker() -> None:
     every = reuse.rules()
-    assert {r.rule for r in every} == {"default", "order-1", "time", "time-order-1", "published-residual", "published-increment", "euler"}
+    assert {r.rule for r in every} == {"default", "order-0", "latent", "published-residual", "published-increment", "euler"}
     assert len({(r.rule, r.setting) for r in every}) == len(every)
     assert pickle.loads(pickle.dumps(every)) == every
     for point in every:
-        assert isinstance(point.policy, Target) == (point.policy.signature == "time")  # type: ignore[attr-defined]
+        assert isinstance(point.policy, Target) == (point.rule == "published-residual")
         assert point.increment == (point.rule == "published-increment")
         assert point.solver == ("euler" if point.rule in ("published-increment", "euler") else "unipc")

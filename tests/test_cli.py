@@ -106,7 +106,7 @@ def test_bench_reuse_writes_its_rows_and_a_plot(cli: Cli, tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_bench_reuse_measures_the_same_with_workers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reuse, "THRESHOLDS", (10.0,))
+    monkeypatch.setattr(reuse, "LATENT_THRESHOLDS", (10.0,))
     results = []
     for workers in (1, 2):
         out = tmp_path / f"{workers}.json"
@@ -124,7 +124,7 @@ def test_bench_reuse_measures_the_same_with_workers(cli: Cli, tmp_path: Path, mo
         (("--prompts", 17), "17 prompts were asked for"),
         (("--workers", 0), "0 workers were asked for: use 1 or more"),
         (("--frames", 34), "34 frames are not 4n + 1: use 33 or 37"),
-        (("--rules", "time", "--steps", 6), "a computed share of 38% cannot be reached"),
+        (("--rules", "published-residual", "--steps", 6), "a computed share of 38% cannot be reached"),
         (("--rules", "magic"), "no rule is called magic: there are default, "),
     ],
 )

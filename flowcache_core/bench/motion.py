@@ -17,16 +17,15 @@ USUAL = "chunkwise,motion"
 
 
 def rules() -> list[Rule]:
-    """The two rules that are compared, then changes of either, one at a time; `setting` is the threshold."""
-    out = [Rule("chunkwise", t, Chunkwise(threshold=t)) for t in (0.07, 0.13, 0.25)]
-    out += [Rule("motion", t, Motion(threshold=t)) for t in (0.05, 0.1, 0.2)]
-    out += [Rule("chunkwise-extrapolated", t, Chunkwise(threshold=t, order=1)) for t in (0.07, 0.13, 0.25)]
+    """The two rules that are compared, then changes of Motion, one at a time; `setting` is the threshold."""
+    out = [Rule("chunkwise", t, Chunkwise(threshold=t)) for t in (0.1, 0.15, 0.25)]
     for name, changes in VARIANTS.items():
-        out += [Rule(name, t, Motion(threshold=t, **changes)) for t in (0.05, 0.1, 0.2)]
+        out += [Rule(name, t, Motion(threshold=t, **changes)) for t in (0.08, 0.13, 0.2)]
     return out
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "motion": {},
     "motion-noisy": {"measure": "noisy"},
     "motion-output": {"measure": "output"},
     "motion-change": {"measure": "change"},

@@ -11,10 +11,10 @@ from . import sweep
 from .sweep import Rule
 
 NAME = "reuse"
-THRESHOLDS = (0.015, 0.02, 0.03, 0.05, 0.1)
-SHARES = (0.38, 0.5, 0.6, 0.75)
-"""Where the time signature is measured: its decisions are known in advance, so its threshold is found for a share."""
-EULER_THRESHOLDS = (0.02, 0.04, 0.1)
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2)
+LATENT_THRESHOLDS = (0.02, 0.03, 0.06)
+SHARES = (0.38, 0.6)
+"""Where the rule published for SkyReels-V2 is measured: its decisions are known in advance, so its threshold is found for a share."""
 EQUAL_SHARES = (0.55, 0.40)
 
 
@@ -27,12 +27,12 @@ def rules() -> list[Rule]:
     polynomial was published for the bundled model.
     """
     out = [Rule("default", t, Chunkwise(threshold=t)) for t in THRESHOLDS]
-    out += [Rule("order-1", t, Chunkwise(threshold=t, order=1)) for t in THRESHOLDS]
-    out += [Rule("time", s, Target(share=s, signature="time")) for s in SHARES]
-    out += [Rule("time-order-1", s, Target(share=s, signature="time", order=1)) for s in SHARES]
-    out += [Rule("published-residual", s, Target(share=s, signature="time", replay="residual", max_reuse=1000)) for s in SHARES]
-    out += [Rule("published-increment", t, Chunkwise(threshold=t, replay="residual", max_reuse=1000), "euler", True) for t in THRESHOLDS]
-    return out + [Rule("euler", t, Chunkwise(threshold=t), "euler") for t in EULER_THRESHOLDS]
+    out += [Rule("order-0", t, Chunkwise(threshold=t, order=0)) for t in THRESHOLDS[::2]]
+    out += [Rule("latent", t, Chunkwise(threshold=t, signature="latent")) for t in LATENT_THRESHOLDS]
+    out += [Rule("published-residual", s, Target(share=s, replay="residual", order=0, max_reuse=1000)) for s in SHARES]
+    increment = {"signature": "latent", "replay": "residual", "order": 0, "max_reuse": 1000}
+    out += [Rule("published-increment", t, Chunkwise(threshold=t, **increment), "euler", True) for t in LATENT_THRESHOLDS]  # type: ignore[arg-type]
+    return out + [Rule("euler", t, Chunkwise(threshold=t), "euler") for t in THRESHOLDS[::2]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,18 +23,18 @@ class Chunkwise:
 
     name: ClassVar[str] = "chunkwise"
 
-    threshold: float = setting(0.03, "How far a chunk may drift before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005)
+    threshold: float = setting(0.1, "How far a chunk may drift before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005)
     warmup_steps: int = setting(5, "The first steps of every chunk that are always computed.", low=1, high=1000)
     max_reuse: int = setting(8, "At most this many reused steps in a row.", low=1, high=1000)
     signature: Signature = setting(
-        "latent",
+        "time",
         "What drift is measured on: the chunk's noisy latent (follows the content) or the time modulation (known before sampling).",
         options=("latent", "time"), advanced=True,
     )  # fmt: skip
     replay: Replay = setting(
         "velocity", "What a reused step replays: the velocity or the residual of the block stack.", options=("velocity", "residual"), advanced=True
     )
-    order: int = setting(0, "0 holds the last output; 1 extrapolates along the line through the last two.", low=0, high=1, advanced=True)
+    order: int = setting(1, "0 holds the last output; 1 extrapolates along the line through the last two.", low=0, high=1, advanced=True)
     start_percent: float = setting(0.0, "Before this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
     end_percent: float = setting(1.0, "After this share of a chunk's steps nothing is reused.", low=0.0, high=1.0, step=0.01, advanced=True)
     rescale: Rescale = setting(

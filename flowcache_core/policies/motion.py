@@ -30,13 +30,13 @@ class Motion:
     """Settings of Motion Cache. Raises ValueError for a value outside its range.
 
     `base` has warm-up, signature, what is replayed and how, for both phases, and the threshold of the coarse one; without it
-    Chunkwise's defaults are taken, extrapolated, at this threshold.
+    Chunkwise's defaults are taken, at this threshold.
     """
 
     name: ClassVar[str] = "motion"
 
     threshold: float = setting(
-        0.05, "How far a token may drift, weighed by its motion, before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005
+        0.1, "How far a token may drift, weighed by its motion, before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005
     )
     alpha: float = setting(
         0.3, "Weight of a token that stands still, where 1 is that of one that moves. 1 is Chunkwise Cache.", low=0.0, high=1.0, step=0.05
@@ -70,7 +70,7 @@ class Motion:
 
     @property
     def chunkwise(self) -> Chunkwise:
-        return self.base or Chunkwise(threshold=self.threshold, order=1)
+        return self.base or Chunkwise(threshold=self.threshold)
 
     @property
     def keeps(self) -> Replay:
@@ -147,11 +147,11 @@ _FIRST = 1e6
 PRESETS: Mapping[str, Motion] = {
     "skyreels-v2": Motion(
         threshold=0.1, alpha=0.6, coarse=0.42, measure="output", vote="agree", min_refresh=0.4, full_share=1.0, max_age=1000,
-        base=Chunkwise(threshold=0.1, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", rescale="clamped"),
+        base=Chunkwise(threshold=0.1, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", order=0, rescale="clamped"),
     ),
     "magi-1": Motion(
         threshold=0.0065, alpha=0.6, coarse=25 / 64, measure="noisy", min_refresh=0.0, full_share=1.0, max_age=1000,
-        base=Chunkwise(threshold=0.0065, warmup_steps=5, max_reuse=1000),
+        base=Chunkwise(threshold=0.0065, warmup_steps=5, max_reuse=1000, signature="latent", order=0),
     ),
 }  # fmt: skip
 """The published constants (released configurations). SkyReels-V2's coarse phase is published as six computed steps after a

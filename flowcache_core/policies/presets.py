@@ -1,6 +1,7 @@
 """The named settings of Chunkwise Cache: the one table of them.
 
-`safe`, `balanced` and `fast` are ours. The others are the rule published for SkyReels-V2 (FlowCache, ICLR 2026, section 3 and
+`safe`, `balanced` and `fast` are ours: shares of computed chunk-steps, for which the threshold is found, so that they mean the same
+on every model and at every number of steps. The others are the rule published for SkyReels-V2 (FlowCache, ICLR 2026, section 3 and
 its released settings): time signature through the published polynomial, threshold 0.1 (slow) or 0.15 (fast), five warm-up
 steps, the last step always computed, no limit of reused steps in a row, the residual replayed. The published polynomial is
 negative for small changes; the names that end in `-exact` let it be so, the others clamp it at 0.
@@ -16,13 +17,13 @@ CUSTOM = "custom"
 
 
 def published(threshold: float, rescale: Rescale) -> Chunkwise:
-    return Chunkwise(threshold, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", rescale=rescale)
+    return Chunkwise(threshold, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", order=0, rescale=rescale)
 
 
 PRESETS: dict[str, Chunkwise] = {
-    "safe": Chunkwise(threshold=0.02),
-    "balanced": Chunkwise(threshold=0.03),
-    "fast": Chunkwise(threshold=0.05),
+    "safe": Target(share=0.55),
+    "balanced": Target(share=0.4),
+    "fast": Target(share=0.3),
     "flowcache-slow": published(0.1, "clamped"),
     "flowcache-fast": published(0.15, "clamped"),
     "flowcache-slow-exact": published(0.1, "unclamped"),
