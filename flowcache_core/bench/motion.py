@@ -13,19 +13,23 @@ from .sweep import Rule
 NAME = "motion"
 SHARES = (0.40, 0.30)
 """Shares of computed tokens at which the rules are compared."""
-USUAL = "chunkwise,motion"
+CHUNK_THRESHOLDS, TOKEN_THRESHOLDS = (0.1, 0.15, 0.25), (0.05, 0.09, 0.14)
+USUAL = "chunkwise,motion,chunkwise-hold,motion-hold"
 
 
 def rules() -> list[Rule]:
-    """The two rules that are compared, then changes of Motion, one at a time; `setting` is the threshold."""
-    out = [Rule("chunkwise", t, Chunkwise(threshold=t)) for t in (0.1, 0.15, 0.25)]
+    """The two rules, extrapolated and held as published, then changes of Motion, one at a time; `setting` is the threshold."""
+    out = []
+    for name, order in (("", 1), ("-hold", 0)):
+        bases = {t: Chunkwise(threshold=t, order=order) for t in (*CHUNK_THRESHOLDS, *TOKEN_THRESHOLDS)}
+        out += [Rule(f"chunkwise{name}", t, bases[t]) for t in CHUNK_THRESHOLDS]
+        out += [Rule(f"motion{name}", t, Motion(threshold=t, base=bases[t])) for t in TOKEN_THRESHOLDS]
     for name, changes in VARIANTS.items():
-        out += [Rule(name, t, Motion(threshold=t, **changes)) for t in (0.08, 0.13, 0.2)]
+        out += [Rule(name, t, Motion(threshold=t, **changes)) for t in TOKEN_THRESHOLDS]
     return out
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "motion": {},
     "motion-noisy": {"measure": "noisy"},
     "motion-output": {"measure": "output"},
     "motion-change": {"measure": "change"},
