@@ -29,7 +29,7 @@ def test_a_reused_step_repeats_the_increment_of_the_last_computed_one(net: SkyRe
         path.append(x)
         return session.denoise(x, chunk, texts[:1], ("cond",))
 
-    policy = Chunkwise(threshold=10, warmup_steps=2, max_reuse=4, replay="residual")
+    policy = Chunkwise(threshold=10, warmup_steps=2, max_reuse=4, replay="residual", order=0)
     with Session(IncrementAdapter(net, sigmas), schedule, sigmas, (4, 4), policy=policy) as session:
         film = sample_chunks(predict, noise_of(3), schedule, sigmas, Euler(), session.commit)
     moves = [after - before for before, after in pairwise([*path, film])]

@@ -155,7 +155,7 @@ def test_bench_motion_compares_at_equal_shares(cli: Cli, tmp_path: Path, monkeyp
     some = [r for r in motion.rules() if r.rule in ("chunkwise", "motion")][::3]
     monkeypatch.setattr(motion, "rules", lambda: some)
     out = tmp_path / "motion.json"
-    assert cli("bench", "motion", "--prompts", 1, "--steps", 10, "--size", 64, "--json", out) == 0
+    assert cli("bench", "motion", "--prompts", 1, "--steps", 10, "--size", 64, "--rules", "chunkwise,motion", "--json", out) == 0
     result = json.loads(out.read_text())
     assert [row["rule"] for row in result["rows"]] == ["chunkwise", "motion"]
     assert all({"setting", "share", "psnr", "ssim", "wall_ratio"} <= row.keys() for row in result["rows"])

@@ -452,7 +452,9 @@ def test_replayed_tokens_are_exact_on_a_linear_field(order: int, linear: bool) -
 
 # whole runs
 
-RUN = Motion(threshold=0.05, alpha=0.1, coarse=0.3, min_refresh=0.0, full_share=0.9, base=Chunkwise(threshold=0.05, warmup_steps=2, order=1))
+RUN = Motion(
+    threshold=0.05, alpha=0.1, coarse=0.3, min_refresh=0.0, full_share=0.9, base=Chunkwise(threshold=0.05, warmup_steps=2, signature="latent")
+)
 
 
 @pytest.mark.parametrize("measure", ["clean", "noisy", "output", "change"])

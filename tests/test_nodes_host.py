@@ -418,7 +418,7 @@ def test_a_preset_replaces_every_widget_and_the_node_says_by_what(host: Host, gr
     shown = "\n".join(done["outputs"][node(graph, "FlowCacheChunkwise")]["text"])
     assert "flowcache-slow: threshold 0.1, warmup_steps 5, max_reuse 1000, signature time, rescale clamped, replay residual" in shown
     assert "no polynomial was published for this model" in shown
-    summary, foretold, *_ = "\n".join(done["outputs"][node(graph, "FlowCacheReport")]["text"]).splitlines()
+    _held, summary, foretold, *_ = "\n".join(done["outputs"][node(graph, "FlowCacheReport")]["text"]).splitlines()
     (computed,) = re.findall(r"computed (\d+) of 12 chunk-steps", summary)
     assert foretold.startswith(f"{computed} of 12 chunk-steps will be computed")
     assert f"FlowCache: {foretold}" in host.log.read_text()

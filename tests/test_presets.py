@@ -168,7 +168,7 @@ def test_without_a_polynomial_changes_are_added_up_as_they_are_and_that_is_said(
 
 def test_a_polynomial_belongs_to_the_time_signature() -> None:
     with pytest.raises(ValueError, match="rescale clamped was published for the time modulation, but signature is latent: set signature to time"):
-        Chunkwise(rescale="clamped")
+        Chunkwise(rescale="clamped", signature="latent")
 
 
 def test_a_whole_run_with_a_polynomial_follows_the_published_rule(
@@ -225,7 +225,7 @@ def test_what_is_foretold_under_the_time_signature_is_what_happens(
 def test_under_the_latent_signature_only_a_bound_is_foretold(
     noise_of: Callable[..., Tensor], cached: Callable[..., tuple[Tensor, RunReport]]
 ) -> None:
-    policy = Chunkwise(threshold=10, warmup_steps=4, max_reuse=6)
+    policy = Chunkwise(threshold=10, warmup_steps=4, max_reuse=6, signature="latent")
     (said,) = policy.foresee(Outlook(2, flow_sigmas(30), lambda: pytest.fail("not needed")))
     _, report = cached(noise_of(6), ChunkSchedule(6, 3, 30, 4), policy=policy)
     assert said.startswith(f"at least {report.chunk_steps_computed} of 60 chunk-steps will be computed")

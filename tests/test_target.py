@@ -118,7 +118,7 @@ def test_under_the_latent_signature_the_run_meets_the_share(kind: str) -> None:
         schedule = ChunkSchedule(3 * chunks, 3, steps, dice.choice([0, 2, 5, steps]))
         settings = {"warmup_steps": dice.choice([1, 5]), "max_reuse": dice.choice([3, 8, 1000])}
         least = least_computed(Chunkwise(**settings), steps) / steps  # type: ignore[arg-type]
-        policy = Target(share=dice.uniform(least, 1.0), **settings)  # type: ignore[arg-type]
+        policy = Target(share=dice.uniform(least, 1.0), signature="latent", **settings)  # type: ignore[arg-type]
         made, state = play(policy, schedule, drifts(kind, steps, dice))
         share = sum(row.count("C") for row in made.values()) / schedule.chunk_steps
         assert abs(share - policy.share) <= 0.02 + 1 / schedule.chunk_steps
@@ -132,21 +132,21 @@ def test_under_the_latent_signature_the_run_meets_the_share(kind: str) -> None:
 def test_a_steady_run_is_paced_evenly() -> None:
     """Where the latents drift as expected no chunk pays for another."""
     straight = straight_changes(flow_sigmas(50))
-    made, state = play(Target(share=0.45), ChunkSchedule(15, 3, 50, 5), lambda k, j: straight[j])
+    made, state = play(Target(share=0.45, signature="latent"), ChunkSchedule(15, 3, 50, 5), lambda k, j: straight[j])
     counts = [row.count("C") for row in made.values()]
     assert max(counts) - min(counts) <= 1
-    (said,) = Target(share=0.45).retell(state.memory)
+    (said,) = Target(share=0.45, signature="latent").retell(state.memory)
     assert said.startswith("target 45%: the threshold lay between ")
 
 
 def test_a_target_is_met_in_a_real_run_and_leaves_nothing_on_the_policy(
     net: SkyReelsV2, cached: Callable[..., tuple[Tensor, RunReport]], noise_of: Callable[..., Tensor]
 ) -> None:
-    policy = Target(share=0.5, warmup_steps=3)
+    policy = Target(share=0.5, warmup_steps=3, signature="latent")
     reports = [cached(noise_of(9), ChunkSchedule(9, 3, 24, 4), policy=policy)[1] for _ in range(2)]
     assert abs(reports[0].chunk_steps_computed / reports[0].chunk_steps - 0.5) <= 0.02
     assert reports[0].as_dict()["map"] == reports[1].as_dict()["map"]
-    assert policy == Target(share=0.5, warmup_steps=3)
+    assert policy == Target(share=0.5, warmup_steps=3, signature="latent")
     assert "the threshold lay between" in reports[0].text()
 
 

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "motion-output": {"measure": "output"},
     "motion-change": {"measure": "change"},
     "motion-alpha-0.1": {"alpha": 0.1},
-    "motion-alpha-0.6": {"alpha": 0.6},
+    "motion-alpha-0.3": {"alpha": 0.3},
     "motion-early": {"coarse": 0.2},
     "motion-chunk-scale": {"scale": "chunk"},
     "motion-quantile": {"quantile": 0.9},

@@ -39,7 +39,7 @@ class Motion:
         0.1, "How far a token may drift, weighed by its motion, before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005
     )
     alpha: float = setting(
-        0.3, "Weight of a token that stands still, where 1 is that of one that moves. 1 is Chunkwise Cache.", low=0.0, high=1.0, step=0.05
+        0.6, "Weight of a token that stands still, where 1 is that of one that moves. 1 is Chunkwise Cache.", low=0.0, high=1.0, step=0.05
     )
     coarse: float = setting(0.4, "Share of a chunk's steps, from its first, that are decided for the chunk as a whole.", low=0.0, high=1.0, step=0.05)
     measure: Measure = setting(
