@@ -147,7 +147,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             options.pop(TURN, None)
         report.expected = expected
         self.mailbox.put(report)
-        say(report.text().splitlines())
+        say([report.summary()])
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 
     def plan(self, layout: ChunkLayout, frames: int, steps: int, prefix: int, suffix: int, model_options: dict[str, Any]) -> Plan:

@@ -227,7 +227,7 @@ def test_what_the_run_will_hold_is_told_before_and_is_what_it_holds(host: Host, 
         assert found, text
         assert found[1] == found[3]
         assert found[0] in text
-        assert log_of(host).count(f"FlowCache: {text.splitlines()[0]}") >= 1
+        assert log_of(host).count(f"FlowCache: {found[0].splitlines()[0]}") >= 1
         assert float(found[1]) > 0
 
 
