@@ -25,7 +25,7 @@ class Chunkwise:
 
     threshold: float = setting(0.1, "How far a chunk may drift before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005)
     warmup_steps: int = setting(5, "The first steps of every chunk that are always computed.", low=1, high=1000)
-    max_reuse: int = setting(8, "At most this many reused steps in a row.", low=1, high=1000)
+    max_reuse: int = setting(8, "At most this many reused steps in a row.", low=1, high=1000, advanced=True)
     signature: Signature = setting(
         "time",
         "What drift is measured on: the chunk's noisy latent (follows the content) or the time modulation (known before sampling).",
