@@ -49,7 +49,7 @@ def test_block_causal_attention_over_a_film_equals_chunks_against_the_cache(
 
 def test_one_chunk_of_everything_is_bidirectional() -> None:
     q, k, v = qkv(12)
-    torch.testing.assert_close(BlockCausal([12])(0, q, k, v), bidirectional(0, q, k, v), **CLOSE)
+    torch.testing.assert_close(BlockCausal([12])(0, q, k, v, q), bidirectional(0, q, k, v, q), **CLOSE)
 
 
 def test_block_causal_attention_equals_attention_under_a_mask() -> None:
@@ -58,7 +58,7 @@ def test_block_causal_attention_equals_attention_under_a_mask() -> None:
     distance = chunk[:, None] - chunk[None, :]
     mask = (distance >= 0) & (distance < window)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(BlockCausal(ends, window)(0, q, k, v), expected, **CLOSE)
+    torch.testing.assert_close(BlockCausal(ends, window)(0, q, k, v, q), expected, **CLOSE)
 
 
 def test_no_chunk_sees_the_future(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
@@ -150,7 +150,7 @@ def test_a_cache_adopts_the_branches_it_shares_with_another() -> None:
     q, k, v = qkv(4)
     old, new = KVCache(("b",), 1, 2, 2, 16, 4), KVCache(("a", "b"), 1, 2, 2, 16, 4)
     for layer in range(2):
-        CachedAttention(old, slice(None), 0, 0, 4)(layer, q, k + layer, v)
+        CachedAttention(old, slice(None), 0, 0, 4)(layer, q, k + layer, v, q)
     new.adopt(old)
     for layer in range(2):
         keys, values = new.layer(layer, k)
@@ -164,7 +164,7 @@ def test_a_chunk_writes_its_own_span_only() -> None:
     keys.fill_(7)
     values.fill_(7)
     q, k, v = qkv(3)
-    CachedAttention(cache, slice(None), 0, 2, 5)(0, q, k, v)
+    CachedAttention(cache, slice(None), 0, 2, 5)(0, q, k, v, q)
     assert torch.equal(keys[:, :, 2:5], k)
     assert torch.equal(values[:, :, 2:5], v)
     outside = torch.cat([keys[:, :, :2], keys[:, :, 5:], values[:, :, :2], values[:, :, 5:]], 2)

@@ -340,7 +340,7 @@ def test_a_refresh_writes_its_rows_only_and_sees_the_whole_span() -> None:
     keys.normal_()
     values.normal_()
     before, tokens = keys.clone(), torch.tensor([0, 2, 5])
-    out = CachedAttention(cache, slice(None), 2, 4, 10, tokens)(0, q, k, v)
+    out = CachedAttention(cache, slice(None), 2, 4, 10, tokens)(0, q, k, v, q)
     assert torch.equal(keys[:, :, tokens + 4], k)
     rest = [i for i in range(12) if i not in (4, 6, 9)]
     assert torch.equal(keys[:, :, rest], before[:, :, rest])
@@ -404,7 +404,7 @@ def test_the_last_two_values_are_kept_token_by_token() -> None:
 class Fields:
     """A network that is a formula in the noise level; a refresh gives it for the tokens asked for."""
 
-    name, layers, heads, head_dim = "fields", 1, 1, 4
+    name, layers, heads, head_dim, width, rotary = "fields", 1, 1, 4, 4, None
 
     def __init__(self, field: Callable[[float], Tensor]) -> None:
         self.field = field
@@ -582,7 +582,7 @@ def test_films_of_a_batch_share_one_mask(net: SkyReelsV2, texts: Tensor, noise_o
 
 def test_a_model_that_cannot_refresh_is_refused(net: SkyReelsV2) -> None:
     class Plain:
-        name, layers, heads, head_dim = "plain", 1, 1, 4
+        name, layers, heads, head_dim, width, rotary = "plain", 1, 1, 4, 4, None
         tokens_per_frame = staticmethod(lambda height, width: 4)
         text = forward = replay = time_changes = staticmethod(lambda *unused: None)
 

@@ -63,7 +63,7 @@ class CachedAttention:
         self.cache, self.rows, self.first, self.start, self.end = cache, rows, first, start, end
         self.at = None if tokens is None else tokens + start
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         keys, values = (buffer[self.rows] for buffer in self.cache.layer(layer, k))
         if self.at is None:
             keys[:, :, self.start : self.end] = k

@@ -11,7 +11,24 @@ from torch import Tensor
 
 from ..chunk import Chunk
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries, keys, values, what the layer's self-attention was given) -> attention output."""
+
+
+class Rotary(Protocol):
+    """How a network turns queries and keys by their position."""
+
+    def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
+        """Of the tokens of `frames` latent frames from `start` on, complex64 [frames * rows * columns, head_dim / 2]."""
+        ...
+
+    def shift(self, frames: int) -> Tensor:
+        """Of a move along time alone, by any number of latent frames, complex64 [1, head_dim / 2]."""
+        ...
+
+    def turn(self, x: Tensor, phases: Tensor) -> Tensor:
+        """[..., T, head_dim] by phases [T or 1, head_dim / 2]; their conjugate turns back."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +52,9 @@ class ModelAdapter(Protocol):
     layers: int
     heads: int
     head_dim: int
+    width: int
+    """Channels of a token between the layers."""
+    rotary: Rotary
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of h x w."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.attention import attention
 
 
-def bidirectional(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def bidirectional(layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """Every token sees every token. [B, heads, T, D] three times -> [B, heads, T, D]."""
     return attention(q, k, v)
 
@@ -21,7 +21,7 @@ class BlockCausal:
     def __init__(self, ends: Sequence[int], window: int | None = None) -> None:
         self.ends, self.window = tuple(ends), window or len(ends)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         starts = (0, *self.ends[:-1])
         parts = []
         for chunk, (a, b) in enumerate(zip(starts, self.ends, strict=True)):

@@ -25,8 +25,10 @@ EPS = 1e-6
 FPS = (16, 24)
 """Frame rates in the order of their rows in `fps_embedding`."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values), each [B, heads, T, head_dim] -> [B, heads, T, head_dim]."""
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries, keys, values, input [B, T, dim]), each but the last [B, heads, T, head_dim] -> [B, heads, T, head_dim]."""
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The same for one layer."""
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Per layer: text keys and values, [B, heads, L, head_dim]."""
 
@@ -71,10 +73,10 @@ class SelfAttention(nn.Module):
         """[B, T, dim] -> [B, heads, T, head_dim]."""
         return x.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend: Attention) -> Tensor:
         q = rotate(self.split(self.norm_q(self.q(x))), rope)
         k = rotate(self.split(self.norm_k(self.k(x))), rope)
-        y: Tensor = self.o(attend(q, k, self.split(self.v(x))).transpose(1, 2).flatten(2))
+        y: Tensor = self.o(attend(q, k, self.split(self.v(x)), x).transpose(1, 2).flatten(2))
         return y
 
 
@@ -100,7 +102,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(ops.Linear(dim, ffn_dim, **kw), nn.GELU(approximate="tanh"), ops.Linear(ffn_dim, dim, **kw))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim, **kw))
 
-    def forward(self, x: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Attention) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(e0) + e0).unbind(2)
         x = gated(x, self.self_attn(modulated(self.norm1(x), shift_a, scale_a), rope, attend), gate_a)
         x = x + self.cross_attn.look_up(self.norm3(x), text)
@@ -141,6 +143,19 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """[B, heads, T, head_dim] by complex phases [T, head_dim / 2]; neighbouring channels form a pair."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+
+
+class Rope:
+    """Rotary positions of the family, as `models.adapter.Rotary` wants them."""
+
+    def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
+        return rope_table(start, frames, *grid)
+
+    def shift(self, frames: int) -> Tensor:
+        return rope_table(frames, 1, 1, 1)
+
+    def turn(self, x: Tensor, phases: Tensor) -> Tensor:
+        return rotate(x, phases.to(x.device))
 
 
 def rope_table(start: int, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -210,7 +225,7 @@ class SkyReelsV2(nn.Module):
     def stack(self, tokens: Tensor, e0: Tensor, text: TextKV, rope: Tensor, attend: Attend) -> Tensor:
         """All blocks. tokens [B, T, d], e0 [B, F, 6, d] with F dividing T, rope [T, 64] -> [B, T, d]."""
         for layer, block in enumerate(self._blocks):
-            tokens = block(tokens, e0, text[layer], rope, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+            tokens = block(tokens, e0, text[layer], rope, lambda q, k, v, x, layer=layer: attend(layer, q, k, v, x))
         return tokens
 
     def velocity(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:

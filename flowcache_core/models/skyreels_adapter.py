@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..schedule import timestep
-from .adapter import Attend, Call
+from .adapter import Attend, Call, Rotary
 from .attention import bidirectional
-from .skyreels import HEAD_DIM, PATCH, SkyReelsV2, TextKV, rope_table
+from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
 
 
 class SkyReelsAdapter:
@@ -22,6 +22,8 @@ class SkyReelsAdapter:
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype
         self.layers, self.heads, self.head_dim = network.config.layers, network.config.heads, HEAD_DIM
+        self.width = network.config.dim
+        self.rotary: Rotary = Rope()
         self._ropes: dict[tuple[int, int, int, int], Tensor] = {}
 
     def tokens_per_frame(self, height: int, width: int) -> int:

@@ -1,0 +1,62 @@
+"""What a KV policy may look at when a chunk becomes history, and what it says: a number per row, higher is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..state import RunMemory
+
+if TYPE_CHECKING:
+    from ..models.adapter import Rotary
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVView:
+    """One layer of the cache right after the clean pass of the chunk that becomes history. Its rows are the last `new` of N.
+
+    R counts films and branches side by side, H heads, D channels of a head. All N rows are clean, in order of position.
+    """
+
+    layer: int
+    keys: Tensor
+    """[R, H, N, D], rotated, as attention sees them (read back from storage where that has fewer bits)."""
+    values: Tensor
+    """[R, H, N, D]."""
+    queries: Tensor
+    """[R, H, new, D]: of the finished chunk in its clean pass, rotated. H may be a multiple of that of the keys (grouped heads)."""
+    hidden: Tensor
+    """[R, new, C]: what the layer's self-attention was given in that pass."""
+    tokens: Tensor
+    """int64 [R, N], ascending: number of each row's token in the film, frame x `frame_tokens` + place."""
+    carried: Tensor
+    """float32 [R, N]: what the policy's scores of the older rows were the last time, mean over heads; 0 for new rows."""
+    new: int
+    frame_tokens: int
+    grid: tuple[int, int]
+    """Rows and columns of tokens in a frame."""
+    rotary: Rotary
+    """How the network turns queries and keys by their position."""
+    memory: RunMemory
+    """What the policy remembers of this layer and these branches from chunk to chunk."""
+
+
+class KVPolicy(Protocol):
+    """A frozen dataclass of settings and one method. It is asked once per layer and finished chunk."""
+
+    name: ClassVar[str]
+
+    def score(self, view: KVView) -> Tensor:
+        """-> float32 [R, H or 1, N]. No host sync, no randomness but a seeded one: two runs give the same."""
+        ...
+
+
+@runtime_checkable
+class LearntKVPolicy(KVPolicy, Protocol):
+    """A policy with weights of its own, made for one network."""
+
+    def check_network(self, layers: int, width: int) -> None:
+        """Raises ValueError, before a run, where the weights are for a network of another size."""
+        ...
