@@ -12,6 +12,7 @@ from .chunk import Chunk
 from .decision import CachePolicy
 from .demo.bundle import Bundle
 from .given import GivenNoise
+from .kv.compressor import Compressor
 from .models.adapter import ModelAdapter
 from .models.skyreels import SkyReelsV2, require_fps
 from .models.skyreels_adapter import SkyReelsAdapter
@@ -117,13 +118,17 @@ NOTHING = Given()
 @torch.inference_mode()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
              given: Given = NOTHING, adapter: MakeAdapter = lambda network, sigmas: SkyReelsAdapter(network),
-             ) -> tuple[Tensor, RunReport]:  # fmt: skip
-    """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in."""
+             compressor: Compressor | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+    """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in.
+
+    `compressor` bounds the history that chunks look back on; without one it is what lies within the window.
+    """
     schedule, levels, like = job.schedule(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
-    with Session(adapter(bundle.network, levels), schedule, levels, (x.shape[3], x.shape[4]), policy=policy, fps=job.fps,
-                 prefix_sigma=light.sigma) as session:  # fmt: skip
+    network, grid = adapter(bundle.network, levels), (x.shape[3], x.shape[4])
+    budget = compressor.plan(network, schedule, grid, job.fps, len(branches), like.element_size()) if compressor else None
+    with Session(network, schedule, levels, grid, policy=policy, fps=job.fps, prefix_sigma=light.sigma, budget=budget) as session:
         session.foresee(x.device)
 
         def predict(part: Tensor, chunk: Chunk) -> Tensor:

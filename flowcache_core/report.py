@@ -32,6 +32,8 @@ class RunReport:
         self._visits = None if grid is None else torch.zeros(grid, dtype=torch.int32)
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
+        self.history: list[np.ndarray] = []
+        self.places: np.ndarray | None = None
         self.notes: tuple[str, ...] = ()
         self.expected: Footprint | None = None
         self.seconds: dict[str, float] = {}
@@ -89,6 +91,13 @@ class RunReport:
         self._idle += row.last - row.first - len(row.active)
         self.tokens += tokens
         self.tokens_computed += tokens
+
+    def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int) -> None:
+        """What a budget left of history when `chunk` joined it. tokens: int [branches, layers, films, rows], numbers in the film."""
+        lists = tokens.size // max(tokens.shape[-1], 1)
+        counts = np.bincount(tokens.ravel(), minlength=(chunk.start + chunk.frames) * frame_tokens) / lists
+        self.history.append(counts.reshape(-1, frame_tokens).sum(1))
+        self.places = counts
 
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)

@@ -16,11 +16,14 @@ from torch import Tensor
 from .chunk import Chunk
 from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Refresh, Replay, Reuse, TokenPolicy
 from .kernels.tokens import mask_over
-from .kv.cache import Branches, CachedAttention, KVStore
+from .kv.cache import Branches, KVSizes, KVStore
+from .kv.compressor import Budget
+from .kv.keeper import Keeper
 from .models.adapter import Call, ModelAdapter, require_tokens
 from .models.published import time_polynomial
 from .policies.always import Always
 from .report import RunReport
+from .rows import Rows, capacity
 from .schedule import ChunkSchedule
 from .signals import StepSignals
 from .state import ChunkState, RunState
@@ -29,12 +32,13 @@ from .state import ChunkState, RunState
 class Session:
     """A run of `schedule` over latents [batch, C, frames, h, w] at noise levels `sigmas` (steps + 1 of them, ending in 0).
 
-    `prefix_sigma`: the noise level at which the given first frames are shown (0: clean).
+    `prefix_sigma`: the noise level at which the given first frames are shown (0: clean); `budget`: how much history is kept
+    (None: what lies within the window).
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
     def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], batch: int = 1,
-                 policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0) -> None:  # fmt: skip
+                 policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None) -> None:  # fmt: skip
         if len(sigmas) != schedule.steps + 1:
             raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
         self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
@@ -51,9 +55,15 @@ class Session:
         patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
         self._grid = grid[0] // patch, grid[1] // patch
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
-        self._kv = KVStore(batch, adapter.layers, adapter.heads, adapter.head_dim, schedule.frames * self._frame_tokens)
+        self._kv = self._store(budget)
         self._text: dict[Branches, object] = {}
         self._time_changes: list[float] | None = None
+
+    def _store(self, budget: Budget | None) -> KVStore:
+        adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
+        most, _ = capacity(self.schedule, self._frame_tokens, rows.budget)
+        keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary) if budget else None
+        return KVStore(KVSizes(self.batch, adapter.layers, adapter.heads, adapter.head_dim, most), rows, keeper)
 
     def __enter__(self) -> Session:
         return self
@@ -109,8 +119,13 @@ class Session:
             self.state.of(chunk.index).clean = clean
 
     def commit(self, chunk: Chunk) -> None:
-        """A finished chunk is history from now on: only its keys and values stay."""
+        """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
         self.state.drop(chunk.index)
+        if chunk.index < self.schedule.chunks - 1:
+            self._kv.settle(chunk)
+            if (keeper := self._kv.keeper) is not None:
+                self.report.kept(chunk, keeper.locate(), self._frame_tokens)
+                self.report.host_syncs += 1
 
     def _decide(self, call: Call, state: ChunkState) -> Decision:
         chunk = call.chunk
@@ -125,10 +140,7 @@ class Session:
 
     def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Velocity and residual of the chunk, or of `only` some of its tokens."""
-        chunk, tokens = call.chunk, self._frame_tokens
-        oldest = self.schedule.span(self.schedule.oldest(chunk.index))[0]
-        cache, rows = self._kv.of(branches)
-        attend = CachedAttention(cache, rows, oldest * tokens, chunk.start * tokens, (chunk.start + chunk.frames) * tokens, only)
+        attend = self._kv.attention(branches, call.chunk, only)
         with self.report.clock("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)

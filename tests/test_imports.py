@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "flowcache_core"
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CORE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
-LEAVES = ("chunk", "schedule", "given", "decision", "state", "footprint", "report", "solvers")
+LEAVES = ("chunk", "schedule", "given", "decision", "state", "rows", "footprint", "report", "solvers")
 
 
 def imports_of(module: str) -> set[str]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from flowcache_core.chunk import Chunk
-from flowcache_core.kv.cache import CachedAttention, KVCache, KVStore
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, KVStore
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.skyreels import HEAD_DIM, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.rows import Rows
 from flowcache_core.sampler import sample_chunks
 from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
 from flowcache_core.session import Session
@@ -21,6 +22,10 @@ from flowcache_core.solvers import Euler, Solver, UniPC
 
 TOKENS = 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def store_of(*sizes: int) -> KVStore:
+    return KVStore(KVSizes(*sizes), Rows(ChunkSchedule(6, 3, 2), 1))
 
 
 def qkv(tokens: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +43,7 @@ def test_block_causal_attention_over_a_film_equals_chunks_against_the_cache(
     ends = [sum(schedule.span(k)) * TOKENS for k in range(schedule.chunks)]
     whole = net(x, torch.tensor([[timestep(sigma)]]), text, BlockCausal(ends, window))
 
-    cache = KVCache(("a",), 1, adapter.layers, adapter.heads, adapter.head_dim, frames * TOKENS)
+    cache = KVCache(("a",), KVSizes(1, adapter.layers, adapter.heads, adapter.head_dim, frames * TOKENS))
     for k in range(schedule.chunks):
         start, count = schedule.span(k)
         oldest = max(0, k - (window or schedule.chunks) + 1) * 3
@@ -137,7 +142,7 @@ def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: C
 
 
 def test_rows_of_branches_lie_in_their_order_and_only_side_by_side() -> None:
-    cache = KVCache(("a", "b", "c"), 2, 1, 1, 4, 8)
+    cache = KVCache(("a", "b", "c"), KVSizes(2, 1, 1, 4, 8))
     assert cache.rows(("a", "b", "c")) == slice(0, 6)
     assert cache.rows(("b",)) == slice(2, 4)
     assert cache.rows(("b", "c")) == slice(2, 6)
@@ -148,7 +153,7 @@ def test_rows_of_branches_lie_in_their_order_and_only_side_by_side() -> None:
 
 def test_a_cache_adopts_the_branches_it_shares_with_another() -> None:
     q, k, v = qkv(4)
-    old, new = KVCache(("b",), 1, 2, 2, 16, 4), KVCache(("a", "b"), 1, 2, 2, 16, 4)
+    old, new = KVCache(("b",), KVSizes(1, 2, 2, 16, 4)), KVCache(("a", "b"), KVSizes(1, 2, 2, 16, 4))
     for layer in range(2):
         CachedAttention(old, slice(None), 0, 0, 4)(layer, q, k + layer, v, q)
     new.adopt(old)
@@ -159,7 +164,7 @@ def test_a_cache_adopts_the_branches_it_shares_with_another() -> None:
 
 
 def test_a_chunk_writes_its_own_span_only() -> None:
-    cache = KVCache(("a",), 1, 1, 2, 16, 8)
+    cache = KVCache(("a",), KVSizes(1, 1, 2, 16, 8))
     keys, values = cache.layer(0, torch.empty(0))
     keys.fill_(7)
     values.fill_(7)
@@ -174,7 +179,7 @@ def test_a_chunk_writes_its_own_span_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_two_buffers_per_layer_and_freeing_gives_them_back(dtype: torch.dtype) -> None:
     batch, layers, heads, dim, capacity = 2, 3, 2, 16, 10
-    store = KVStore(batch, layers, heads, dim, capacity)
+    store = store_of(batch, layers, heads, dim, capacity)
     assert store.bytes == 0
     cache, rows = store.of(("a", "b"))
     assert store.bytes == 0
@@ -193,7 +198,7 @@ def test_a_session_reports_the_bytes_of_its_cache(cached: Callable[..., tuple[Te
 
 
 def test_joining_two_caches_frees_the_old_ones() -> None:
-    store, like = KVStore(1, 1, 1, 4, 8), torch.empty(0)
+    store, like = store_of(1, 1, 1, 4, 8), torch.empty(0)
     for branch in ("a", "b"):
         store.of((branch,))[0].layer(0, like)
     apart = store.bytes
@@ -211,7 +216,7 @@ def test_joining_two_caches_frees_the_old_ones() -> None:
     ],
 )
 def test_what_one_batch_of_branches_wrote_every_other_batch_reads(groups: tuple[tuple[str, ...], ...]) -> None:
-    store, like = KVStore(1, 1, 1, 4, 8), torch.empty(0)
+    store, like = store_of(1, 1, 1, 4, 8), torch.empty(0)
     written: dict[str, int] = {}
     for turn, group in enumerate(groups):
         cache, rows = store.of(group)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowcache_core.chunk import Chunk
 from flowcache_core.decision import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
 from flowcache_core.kernels.tokens import frame_difference, mask_over, normalised, pooled
-from flowcache_core.kv.cache import CachedAttention, KVCache
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.models.adapter import Attend, Call, require_tokens
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.published import POLYNOMIALS
@@ -317,7 +317,7 @@ def test_refreshed_rows_equal_the_rows_of_a_full_forward(
     """At every place in the film, for both branches, with fresh keys and values in all other rows; all tokens are a full forward."""
     x, frames, sigma = noise_of(8, batch=2, side=SIDE), 8, 0.6
     schedule, adapter, text = ChunkSchedule(frames, 3, 50, 50, window), kind(net), net.text_kv(texts)
-    cache = KVCache(("a", "b"), 1, adapter.layers, adapter.heads, adapter.head_dim, frames * TOKENS)
+    cache = KVCache(("a", "b"), KVSizes(1, adapter.layers, adapter.heads, adapter.head_dim, frames * TOKENS))
     for k in range(schedule.chunks):
         start, count = schedule.span(k)
         place = max(0, k - (window or schedule.chunks) + 1) * 3 * TOKENS, start * TOKENS, (start + count) * TOKENS
@@ -335,7 +335,7 @@ def test_refreshed_rows_equal_the_rows_of_a_full_forward(
 
 
 def test_a_refresh_writes_its_rows_only_and_sees_the_whole_span() -> None:
-    cache, (q, k, v) = KVCache(("a",), 1, 1, 2, 16, 12), torch.randn(3, 1, 2, 3, 16)
+    cache, (q, k, v) = KVCache(("a",), KVSizes(1, 1, 2, 16, 12)), torch.randn(3, 1, 2, 3, 16)
     keys, values = cache.layer(0, torch.empty(0))
     keys.normal_()
     values.normal_()

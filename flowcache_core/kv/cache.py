@@ -1,27 +1,43 @@
-"""The KV cache: per layer one buffer for keys and one for values, allocated once, a span of rows for every chunk.
+"""The KV cache: per layer one buffer for keys and one for values, allocated once; history first, then the active chunks.
 
 An active chunk writes its own span and attends to one contiguous range that ends with it, so no mask is needed and
-nothing is copied: this equals block-causal attention over the whole window.
+nothing is copied: this equals block-causal attention over the whole window. When a chunk becomes history, rows may go
+(`rows.py` says how many, `keeper.py` which), and those behind them move up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..chunk import Chunk
 from ..kernels.attention import attention
+from ..kernels.segments import attention_with_lse, merge
+from ..rows import Rows
+from .keeper import Keeper
 
 Branches = tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class KVSizes:
+    """What all caches of a run have in common. `films`: batch size; `capacity`: rows of a buffer."""
+
+    films: int
+    layers: int
+    heads: int
+    head_dim: int
+    capacity: int
 
 
 class KVCache:
     """Keys after rotation, and values, of all layers for `branches` that run side by side in one batch."""
 
-    def __init__(self, branches: Branches, batch: int, layers: int, heads: int, head_dim: int, capacity: int) -> None:
-        self.branches, self.batch = branches, batch
-        self._shape = (len(branches) * batch, heads, capacity, head_dim)
-        self._layers = layers
+    def __init__(self, branches: Branches, sizes: KVSizes) -> None:
+        self.branches, self.sizes = branches, sizes
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -30,15 +46,45 @@ class KVCache:
 
     def rows(self, branches: Branches) -> slice | None:
         """Where some of the branches lie next to each other in the batch, or None."""
+        films = self.sizes.films
         for at in range(len(self.branches) - len(branches) + 1):
             if self.branches[at : at + len(branches)] == branches:
-                return slice(at * self.batch, (at + len(branches)) * self.batch)
+                return slice(at * films, (at + len(branches)) * films)
         return None
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [branches x films, heads, capacity, head_dim]."""
         if not self._buffers:
-            self._buffers = [(like.new_empty(self._shape), like.new_empty(self._shape)) for _ in range(self._layers)]
+            sizes = self.sizes
+            shape = (len(self.branches) * sizes.films, sizes.heads, sizes.capacity, sizes.head_dim)
+            self._buffers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(sizes.layers)]
         return self._buffers[index]
+
+    def write(self, layer: int, rows: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
+        """Rows `at` of the buffers, by range or by index."""
+        for buffer, fresh in zip(self.layer(layer, k), (k, v), strict=True):
+            if isinstance(at, slice):
+                buffer[rows, :, at] = fresh
+            else:
+                buffer[rows].index_copy_(2, at, fresh)
+
+    def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._buffers[layer]
+        return keys[rows, :, first:end], values[rows, :, first:end]
+
+    def keep(self, layer: int, rows: slice, index: Tensor, before: int, after: int) -> None:
+        """Of the first `before` rows those of `index` [films, n] stay, in that order; the `after` rows behind them move up."""
+        stay = index.shape[1]
+        for buffer in self._buffers[layer]:
+            mine = buffer[rows]
+            mine[:, :, :stay] = mine[:, :, :before].take_along_dim(index[:, None, :, None], 2)
+            mine[:, :, stay : stay + after] = mine[:, :, before : before + after].clone()
+
+    def drop(self, gone: int, stay: int) -> None:
+        """The first `gone` rows go, the `stay` rows behind them move up."""
+        for pair in self._buffers:
+            for buffer in pair:
+                buffer[:, :, :stay] = buffer[:, :, gone : gone + stay].clone()
 
     def adopt(self, other: KVCache) -> None:
         """Copy the branches that another cache holds: the host has begun to batch them differently."""
@@ -56,56 +102,98 @@ class CachedAttention:
     """Attention of one chunk: writes rows `start`..`end`, sees rows `first`..`end`. One per call of the network.
 
     With `tokens`, int64 [n] counted from `start`, it writes these rows only; what it sees stays the same, so the queries of
-    refreshed tokens meet the fresh rows and the old ones of their own chunk.
+    refreshed tokens meet the fresh rows and the old ones of their own chunk. With a `keeper` and the `chunk`, rows beyond
+    the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper.
     """
 
-    def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None) -> None:
+    def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
+                 keeper: Keeper | None = None, chunk: Chunk | None = None) -> None:  # fmt: skip
         self.cache, self.rows, self.first, self.start, self.end = cache, rows, first, start, end
-        self.at = None if tokens is None else tokens + start
+        self.at = slice(start, end) if tokens is None else tokens + start
+        self.keeper, self.chunk = keeper, chunk
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        keys, values = (buffer[self.rows] for buffer in self.cache.layer(layer, k))
-        if self.at is None:
-            keys[:, :, self.start : self.end] = k
-            values[:, :, self.start : self.end] = v
-        else:
-            keys.index_copy_(2, self.at, k)
-            values.index_copy_(2, self.at, v)
-        return attention(q, keys[:, :, self.first : self.end], values[:, :, self.first : self.end])
+        self.cache.write(layer, self.rows, self.at, k, v)
+        keys, values = self.cache.read(layer, self.rows, self.first, self.end)
+        if self.keeper is None or self.chunk is None:
+            return attention(q, keys, values)
+        return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+
+    def _bounded(self, keeper: Keeper, chunk: Chunk, layer: int, q: Tensor, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
+        films = self.cache.sizes.films
+        branches = self.cache.branches[self.rows.start // films : self.rows.stop // films]
+        beyond = []
+        for number, branch in enumerate(branches):
+            mine = slice(number * films, (number + 1) * films)
+            beyond += keeper.segments(layer, branch, chunk)
+            if chunk.committing:
+                keeper.observe(layer, branch, chunk, keys[mine], values[mine], q[mine], x[mine])
+        if not any(beyond):
+            return attention(q, keys, values)
+        out = torch.empty_like(q)
+        for row, segments in enumerate(beyond):
+            one, near = slice(row, row + 1), segments[-1][1] if segments else 0
+            parts = [attention_with_lse(q[one], keys[one, :, near:], values[one, :, near:])]
+            for start, end, farther in segments:
+                turned = keeper.rotary.turn(q[one], keeper.rotary.shift(-farther))
+                parts.append(attention_with_lse(turned, keys[one, :, start:end], values[one, :, start:end]))
+            out[one] = merge(parts)
+        return out
 
 
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    def __init__(self, batch: int, layers: int, heads: int, head_dim: int, capacity: int) -> None:
-        self._batch, self._sizes = batch, (layers, heads, head_dim, capacity)
+    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None) -> None:
+        self.sizes, self.lie, self.keeper = sizes, rows, keeper
         self._caches: list[KVCache] = []
 
     @property
     def bytes(self) -> int:
         return sum(cache.bytes for cache in self._caches)
 
+    def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
+        """What the network attends with when these branches of a chunk run."""
+        cache, rows = self.of(branches)
+        return CachedAttention(cache, rows, *self.lie.begin(chunk.index), tokens, self.keeper, chunk)
+
+    def settle(self, chunk: Chunk) -> None:
+        """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
+        history, stays = self.lie.settle(chunk.index)
+        if self.keeper is None:
+            if stays < history:
+                for cache in self._caches:
+                    cache.drop(history - stays, stays)
+            return
+        for cache in self._caches:
+            for branch in cache.branches:
+                rows = cache.rows((branch,))
+                assert rows is not None
+                device = cache.read(0, rows, 0, 0)[0].device
+                for layer, index in enumerate(self.keeper.settle(chunk, branch, stays, device)):
+                    if index is not None:
+                        cache.keep(layer, rows, index, history, self.lie.active)
+
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
         """The cache that holds these branches, in this order, and their rows in it."""
         for cache in self._caches:
             if (rows := cache.rows(branches)) is not None:
                 return cache, rows
-        fresh = self._new(branches)
+        fresh = KVCache(branches, self.sizes)
         for cache in [c for c in self._caches if set(c.branches) & set(branches)]:
             fresh.adopt(cache)
             if rest := tuple(b for b in cache.branches if b not in branches):
-                apart = self._new(rest)
+                apart = KVCache(rest, self.sizes)
                 apart.adopt(cache)
                 self._caches.append(apart)
             cache.free()
             self._caches.remove(cache)
         self._caches.append(fresh)
-        return fresh, slice(0, len(branches) * self._batch)
-
-    def _new(self, branches: Branches) -> KVCache:
-        return KVCache(branches, self._batch, *self._sizes)
+        return fresh, slice(0, len(branches) * self.sizes.films)
 
     def free(self) -> None:
         for cache in self._caches:
             cache.free()
         self._caches.clear()
+        if self.keeper:
+            self.keeper.free()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,11 @@ from ..state import RunMemory
 
 if TYPE_CHECKING:
     from ..models.adapter import Rotary
+
+Unit = Literal["chunks", "seconds", "GiB"]
+Granularity = Literal["token", "frame", "chunk"]
+Stored = Literal["as computed", "fp8", "int8", "int4"]
+STORED: tuple[Stored, ...] = ("as computed", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

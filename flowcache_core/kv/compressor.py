@@ -1,0 +1,80 @@
+"""Settings of a bounded history: how much is kept, what is never given up, by which score, and in how many bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..decision import check, setting
+from ..schedule import ChunkSchedule
+from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, Stored, Unit
+
+if TYPE_CHECKING:
+    from ..models.adapter import ModelAdapter
+
+TEMPORAL = 4
+"""Pixel frames per latent frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    """What KV Compressor puts on a model.
+
+    The budget is for history alone: `sink` + middle + `recent`. The chunks that are being denoised lie beside it.
+    """
+
+    policy: KVPolicy
+    budget: float = setting(3.0, "How much history is kept, in the unit beside it. Chunks that are being denoised come on top.",
+                            low=0.000001, high=100000.0, step=0.5)  # fmt: skip
+    unit: Unit = setting("chunks", "What the budget is counted in. GiB: of the keys and values of history, all layers and branches.",
+                         options=("chunks", "seconds", "GiB"))  # fmt: skip
+    sink: int = setting(1, "Latent frames at the start of the film that are never given up.", low=0, high=1000, advanced=True)
+    recent: int = setting(0, "Latest latent frames of history that are never given up. 0: one chunk.", low=0, high=1000, advanced=True)
+    granularity: Granularity = setting("token", "What is kept or given up as a whole.", options=("token", "frame", "chunk"), advanced=True)
+    dtype: Stored = setting("as computed", "In how many bits history is stored: 16 as computed, 8, or 4.", options=STORED)
+    offload: bool = setting(False, "Keep history in the computer's memory and bring it to the GPU a layer at a time.", advanced=True)
+    name: ClassVar[str] = "kv-compressor"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def plan(self, adapter: ModelAdapter, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int) -> Budget:
+        """The budget in rows of the cache. Raises ValueError, with the smallest one that works, and for weights of another model.
+
+        `grid`: height and width of a latent frame; `rows`: films x branches; `itemsize`: bytes of a number as computed.
+        """
+        if isinstance(self.policy, LearntKVPolicy):
+            self.policy.check_network(adapter.layers, adapter.width)
+        chunk_frames, frame_tokens = schedule.chunk_frames, adapter.tokens_per_frame(*grid)
+        token_bytes = 2 * adapter.layers * adapter.heads * adapter.head_dim * itemsize * rows
+        frame = {"chunks": 1 / chunk_frames, "seconds": TEMPORAL / fps, "GiB": frame_tokens * token_bytes / 2**30}[self.unit]
+        recent = self.recent or chunk_frames
+        least = self.sink + max(recent, chunk_frames)
+        frames = self.budget / frame
+        if frames < least * (1 - 1e-9):
+            raise ValueError(
+                f"a budget of {self.budget:g} {self.unit} is {frames:.1f} latent frames, but history needs {least}: "
+                f"{self.sink} of the sink and {least - self.sink} of the latest chunk; use {_up(least * frame)} {self.unit} or more"
+            )
+        whole = {"token": 1, "frame": frame_tokens, "chunk": frame_tokens * chunk_frames}[self.granularity]
+        rows = int(frames * frame_tokens + 1e-6)
+        rows = max(rows // whole * whole, least * frame_tokens)
+        return Budget(rows, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """`rows` of history per layer; the film's first `sink` tokens and the latest `recent` rows stay."""
+
+    rows: int
+    sink: int
+    recent: int
+    granularity: Granularity
+    policy: KVPolicy
+    dtype: Stored = "as computed"
+    offload: bool = False
+
+
+def _up(number: float) -> str:
+    """Rounded up at the third digit behind the point, so that what is said works."""
+    return f"{-(-number * 1000 // 1) / 1000:g}"

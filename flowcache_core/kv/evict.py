@@ -1,0 +1,27 @@
+"""The one top-k: which rows of history stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select(scores: Tensor, keep: int, protected: Tensor, groups: Tensor | None = None, count: int = 0) -> Tensor:
+    """-> int64 [R, keep], ascending: the rows with the highest scores, of equal ones the newer.
+
+    scores: float32 [R, N], the newest row last; `protected`: bool [R, N], these stay first of all; `groups`: int64 [R, N],
+    below `count`: rows of one group (a frame, a chunk) share the mean of their scores, so that they stay or go together
+    wherever `keep` allows it.
+    """
+    if groups is not None:
+        scores = _shared(scores, groups, count)
+    scores = torch.where(protected, torch.inf, scores)
+    newest_first = torch.sort(scores.flip(1), dim=1, descending=True, stable=True).indices[:, :keep]
+    return (scores.shape[1] - 1 - newest_first).sort(1).values
+
+
+def _shared(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Every row's score becomes the mean over its group."""
+    total = scores.new_zeros(len(scores), count).scatter_add_(1, groups, scores)
+    rows = scores.new_zeros(len(scores), count).scatter_add_(1, groups, torch.ones_like(scores))
+    return (total / rows.clamp(min=1)).gather(1, groups)

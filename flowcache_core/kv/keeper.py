@@ -1,0 +1,125 @@
+"""History under a budget: it lets the policy score rows while a chunk commits, and says which stay and how far away they count as.
+
+Rows are chosen per layer, branch and film; the heads of a layer share the choice, so that the positions of a layer's rows
+are known. A chunk that lies farther back than the network has seen in training counts as just within that horizon: queries
+are turned for it, stored keys never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk
+from ..schedule import ChunkSchedule
+from ..state import RunMemory
+from .compressor import Budget
+from .evict import select
+from .policy import KVView
+
+if TYPE_CHECKING:
+    from ..models.adapter import Rotary
+
+Segment = tuple[int, int, int]
+"""First row, end, and by how many latent frames farther away it is than the horizon (0: within it)."""
+
+
+@dataclass
+class Kept:
+    """One layer of one branch. tokens: int64 [films, rows of history], numbers of tokens in the film; carried: their last scores."""
+
+    tokens: Tensor
+    carried: Tensor
+    scores: Tensor | None = None
+    memory: RunMemory = field(default_factory=RunMemory)
+    runs: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    """Per film: chunk, first row, end."""
+
+
+class Keeper:
+    """Of one run. `films`: batch size; `grid`: rows and columns of tokens in a frame."""
+
+    def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary) -> None:
+        self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary
+        self.frame_tokens = grid[0] * grid[1]
+        self._ends = torch.tensor([sum(schedule.span(k)) * self.frame_tokens for k in range(schedule.chunks)])
+        self._kept: dict[Hashable, list[Kept]] = {}
+
+    def observe(self, layer: int, branch: Hashable, chunk: Chunk, keys: Tensor, values: Tensor, queries: Tensor, hidden: Tensor) -> None:
+        """The clean pass of a chunk: rows of history and its own [films, heads, N, D], its queries and the layer's input."""
+        kept, new = self._of(branch, keys.device)[layer], chunk.frames * self.frame_tokens
+        own = torch.arange(new, device=keys.device) + chunk.start * self.frame_tokens
+        tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
+        carried = torch.cat([kept.carried, kept.carried.new_zeros(self.films, new)], 1)
+        view = KVView(layer, keys, values, queries, hidden, tokens, carried, new, self.frame_tokens, self.grid, self.rotary, kept.memory)
+        kept.scores = self.budget.policy.score(view).mean(1)
+
+    def settle(self, chunk: Chunk, branch: Hashable, stays: int, device: torch.device) -> list[Tensor | None]:
+        """The chunk joins history, of which `stays` rows stay -> per layer their indices, int64 [films, stays], or None for all."""
+        out: list[Tensor | None] = []
+        own = torch.arange(chunk.frames * self.frame_tokens, device=device) + chunk.start * self.frame_tokens
+        for kept in self._of(branch, device):
+            kept.tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
+            scores = kept.tokens.new_zeros(kept.tokens.shape, dtype=torch.float32) if kept.scores is None else kept.scores
+            kept.scores, index = None, None
+            if stays < kept.tokens.shape[1]:
+                index = self._choose(scores, kept.tokens, stays)
+                kept.tokens, scores = kept.tokens.gather(1, index), scores.gather(1, index)
+            kept.carried = scores
+            out.append(index)
+        return out
+
+    def locate(self) -> np.ndarray:
+        """Notes which rows are of which chunk, for attention and the report: one host sync -> tokens [branches, layers, films, rows]."""
+        together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()]).cpu()
+        chunks = torch.bucketize(together, self._ends, right=True).numpy()
+        for layers, of_branch in zip(self._kept.values(), chunks, strict=True):
+            for kept, of_layer in zip(layers, of_branch, strict=True):
+                kept.runs = [_runs(film) for film in of_layer]
+        found: np.ndarray = together.numpy()
+        return found
+
+    def segments(self, layer: int, branch: Hashable, chunk: Chunk) -> list[list[Segment]]:
+        """Per film the rows of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
+        if branch not in self._kept:
+            return [[]] * self.films
+        room = self.schedule.horizon - chunk.frames
+        out = []
+        for runs in self._kept[branch][layer].runs:
+            beyond = ((start, end, chunk.start - self.schedule.span(k)[0] - room) for k, start, end in runs)
+            out.append([segment for segment in beyond if segment[2] > 0])
+        return out
+
+    def free(self) -> None:
+        self._kept.clear()
+
+    def _choose(self, scores: Tensor, tokens: Tensor, stays: int) -> Tensor:
+        budget, newest = self.budget, tokens.shape[1] - torch.arange(tokens.shape[1], device=tokens.device)
+        protected = (tokens < budget.sink) | (newest <= budget.recent)
+        match budget.granularity:
+            case "token":
+                return select(scores, stays, protected)
+            case "frame":
+                return select(scores, stays, protected, tokens // self.frame_tokens, self.schedule.frames)
+            case "chunk":
+                return select(scores, stays, protected, torch.bucketize(tokens, self._ends.to(tokens.device), right=True), self.schedule.chunks)
+
+    def _of(self, branch: Hashable, device: torch.device) -> list[Kept]:
+        if branch not in self._kept:
+            none = torch.empty(self.films, 0, device=device)
+            like = next(iter(self._kept.values()), [Kept(none.long(), none)] * self.layers)
+            self._kept[branch] = [Kept(old.tokens, torch.zeros_like(old.carried), runs=old.runs) for old in like]
+        return self._kept[branch]
+
+
+def _runs(chunks: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Chunk numbers of rows, ascending -> per chunk: number, first row, end."""
+    numbers = np.fromiter(chunks, np.int64)
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    return [(int(numbers[a]), a, b) for a, b in pairwise(edges) if a < b]

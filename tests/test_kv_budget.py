@@ -1,0 +1,282 @@
+"""History under a budget: never exceeded, exact where nothing goes, and the same whatever runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.chunk import Chunk
+from flowcache_core.decision import CachePolicy
+from flowcache_core.kv.compressor import Budget, Compressor
+from flowcache_core.kv.evict import select
+from flowcache_core.kv.policy import KVView
+from flowcache_core.models.attention import BlockCausal
+from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2, rope_table, rotate
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.policies.chunkwise import Chunkwise
+from flowcache_core.policies.motion import Motion
+from flowcache_core.report import RunReport
+from flowcache_core.rows import Rows, capacity
+from flowcache_core.sampler import sample_chunks
+from flowcache_core.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.session import Session
+from flowcache_core.solvers import Euler
+
+FRAME = 4
+"""Tokens of a frame of the small films here."""
+NoiseOf = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Scores that scatter over history: a fixed function of the token's number, so that any gap may open."""
+
+    name: ClassVar[str] = "sparse"
+
+    def score(self, view: KVView) -> Tensor:
+        assert view.keys.shape[2] == view.tokens.shape[1] == view.carried.shape[1]
+        assert view.queries.shape[2] == view.hidden.shape[1] == view.new
+        return (view.tokens * 7919 % 101).float()[:, None]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A running count of the chunks a row has seen: what is carried moves with its row."""
+
+    name: ClassVar[str] = "counting"
+
+    def score(self, view: KVView) -> Tensor:
+        return (view.carried + 1)[:, None]
+
+
+def budget(rows: int, sink: int = 0, recent: int = 0, policy: object = Sparse(), granularity: str = "token") -> Budget:
+    return Budget(rows, sink, recent, granularity, policy)  # type: ignore[arg-type]
+
+
+def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule, kept: Budget | None = None, policy: CachePolicy | None = None,
+         groups: tuple[tuple[int, ...], ...] = ((0, 1),), stop: int | None = None, watch: Callable[[Session], None] = lambda session: None,
+         ) -> tuple[Tensor, RunReport]:  # fmt: skip
+    levels, films = flow_sigmas(schedule.steps), len(noise)
+    with Session(SkyReelsAdapter(net), schedule, levels, (4, 4), films, policy, budget=kept) as session:
+        context = texts.repeat_interleave(films, 0)
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            if chunk.index == stop:
+                raise KeyboardInterrupt
+            out: dict[int, Tensor] = {}
+            for group in groups:
+                batch = torch.cat([context[films * g : films * (g + 1)] for g in group])
+                velocity = session.denoise(x.repeat(len(group), 1, 1, 1, 1), chunk, batch, group)
+                out.update(zip(group, velocity.split(films), strict=True))
+            watch(session)
+            return out[1] + 2 * (out[0] - out[1])
+
+        def moved(chunk: Chunk, clean: Tensor, x: Tensor) -> None:
+            session.note(chunk, clean)
+
+        return sample_chunks(predict, noise, schedule, levels, Euler(), session.commit, moved), session.report
+
+
+@pytest.mark.parametrize("ar_step", [0, 2, 4])
+@pytest.mark.parametrize("policy", [None, Chunkwise(threshold=0.1, warmup_steps=1), Motion(threshold=0.05)])
+def test_keeping_all_equals_no_budget_bit_for_bit(
+    net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, ar_step: int, policy: CachePolicy | None
+) -> None:
+    schedule = ChunkSchedule(9, 3, 4, ar_step)
+    without, _ = film(net, texts, noise_of(9), schedule, None, policy)
+    with_all, _ = film(net, texts, noise_of(9), schedule, budget(9 * FRAME), policy)
+    assert torch.equal(with_all, without)
+
+
+@pytest.mark.parametrize("granularity", ["token", "frame", "chunk"])
+@pytest.mark.parametrize(("frames", "ar_step"), [(30, 4), (26, 2), (10, 3)])
+def test_a_budget_is_never_exceeded_and_its_rows_are_in_order(
+    net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, frames: int, ar_step: int, granularity: str
+) -> None:
+    schedule, rows = ChunkSchedule(frames, 3, 4, ar_step, 4), 6 * FRAME
+    sink, recent = FRAME, 3 * FRAME
+    seen: list[int] = []
+
+    def watch(session: Session) -> None:
+        keeper = session._kv.keeper
+        assert keeper is not None
+        for layers in keeper._kept.values():
+            for kept in layers:
+                assert kept.tokens.shape[1] <= rows
+                assert (kept.tokens.diff(dim=1) > 0).all()
+                if kept.tokens.shape[1] == rows:
+                    assert (kept.tokens[:, :sink] == torch.arange(sink)).all()
+                    newest = int(kept.tokens[0, -1])
+                    assert (kept.tokens[:, -recent:] == torch.arange(newest - recent + 1, newest + 1)).all()
+        seen.append(session._kv.bytes)
+
+    _, report = film(net, texts, noise_of(frames), schedule, budget(rows, sink, recent, granularity=granularity), watch=watch)
+    assert len(set(seen)) == 1
+    assert all(counts.sum() <= rows for counts in report.history)
+    most, _ = capacity(schedule, FRAME, rows)
+    assert report.kv_peak_bytes == 2 * 2 * 2 * most * HEAD_DIM * 4
+
+
+def test_a_longer_film_needs_no_more_memory(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    peaks = []
+    for frames in (12, 48):
+        _, report = film(net, texts, noise_of(frames), ChunkSchedule(frames, 3, 2, 2, 3), budget(6 * FRAME, FRAME, 3 * FRAME))
+        peaks.append(report.kv_peak_bytes)
+    assert peaks[0] == peaks[1]
+    assert capacity(ChunkSchedule(300, 3, 2, 2, 3), FRAME) == capacity(ChunkSchedule(30, 3, 2, 2, 3), FRAME)
+
+
+@pytest.mark.parametrize("groups", [((0,), (1,)), ((1, 0),)])
+def test_how_branches_are_batched_changes_nothing(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, groups: tuple[tuple[int, ...], ...]) -> None:
+    schedule, kept = ChunkSchedule(18, 3, 3, 2, 3), budget(5 * FRAME, FRAME, 3 * FRAME)
+    together, _ = film(net, texts, noise_of(18), schedule, kept)
+    apart, _ = film(net, texts, noise_of(18), schedule, kept, groups=groups)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
+
+
+def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    schedule, kept, noise = ChunkSchedule(18, 3, 3, 3, 3), budget(5 * FRAME, FRAME, 3 * FRAME), noise_of(18, batch=2)
+    both, _ = film(net, texts, noise, schedule, kept)
+    torch.testing.assert_close(both, torch.cat([film(net, texts, one, schedule, kept)[0] for one in noise.split(1)]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [None, Chunkwise(threshold=0.1, warmup_steps=1), Motion(threshold=0.05)])
+def test_two_runs_are_equal_and_an_interrupt_leaves_nothing(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, policy: CachePolicy | None) -> None:
+    schedule, kept = ChunkSchedule(15, 3, 4, 4, 3), budget(5 * FRAME, FRAME, 3 * FRAME)
+    first, _ = film(net, texts, noise_of(15), schedule, kept, policy)
+    sessions: list[Session] = []
+    with pytest.raises(KeyboardInterrupt):
+        film(net, texts, noise_of(15), schedule, kept, policy, stop=3, watch=sessions.append)
+    assert sessions[-1]._kv.bytes == 0
+    assert not sessions[-1]._kv.keeper._kept  # type: ignore[union-attr]
+    assert torch.equal(film(net, texts, noise_of(15), schedule, kept, policy)[0], first)
+
+
+def test_a_window_drops_what_nobody_sees_and_the_film_stays_the_same(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    schedule = ChunkSchedule(15, 3, 4, 4, 2)
+    rolled, report = film(net, texts, noise_of(15), schedule)
+    assert report.kv_peak_bytes == 2 * 2 * 2 * 6 * FRAME * HEAD_DIM * 4
+    net_, text = SkyReelsAdapter(net), net.text_kv(texts)
+    t = torch.tensor([[0]])
+    x = rolled.repeat(2, 1, 1, 1, 1)
+    whole = net(x, t, text, BlockCausal([12 * (k + 1) for k in range(5)], 2))
+    with Session(net_, schedule, flow_sigmas(4), (4, 4)) as session:
+        for index in range(5):
+            chunk = schedule.at(index, 4)
+            part = session.denoise(x[:, :, chunk.start : chunk.start + 3], chunk, texts, (0, 1))
+            torch.testing.assert_close(part, whole[:, :, chunk.start : chunk.start + 3], rtol=1e-4, atol=1e-5)
+            session.commit(chunk)
+
+
+def test_what_is_carried_moves_with_its_row(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    schedule = ChunkSchedule(18, 3, 2, 2, 3)
+
+    def watch(session: Session) -> None:
+        for layers in session._kv.keeper._kept.values():  # type: ignore[union-attr]
+            for kept in layers:
+                if kept.tokens.shape[1]:
+                    newest = kept.tokens[:, -1:] // 12
+                    assert torch.equal(kept.carried.long(), newest - kept.tokens // 12 + 1)
+
+    film(net, texts, noise_of(18), schedule, budget(8 * FRAME, FRAME, 3 * FRAME, Counting()), watch=watch)
+
+
+def test_history_beyond_the_horizon_counts_as_just_within_it(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    """Against keys of the far chunk rotated anew, in one dense attention."""
+    layers: list[tuple[Tensor, ...]] = []
+    schedule, clean = ChunkSchedule(12, 3, 2, 2, 2), noise_of(12)
+    with Session(SkyReelsAdapter(net), schedule, flow_sigmas(2), (4, 4), budget=budget(9 * FRAME)) as session:
+        for index in range(4):
+            chunk = schedule.at(index, 2)
+            attend = session._kv.attention((0,), chunk)
+            call = attend.__call__
+
+            def spy(layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor, call: Callable[..., Tensor] = call) -> Tensor:
+                out = call(layer, q, k, v, x)
+                layers.append((q, k, v, out))
+                return out
+
+            adapter = session.adapter
+            from flowcache_core.models.adapter import Call
+
+            adapter.forward(Call(clean[:, :, chunk.start : chunk.start + 3], 0.0, chunk, net.text_kv(texts[:1]), 24), spy)
+            session.commit(chunk)
+    for layer in range(2):
+        parts = layers[layer::2]
+        q, k, _, out = parts[3]
+        keys = [
+            rotate(rotate(part[1], rope_table(3 * i, 3, 2, 2).conj()), rope_table(max(3 * i, 9 - 3), 3, 2, 2)) for i, part in enumerate(parts[:3])
+        ]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, torch.cat([*keys, k], 2), torch.cat([p[2] for p in parts], 2))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shift_of_queries_is_a_shift_of_keys() -> None:
+    rope, (q, k) = Rope(), torch.randn(2, 1, 1, 8, HEAD_DIM, dtype=torch.float32)
+    turned = rope.turn(q, rope.shift(-5)) @ k.transpose(-1, -2)
+    torch.testing.assert_close(turned, q @ rope.turn(k, rope.shift(5)).transpose(-1, -2), rtol=1e-4, atol=1e-4)
+
+
+def test_select_keeps_the_best_and_of_equals_the_newer() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    assert select(scores, 2, none).tolist() == [[0, 3], [3, 4]]
+    protected = none.clone()
+    protected[:, 1] = True
+    assert select(scores, 2, protected).tolist() == [[0, 1], [1, 4]]
+    assert select(scores, 5, none).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert select(scores, 0, none).shape == (2, 0)
+
+
+def test_rows_of_a_group_stay_or_go_together() -> None:
+    scores = torch.tensor([[9.0, -9.0, 1.0, 1.5, 0.0, 3.0]])
+    groups = torch.tensor([[0, 0, 4, 4, 5, 5]])
+    assert select(scores, 2, torch.zeros(1, 6, dtype=torch.bool), groups, 6).tolist() == [[4, 5]]
+    assert select(scores, 4, torch.zeros(1, 6, dtype=torch.bool), groups, 6).tolist() == [[2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("kept", [None, 20])
+def test_the_book_keeping_of_rows_fits_its_own_forecast(kept: int | None) -> None:
+    for frames, prefix, ar_step, window in ((17, 4, 5, 3), (30, 0, 2, 4), (9, 0, 0, None), (40, 0, 6, 2)):
+        schedule = ChunkSchedule(frames, 3, 6, ar_step, window, prefix)
+        most, history = capacity(schedule, FRAME, kept)
+        rows = Rows(schedule, FRAME, kept)
+        for index in range(schedule.chunks):
+            first, start, end = rows.begin(index)
+            assert 0 <= first <= start < end <= most
+            before, after = rows.settle(index)
+            assert after <= before <= max(most, history)
+            assert kept is None or after <= kept
+
+
+SCHEDULE = ChunkSchedule(30, 3, 6, 6, 5)
+
+
+@pytest.mark.parametrize(("settings", "rows"), [({"budget": 3.0}, 36), ({"budget": 1.5, "unit": "seconds"}, 36), ({"budget": 2.5}, 30)])
+def test_a_budget_in_chunks_or_seconds(net: SkyReelsV2, settings: dict[str, object], rows: int) -> None:
+    assert Compressor(Sparse(), **settings).plan(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).rows == rows  # type: ignore[arg-type]
+
+
+def test_a_budget_in_gib_counts_all_layers_and_branches(net: SkyReelsV2) -> None:
+    token = 2 * 2 * HEAD_DIM * 2 * 4
+    assert Compressor(Sparse(), 40 * token / 2**30, "GiB").plan(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).rows == 40
+
+
+@pytest.mark.parametrize("unit", ["chunks", "seconds", "GiB"])
+def test_too_small_a_budget_is_refused_with_the_smallest_that_works(net: SkyReelsV2, unit: str) -> None:
+    adapter = SkyReelsAdapter(net)
+    with pytest.raises(ValueError, match=r"use \S+ \S+ or more") as error:
+        Compressor(Sparse(), 0.01 if unit != "GiB" else 1e-5, unit, sink=2).plan(adapter, SCHEDULE, (4, 4), 24, 2, 4)  # type: ignore[arg-type]
+    least = float(str(error.value).split("use ")[1].split()[0])
+    assert Compressor(Sparse(), least, unit, sink=2).plan(adapter, SCHEDULE, (4, 4), 24, 2, 4).rows >= 5 * FRAME  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"budget": 0.0}, {"sink": -1}, {"recent": -2}, {"granularity": "row"}, {"unit": "bytes"}])
+def test_settings_outside_their_range_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must lie between|use one of"):
+        Compressor(Sparse(), **settings)  # type: ignore[arg-type]
