@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .bench import motion, recall, reuse, seam
+from .bench import kv, motion, recall, reuse, seam
 from .demo import run as demo
 from .device import device_name
 from .plot import line_plot
 
-BENCHES = (reuse, motion, recall, seam)
+BENCHES = (reuse, motion, recall, seam, kv)
 
 
 def main() -> int:

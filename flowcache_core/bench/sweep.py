@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from .metrics import psnr, ssim
 from .prompts import PROMPTS, seed_of
 
 MEASURES = ("share", "chunk_share", "psnr", "ssim", "plain", "cached")
+J = TypeVar("J")
+T = TypeVar("T")
 Measured = list[dict[str, float]]
 """Of one prompt: what MEASURES names, for every point of the sweep."""
 
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace, rules: Sequence[Rule], shares: Sequence[float]
     for rule in wanted:
         if isinstance(rule.policy, Foresees):
             rule.policy.check_run(args.steps)
-    measured = _all(bundle, jobs, wanted, args.workers)
+    measured = over(jobs, partial(_measure, wanted=wanted), args.workers, bundle)
     rows = [_row(point, [film[k] for film in measured]) for k, point in enumerate(wanted)]
     settings = {key: getattr(args, key) for key in ("prompts", "steps", "frames", "size", "workers")}
     return {**settings, "rows": rows, "summary": summary(rows, shares)}
@@ -100,17 +103,18 @@ def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     return None
 
 
-def _all(bundle: Bundle, jobs: list[Job], wanted: list[Rule], workers: int) -> list[Measured]:
+def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle: Bundle) -> list[T]:
+    """`work` for every job, in this process with `bundle` or in several, each with the bundled model and its share of the cores."""
     with tqdm(total=len(jobs), unit="prompt") as bar:
         if workers == 1:
             _warm_up(bundle)
             out = []
             for job in jobs:
-                out.append(_measure(bundle, job, wanted))
+                out.append(work(bundle, job))
                 bar.update()
             return out
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers,)) as pool:
-            todo = [pool.submit(_measure_there, job, wanted) for job in jobs]
+            todo = [pool.submit(_work_there, work, job) for job in jobs]
             for one in todo:
                 one.add_done_callback(lambda done: bar.update())
             return [one.result() for one in todo]
@@ -132,12 +136,12 @@ def _start_worker(workers: int) -> None:
     _warm_up(_bundle)
 
 
-def _measure_there(job: Job, wanted: list[Rule]) -> Measured:
+def _work_there(work: Callable[[Bundle, J], T], job: J) -> T:
     assert _bundle is not None
-    return _measure(_bundle, job, wanted)
+    return work(_bundle, job)
 
 
-def _measure(bundle: Bundle, job: Job, wanted: list[Rule]) -> Measured:
+def _measure(bundle: Bundle, job: Job, wanted: Sequence[Rule]) -> Measured:
     """One prompt through all points; the uncached film of each solver is made once."""
     plain = {}
     for name in dict.fromkeys(point.solver for point in wanted):

@@ -1,0 +1,216 @@
+"""`bench kv`: what a smaller history costs, by policy, fraction and bits, against the run that keeps all of it.
+
+Two measurements. Films, one chunk after the other, so that all earlier chunks are history: PSNR and SSIM to the film with
+the whole history, drift from its first to its last chunk, the error of every layer's attention output on the same clean
+latents, seconds, and the peak of the KV cache. And true clips in which history matters: a sprite goes behind a wide bar and
+comes out again chunks later, the prompt is empty, and the error is that of the velocity where it comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo.bundle import Bundle, load_bundle
+from ..device import fast_dtype
+from ..generate import BRANCHES, Job, decode, generate
+from ..kv.compressor import Budget, Compressor
+from ..kv.policy import KVPolicy, Stored
+from ..kv.scores import KV_POLICIES
+from ..kv.scores.random import Random
+from ..models.adapter import Attend, Call
+from ..models.skyreels_adapter import SkyReelsAdapter
+from ..models.wan_vae import TEMPORAL, pixel_frames
+from ..schedule import ChunkSchedule
+from ..session import Session
+from ..training.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Sprite, motion_mask, render
+from .metrics import psnr, ssim
+from .prompts import PROMPTS, seed_of
+from .sweep import over
+
+NAME = "kv"
+FRACTIONS = (0.5, 0.25, 0.125)
+SINK, RECENT = 1, 1
+"""Latent frames that every policy is made to keep; the rest of the budget is its own choice."""
+LEVELS = (0.95, 0.8, 0.6)
+"""Noise levels at which the true clips are looked at."""
+HIDDEN_CHUNK = 4
+"""The chunk in which the hidden sprite comes out; the one before it does not show it at all."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row. `fraction` of the film's chunks is the budget; 1 keeps all."""
+
+    policy: KVPolicy
+    fraction: float
+    dtype: Stored = "as computed"
+
+    def compressor(self, chunks: int) -> Compressor:
+        return Compressor(self.policy, self.fraction * chunks, sink=SINK, recent=RECENT, dtype=self.dtype)
+
+
+def points() -> list[Point]:
+    """Every policy at every fraction; the whole history, and a quarter of it by the first policy, in fewer bits."""
+    out = [Point(policy(), fraction) for policy in KV_POLICIES for fraction in FRACTIONS]
+    fewer: tuple[Stored, ...] = ("fp8", "int8", "int4")
+    return [*out, *(Point(KV_POLICIES[0](), fraction, dtype) for fraction in (1.0, 0.25) for dtype in fewer)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [policy.name for policy in KV_POLICIES]
+    parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
+    parser.add_argument("--chunks", type=int, default=12, help="length of the films in chunks (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="per chunk (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=32, help="true clips with a hidden sprite (default %(default)s)")
+    parser.add_argument("--policies", default="", help=f"which policies, separated by commas, of {', '.join(names)} (default: all)")
+    parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """-> {"rows"}: means over the prompts, and over the clips for `reappearing_error`. Raises ValueError for what cannot work.
+
+    `share`: as `fraction`; `wall_ratio`: seconds with the whole history over seconds.
+    """
+    if not 1 <= args.prompts <= len(PROMPTS):
+        raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
+    if args.chunks < 8 or args.clips < 1:
+        raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 8 chunks and 1 clip")
+    asked = set(filter(None, args.policies.split(",")))
+    if unknown := asked - {policy.name for policy in KV_POLICIES}:
+        raise ValueError(f"no policy is called {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in KV_POLICIES)}")
+    wanted = [point for point in points() if not asked or point.policy.name in asked]
+    bundle = load_bundle(fast_dtype())
+    frames = pixel_frames(args.chunks * bundle.chunk_frames)
+    jobs = [Job(PROMPTS[i], frames, args.steps, seed_of(i), ar_step=args.steps) for i in range(args.prompts)]
+    wanted = [Point(WHOLE, 1.0), *wanted]
+    films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
+    clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
+    names = ["whole history", *(point.policy.name for point in wanted[1:])]
+    rows = [_row(point, names[k], [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips]) for k, point in enumerate(wanted)]
+    return {**{key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "workers")}, "rows": rows}
+
+
+WHOLE = Random()
+"""Scores that nothing depends on, where all is kept."""
+Values = dict[str, Any]
+
+
+@torch.inference_mode()
+def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
+    """One prompt through all points, of which the first keeps the whole history."""
+    chunks, out = job.schedule(bundle).chunks, []
+    for point in wanted:
+        latents, report = generate(bundle, job, compressor=point.compressor(chunks))
+        film = decode(bundle, latents)
+        if not out:
+            whole, reference = latents, film
+            exact = attention_outputs(bundle, job, whole, point)
+        errors = [relative(a, b) for a, b in zip(attention_outputs(bundle, job, whole, point), exact, strict=True)]
+        out.append(_values(film, reference, report.wall_s, report.kv_peak_bytes, errors, bundle))
+    return out
+
+
+def attention_outputs(bundle: Bundle, job: Job, latents: Tensor, point: Point) -> list[Tensor]:
+    """Clean latents [1, C, F, h, w] pass chunk by chunk -> per layer the attention output of the last chunk."""
+    schedule, last = job.schedule(bundle), {}
+    adapter = Watched(bundle, lambda layer, out: last.__setitem__(layer, out))
+    budget = point.compressor(schedule.chunks).plan(adapter, schedule, (latents.shape[3], latents.shape[4]), job.fps, 1, 2)
+    with remembering(bundle, adapter, latents, job.prompt, schedule, job.sigmas(), budget, schedule.chunks):
+        return [last[layer] for layer in range(len(last))]
+
+
+def remembering(bundle: Bundle, adapter: SkyReelsAdapter, latents: Tensor, prompt: str, schedule: ChunkSchedule, sigmas: Sequence[float],
+                budget: Budget, chunks: int) -> Session:  # fmt: skip
+    """A session whose first `chunks` chunks are history, taken from clean latents. The caller closes it."""
+    session = Session(adapter, schedule, sigmas, (latents.shape[3], latents.shape[4]), budget=budget)
+    x, text = latents.to(bundle.network.patch_embedding.weight), bundle.text(prompt)
+    for index in range(chunks):
+        chunk = schedule.at(index, schedule.steps)
+        session.denoise(x[:, :, chunk.start : chunk.start + chunk.frames], chunk, text, BRANCHES[:1])
+        session.commit(chunk)
+    return session
+
+
+class Watched(SkyReelsAdapter):
+    """Tells what attention returned, layer by layer."""
+
+    def __init__(self, bundle: Bundle, seen: Callable[[int, Tensor], None]) -> None:
+        super().__init__(bundle.network)
+        self.seen = seen
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+            out = attend(layer, q, k, v, x)
+            self.seen(layer, out)
+            return out
+
+        return super().forward(call, watched)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def hidden_scene(seed: int) -> Scene:
+    """A sprite crosses the picture from left to right, for some two chunks wholly behind a bar; no word of it is in a prompt."""
+    rng = np.random.default_rng(HELD_OUT + 900_000 + seed)
+    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+    sprite = Sprite(colour, shape, 12.0, 16.0, float(rng.uniform(24, 104)), 1.3, 0.0, "moves", "right", "quickly", walls=False)
+    return Scene(128, 57, HELD_OUT + 900_000 + seed, (sprite,), (0.0, 0.0), "", (36.0, 56.0))
+
+
+@torch.inference_mode()
+def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[float]:
+    """One true clip -> per point the mean square error of the velocity on the cells where the hidden sprite comes out.
+
+    `fraction` is of the chunks before that one. Where a policy is not made to keep the latest frames it may give them up.
+    """
+    film = render(hidden_scene(seed))
+    clean = bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
+    schedule, levels = ChunkSchedule(clean.shape[2], bundle.chunk_frames, len(LEVELS), window=bundle.window), (*LEVELS, 0.0)
+    adapter, target = SkyReelsAdapter(bundle.network), schedule.at(HIDDEN_CHUNK, 0)
+    mine, frame_tokens = slice(target.start, target.start + target.frames), adapter.tokens_per_frame(clean.shape[3], clean.shape[4])
+    truth, where = clean[:, :, mine], motion_mask(film)[mine]
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
+    out = []
+    for point in wanted:
+        budget = Budget(int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, "token", point.policy, point.dtype)
+        with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
+            errors = []
+            for step, sigma in enumerate(LEVELS):
+                part = ((1 - sigma) * truth + sigma * noise).to(bundle.network.patch_embedding.weight)
+                velocity = session.denoise(part, replace(target, step=step), bundle.text(""), BRANCHES[:1])
+                errors.append(float((velocity.float() - (noise - truth)).square()[:, :, where].mean()))
+        out.append(sum(errors) / len(errors))
+    return out
+
+
+def _values(film: Tensor, reference: Tensor, seconds: float, peak: int, errors: list[float], bundle: Bundle) -> Values:
+    chunk = TEMPORAL * bundle.chunk_frames
+    drift = float((film[-chunk:].mean(0) - film[:chunk].mean(0)).abs().mean()) * 255
+    same = film is reference
+    return {"psnr": None if same else psnr(film, reference), "ssim": None if same else ssim(film, reference), "drift": drift, "seconds": seconds,
+            "peak": peak, "errors": errors}  # fmt: skip
+
+
+def _row(point: Point, name: str, films: Sequence[Values], whole: Sequence[Values], clips: Sequence[float]) -> dict[str, Any]:
+    def mean(key: str, digits: int) -> float | None:
+        values = [film[key] for film in films]
+        return None if None in values else round(sum(values) / len(values), digits)
+
+    layers = np.mean([film["errors"] for film in films], 0)
+    seconds = mean("seconds", 3)
+    return {
+        "policy": name, "fraction": point.fraction, "dtype": point.dtype, "share": point.fraction, "psnr": mean("psnr", 2), "ssim": mean("ssim", 4),
+        "drift": mean("drift", 2), "attention_error": round(float(layers.mean()), 4), "reappearing_error": round(sum(clips) / len(clips), 4),
+        "seconds": seconds, "wall_ratio": round(sum(film["seconds"] for film in whole) / sum(film["seconds"] for film in films), 3),
+        "kv_peak_bytes": max(film["peak"] for film in films), "attention_error_by_layer": [round(float(e), 4) for e in layers],
+    }  # fmt: skip
