@@ -1,4 +1,7 @@
-"""Attention in pieces: over disjoint segments of keys, put together by their log-sum-exp."""
+"""Attention over keys that do not lie in one piece: each segment on its own with its log-sum-exp, and the exact merge.
+
+A segment is attended to wherever it is stored, with queries turned to its positions if need be; nothing is joined or moved.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,53 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+from .attention import SCORES_AT_MOST
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    s = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return (s.softmax(-1) @ v.float()).to(q.dtype), s.logsumexp(-1)
+    """[B, heads, T, D], [B, heads, L, D] twice -> [B, heads, T, D] and log sum exp(q k^T / sqrt(D)), float32 [B, heads, T].
+
+    L is at least 1. In float64 the log-sum-exp is float64 too. On the processor 16-bit inputs are computed in float32, which is
+    as fast as their own kernels there.
+    """
+    if q.device.type == "cuda" and q.dtype in HALF and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, False)):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, lse
+    if q.device.type == "cpu":
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.to(wide), k.to(wide), v.to(wide))
+        return out.to(q.dtype), lse
+    return products_with_lse(q, k, v)
+
+
+def products_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The textbook form of the same, in float32 and in blocks of queries: the scores of one block are all that is held of them."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+    k, v, scale = k.to(wide).transpose(-1, -2), v.to(wide), q.shape[-1] ** -0.5
+    block = max(1, SCORES_AT_MOST // (k.shape[0] * k.shape[1] * k.shape[3]))
+    for at in range(0, q.shape[2], block):
+        scores = q[:, :, at : at + block].to(wide) @ k * scale
+        lse[:, :, at : at + block] = total = scores.logsumexp(-1)
+        out[:, :, at : at + block] = (scores - total.unsqueeze(-1)).exp() @ v
+    return out, lse
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    lse = torch.stack([p[1] for p in parts])
-    w = (lse - lse.logsumexp(0)).exp()[..., None]
-    return (w * torch.stack([p[0].float() for p in parts])).sum(0).to(parts[0][0].dtype)
+    """Of attention over disjoint segments, (output [B, heads, T, D], log-sum-exp [B, heads, T]) each -> attention over all their keys.
+
+    Every segment's share of the whole softmax is known from the log-sum-exps, so this is exact (FlashAttention-2, section 3.1.1
+    states the identity). Summed in float32, returned in the dtype of the parts.
+    """
+    first, _ = parts[0]
+    if len(parts) == 1:
+        return first
+    shares = torch.stack([lse for _, lse in parts]).softmax(0)
+    whole = shares[0].unsqueeze(-1) * first
+    for share, (out, _) in zip(shares[1:], parts[1:], strict=True):
+        whole.addcmul_(share.unsqueeze(-1), out.to(whole))
+    return whole.to(first.dtype)
