@@ -39,22 +39,23 @@ class Footprint:
 
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
-              keeps: Replay | None, weights: int = 0, budget: int | None = None) -> Footprint:  # fmt: skip
+              keeps: Replay | None, weights: int = 0, budget: int | None = None, kv: int | None = None) -> Footprint:  # fmt: skip
     """Of a run over latents [batch, C, frames, h, w].
 
     `latent`: C, h, w; `rows`: branches x batch; `text_tokens`: of all rows together; `itemsize`: bytes of one number in the
     dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored.
 
     The KV cache holds two numbers per layer, channel and token, of the chunks that are seen or of `budget` rows of history
-    and the chunks that are being denoised. A chunk keeps predictions only while it is being denoised, so the busiest row counts.
+    and the chunks that are being denoised, unless `kv` says how many bytes it takes. A chunk keeps predictions only while it
+    is being denoised, so the busiest row counts.
     """
     channels, height, width = latent
     frame_tokens, channels_inside = adapter.tokens_per_frame(height, width), adapter.heads * adapter.head_dim
     token = 2 * adapter.layers * channels_inside * itemsize
     kept = {None: 0, "velocity": channels * height * width, "residual": frame_tokens * channels_inside}[keeps]
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
-    most, _ = capacity(schedule, frame_tokens, budget)
-    return Footprint(weights, rows * most * token, text_tokens * token, KEPT * rows * frames * kept * itemsize)
+    kv = rows * capacity(schedule, frame_tokens, budget).total * token if kv is None else kv
+    return Footprint(weights, kv, text_tokens * token, KEPT * rows * frames * kept * itemsize)
 
 
 def readable(size: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from .schedule import ChunkSchedule
 
 
@@ -54,23 +57,35 @@ class Rows:
         return start + count, stays
 
 
-def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> tuple[int, int]:
-    """Rows that a run needs at most: in all, and of them for history at the moment when a chunk has joined it."""
-    rows, most, history = Rows(schedule, frame_tokens, budget), 0, 0
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Rows that a run needs at most: in all, of history at the moment when a chunk has joined it, and of active chunks."""
+
+    total: int
+    history: int
+    active: int
+
+
+def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> Capacity:
+    """Found by going through the run's book-keeping."""
+    rows, total, history, active = Rows(schedule, frame_tokens, budget), 0, 0, 0
+
+    def begin(indices: Iterable[int]) -> None:
+        nonlocal total, active
+        for index in indices:
+            rows.begin(index)
+        total, active = max(total, rows.total), max(active, rows.active)
 
     def settle(index: int) -> None:
         nonlocal history
         history = max(history, rows.settle(index)[0])
 
     for index in range(schedule.given):
-        rows.begin(index)
-        most = max(most, rows.total)
+        begin([index])
         settle(index)
     for row in schedule.rows:
-        for chunk in row.active:
-            rows.begin(chunk.index)
-        most = max(most, rows.total)
+        begin(chunk.index for chunk in row.active)
         for chunk in row.active:
             if chunk.step == chunk.steps - 1 and chunk.index < schedule.chunks - 1:
                 settle(chunk.index)
-    return most, history
+    return Capacity(total, history, active)

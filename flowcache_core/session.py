@@ -61,9 +61,12 @@ class Session:
 
     def _store(self, budget: Budget | None) -> KVStore:
         adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
-        most, _ = capacity(self.schedule, self._frame_tokens, rows.budget)
-        keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary) if budget else None
-        return KVStore(KVSizes(self.batch, adapter.layers, adapter.heads, adapter.head_dim, most), rows, keeper)
+        room = capacity(self.schedule, self._frame_tokens, rows.budget)
+        sizes = KVSizes(self.batch, adapter.layers, adapter.heads, adapter.head_dim, room.total, room.history, room.active)
+        if budget is None:
+            return KVStore(sizes, rows)
+        keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
+        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows))
 
     def __enter__(self) -> Session:
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowcache_core.chunk import Chunk
 from flowcache_core.decision import CachePolicy
+from flowcache_core.kv.cache import KVSizes, pool
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.policy import KVView
@@ -54,8 +55,9 @@ class Counting:
         return (view.carried + 1)[:, None]
 
 
-def budget(rows: int, sink: int = 0, recent: int = 0, policy: object = Sparse(), granularity: str = "token") -> Budget:
-    return Budget(rows, sink, recent, granularity, policy)  # type: ignore[arg-type]
+def budget(rows: int, sink: int = 0, recent: int = 0, policy: object = None, granularity: str = "token", dtype: str = "as computed",
+           offload: bool = False, soft: float = 0.0) -> Budget:  # fmt: skip
+    return Budget(rows, sink, recent, granularity, policy or Sparse(), dtype, offload, soft)  # type: ignore[arg-type]
 
 
 def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule, kept: Budget | None = None, policy: CachePolicy | None = None,
@@ -93,6 +95,51 @@ def test_keeping_all_equals_no_budget_bit_for_bit(
     assert torch.equal(with_all, without)
 
 
+@pytest.mark.parametrize("kept", [36, 20])
+def test_history_in_another_place_equals_history_beside_the_chunks(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, kept: int) -> None:
+    schedule = ChunkSchedule(15, 3, 3, 2, 3)
+    here, _ = film(net, texts, noise_of(15), schedule, budget(kept, FRAME, 3 * FRAME))
+    there, _ = film(net, texts, noise_of(15), schedule, budget(kept, FRAME, 3 * FRAME, offload=True))
+    assert torch.equal(here, there)
+
+
+def test_soft_eviction_leaves_means_of_neighbours_in_order(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    def watch(session: Session) -> None:
+        for layers in session._kv.keeper._kept.values():  # type: ignore[union-attr]
+            assert all((kept.tokens.diff(dim=1) > 0).all() and kept.tokens.shape[1] <= 6 * FRAME for kept in layers)
+
+    soft = budget(6 * FRAME, FRAME, 3 * FRAME, soft=0.2)
+    left, _ = film(net, texts, noise_of(15), ChunkSchedule(15, 3, 3, 2, 3), soft, watch=watch)
+    hard, _ = film(net, texts, noise_of(15), ChunkSchedule(15, 3, 3, 2, 3), budget(6 * FRAME, FRAME, 3 * FRAME))
+    assert not torch.equal(left, hard)
+    rows = torch.arange(12.0).view(1, 1, 6, 2)
+    pool(rows, torch.tensor([[[0, 1, 2], [3, 4, 5]]]))
+    assert rows[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    rows[0, 0, 0] = 9
+    pool(rows, torch.tensor([[[0, 1, 2]]]))
+    assert rows[0, 0, 1].tolist() == [5.0, pytest.approx(17 / 3)]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp8", 0.05), ("int8", 0.02), ("int4", 0.3)])
+@pytest.mark.parametrize("groups", [((0, 1),), ((0,), (1,))])
+def test_fewer_bits_change_a_film_little(
+    net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, dtype: str, error: float, groups: tuple[tuple[int, ...], ...]
+) -> None:
+    schedule = ChunkSchedule(15, 3, 3, 2, 3)
+    exact, _ = film(net, texts, noise_of(15), schedule, budget(6 * FRAME, FRAME, 3 * FRAME))
+    packed, _ = film(net, texts, noise_of(15), schedule, budget(6 * FRAME, FRAME, 3 * FRAME, dtype=dtype), groups=groups)
+    assert 0 < float((packed - exact).norm() / exact.norm()) < error
+
+
+@pytest.mark.parametrize("dtype", ["as computed", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_holds_what_its_budget_said(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, dtype: str, offload: bool) -> None:
+    schedule, kept = ChunkSchedule(15, 3, 2, 1, 3), budget(6 * FRAME, FRAME, 3 * FRAME, dtype=dtype, offload=offload)
+    _, report = film(net, texts, noise_of(15), schedule, kept)
+    room = capacity(schedule, FRAME, kept.rows)
+    assert report.kv_peak_bytes == kept.bytes(KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active), 2, 4)
+
+
 @pytest.mark.parametrize("granularity", ["token", "frame", "chunk"])
 @pytest.mark.parametrize(("frames", "ar_step"), [(30, 4), (26, 2), (10, 3)])
 def test_a_budget_is_never_exceeded_and_its_rows_are_in_order(
@@ -118,8 +165,7 @@ def test_a_budget_is_never_exceeded_and_its_rows_are_in_order(
     _, report = film(net, texts, noise_of(frames), schedule, budget(rows, sink, recent, granularity=granularity), watch=watch)
     assert len(set(seen)) == 1
     assert all(counts.sum() <= rows for counts in report.history)
-    most, _ = capacity(schedule, FRAME, rows)
-    assert report.kv_peak_bytes == 2 * 2 * 2 * most * HEAD_DIM * 4
+    assert report.kv_peak_bytes == 2 * 2 * 2 * capacity(schedule, FRAME, rows).total * HEAD_DIM * 4
 
 
 def test_a_longer_film_needs_no_more_memory(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
@@ -244,13 +290,12 @@ def test_rows_of_a_group_stay_or_go_together() -> None:
 def test_the_book_keeping_of_rows_fits_its_own_forecast(kept: int | None) -> None:
     for frames, prefix, ar_step, window in ((17, 4, 5, 3), (30, 0, 2, 4), (9, 0, 0, None), (40, 0, 6, 2)):
         schedule = ChunkSchedule(frames, 3, 6, ar_step, window, prefix)
-        most, history = capacity(schedule, FRAME, kept)
-        rows = Rows(schedule, FRAME, kept)
+        room, rows = capacity(schedule, FRAME, kept), Rows(schedule, FRAME, kept)
         for index in range(schedule.chunks):
             first, start, end = rows.begin(index)
-            assert 0 <= first <= start < end <= most
+            assert 0 <= first <= start < end <= room.total
             before, after = rows.settle(index)
-            assert after <= before <= max(most, history)
+            assert after <= before <= max(room.total, room.history)
             assert kept is None or after <= kept
 
 
@@ -276,7 +321,8 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(net: SkyReel
     assert Compressor(Sparse(), least, unit, sink=2).plan(adapter, SCHEDULE, (4, 4), 24, 2, 4).rows >= 5 * FRAME  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("settings", [{"budget": 0.0}, {"sink": -1}, {"recent": -2}, {"granularity": "row"}, {"unit": "bytes"}])
+@pytest.mark.parametrize("settings", [{"budget": 0.0}, {"sink": -1}, {"recent": -2}, {"granularity": "row"}, {"unit": "bytes"},
+                                      {"soft": 0.6}, {"dtype": "int3"}])  # fmt: skip
 def test_settings_outside_their_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must lie between|use one of"):
         Compressor(Sparse(), **settings)  # type: ignore[arg-type]

@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if not 1 <= args.prompts <= len(PROMPTS):
         raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
-    if args.chunks < 8 or args.clips < 1:
-        raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 8 chunks and 1 clip")
+    if args.chunks < 12 or args.clips < 1:
+        raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 12 chunks and 1 clip")
     asked = set(filter(None, args.policies.split(",")))
     if unknown := asked - {policy.name for policy in KV_POLICIES}:
         raise ValueError(f"no policy is called {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in KV_POLICIES)}")
@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
     clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
     names = ["whole history", *(point.policy.name for point in wanted[1:])]
-    rows = [_row(point, names[k], [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips]) for k, point in enumerate(wanted)]
+    rows = [
+        _row(point, names[k], [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips]) for k, point in enumerate(wanted)
+    ]
     return {**{key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "workers")}, "rows": rows}
 
 
@@ -106,7 +108,7 @@ Values = dict[str, Any]
 @torch.inference_mode()
 def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
     """One prompt through all points, of which the first keeps the whole history."""
-    chunks, out = job.schedule(bundle).chunks, []
+    chunks, out = job.schedule(bundle).chunks, list[Values]()
     for point in wanted:
         latents, report = generate(bundle, job, compressor=point.compressor(chunks))
         film = decode(bundle, latents)
@@ -120,7 +122,7 @@ def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
 
 def attention_outputs(bundle: Bundle, job: Job, latents: Tensor, point: Point) -> list[Tensor]:
     """Clean latents [1, C, F, h, w] pass chunk by chunk -> per layer the attention output of the last chunk."""
-    schedule, last = job.schedule(bundle), {}
+    schedule, last = job.schedule(bundle), dict[int, Tensor]()
     adapter = Watched(bundle, lambda layer, out: last.__setitem__(layer, out))
     budget = point.compressor(schedule.chunks).plan(adapter, schedule, (latents.shape[3], latents.shape[4]), job.fps, 1, 2)
     with remembering(bundle, adapter, latents, job.prompt, schedule, job.sigmas(), budget, schedule.chunks):

@@ -7,7 +7,7 @@ nothing is copied: this equals block-causal attention over the whole window. Whe
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +17,25 @@ from ..chunk import Chunk
 from ..kernels.attention import attention
 from ..kernels.segments import attention_with_lse, merge
 from ..rows import Rows
-from .keeper import Keeper
+from .keeper import Choice, Keeper
 
 Branches = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
 class KVSizes:
-    """What all caches of a run have in common. `films`: batch size; `capacity`: rows of a buffer."""
+    """What all caches of a run have in common. `films`: batch size; `capacity`: rows at most, in all.
+
+    `history` and `active`: rows at most of each, where the two are stored apart.
+    """
 
     films: int
     layers: int
     heads: int
     head_dim: int
     capacity: int
+    history: int = 0
+    active: int = 0
 
 
 class KVCache:
@@ -72,12 +77,17 @@ class KVCache:
         keys, values = self._buffers[layer]
         return keys[rows, :, first:end], values[rows, :, first:end]
 
-    def keep(self, layer: int, rows: slice, index: Tensor, before: int, after: int) -> None:
-        """Of the first `before` rows those of `index` [films, n] stay, in that order; the `after` rows behind them move up."""
-        stay = index.shape[1]
+    def join(self, before: int, count: int, after: int) -> None:
+        """A finished chunk's `count` rows become history, which ends at `before`: here they lie right behind it already."""
+
+    def keep(self, layer: int, rows: slice, choice: Choice, before: int, after: int) -> None:
+        """Of the first `before` rows those of `choice` stay, in order; the `after` rows behind them move up."""
+        stay = choice.index.shape[1]
         for buffer in self._buffers[layer]:
             mine = buffer[rows]
-            mine[:, :, :stay] = mine[:, :, :before].take_along_dim(index[:, None, :, None], 2)
+            if choice.pooled is not None:
+                pool(mine, choice.pooled)
+            mine[:, :, :stay] = mine[:, :, :before].take_along_dim(choice.index[:, None, :, None], 2)
             mine[:, :, stay : stay + after] = mine[:, :, before : before + after].clone()
 
     def drop(self, gone: int, stay: int) -> None:
@@ -96,6 +106,12 @@ class KVCache:
 
     def free(self) -> None:
         self._buffers.clear()
+
+
+def pool(rows: Tensor, groups: Tensor) -> None:
+    """Of rows [films, heads, N, D], in place: the middle row of every group, int64 [films, n, m], becomes the group's mean."""
+    for film, of_film in zip(rows, groups, strict=True):
+        film[:, of_film[:, of_film.shape[1] // 2]] = film[:, of_film].float().mean(2).to(film.dtype)
 
 
 class CachedAttention:
@@ -144,8 +160,9 @@ class CachedAttention:
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None) -> None:
+    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None) -> None:
         self.sizes, self.lie, self.keeper = sizes, rows, keeper
+        self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
 
     @property
@@ -159,31 +176,31 @@ class KVStore:
 
     def settle(self, chunk: Chunk) -> None:
         """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
+        count = self.lie.spans[chunk.index][1]
         history, stays = self.lie.settle(chunk.index)
-        if self.keeper is None:
-            if stays < history:
-                for cache in self._caches:
-                    cache.drop(history - stays, stays)
-            return
         for cache in self._caches:
+            if self.keeper is None:
+                if stays < history:
+                    cache.drop(history - stays, stays)
+                continue
+            cache.join(history - count, count, self.lie.active)
             for branch in cache.branches:
                 rows = cache.rows((branch,))
                 assert rows is not None
-                device = cache.read(0, rows, 0, 0)[0].device
-                for layer, index in enumerate(self.keeper.settle(chunk, branch, stays, device)):
-                    if index is not None:
-                        cache.keep(layer, rows, index, history, self.lie.active)
+                for layer, choice in enumerate(self.keeper.settle(chunk, branch, stays)):
+                    if choice is not None:
+                        cache.keep(layer, rows, choice, history, self.lie.active)
 
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
         """The cache that holds these branches, in this order, and their rows in it."""
         for cache in self._caches:
             if (rows := cache.rows(branches)) is not None:
                 return cache, rows
-        fresh = KVCache(branches, self.sizes)
+        fresh = self._new(branches)
         for cache in [c for c in self._caches if set(c.branches) & set(branches)]:
             fresh.adopt(cache)
             if rest := tuple(b for b in cache.branches if b not in branches):
-                apart = KVCache(rest, self.sizes)
+                apart = self._new(rest)
                 apart.adopt(cache)
                 self._caches.append(apart)
             cache.free()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..decision import check, setting
+from ..rows import Rows
 from ..schedule import ChunkSchedule
+from .cache import Branches, KVCache, KVSizes
+from .codec import codec_of
+from .packed import PackedCache
 from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, Stored, Unit
 
 if TYPE_CHECKING:
@@ -33,10 +38,17 @@ class Compressor:
     granularity: Granularity = setting("token", "What is kept or given up as a whole.", options=("token", "frame", "chunk"), advanced=True)
     dtype: Stored = setting("as computed", "In how many bits history is stored: 16 as computed, 8, or 4.", options=STORED)
     offload: bool = setting(False, "Keep history in the computer's memory and bring it to the GPU a layer at a time.", advanced=True)
+    soft: float = setting(0.0, "Share of the budget for what is given up: each of these rows is the mean of a group of neighbours that go. 0: they "
+                          "leave nothing behind.", low=0.0, high=0.5, step=0.01, advanced=True)  # fmt: skip
     name: ClassVar[str] = "kv-compressor"
 
     def __post_init__(self) -> None:
         check(self)
+        if self.soft and (self.dtype != "as computed" or self.offload):
+            raise ValueError(
+                f"soft {self.soft:g} makes new rows of history, which needs it as computed and on the device: "
+                "set soft to 0, or dtype to as computed and offload off"
+            )
 
     def plan(self, adapter: ModelAdapter, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int) -> Budget:
         """The budget in rows of the cache. Raises ValueError, with the smallest one that works, and for weights of another model.
@@ -59,7 +71,7 @@ class Compressor:
         whole = {"token": 1, "frame": frame_tokens, "chunk": frame_tokens * chunk_frames}[self.granularity]
         rows = int(frames * frame_tokens + 1e-6)
         rows = max(rows // whole * whole, least * frame_tokens)
-        return Budget(rows, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload)
+        return Budget(rows, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload, self.soft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,23 @@ class Budget:
     policy: KVPolicy
     dtype: Stored = "as computed"
     offload: bool = False
+    soft: float = 0.0
+
+    def cache_of(self, sizes: KVSizes, rows: Rows) -> Callable[[Branches], KVCache]:
+        """How the caches of a run are made."""
+        if self.dtype == "as computed" and not self.offload:
+            return lambda branches: KVCache(branches, sizes)
+        codec = codec_of(self.dtype)
+        return lambda branches: PackedCache(branches, sizes, rows, codec, self.offload)
+
+    def bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
+        """What the caches hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
+        rows, token = branches * sizes.films, 2 * sizes.heads * sizes.head_dim * itemsize
+        if self.dtype == "as computed" and not self.offload:
+            return rows * sizes.layers * sizes.capacity * token
+        codec = codec_of(self.dtype)
+        stored = sizes.history * codec.bytes_per_token(sizes.heads, sizes.head_dim, itemsize) + codec.bytes_per_layer(sizes.heads, sizes.head_dim)
+        return rows * (sizes.layers * (sizes.active * token + (0 if self.offload else stored)) + sizes.capacity * token)
 
 
 def _up(number: float) -> str:

@@ -19,12 +19,12 @@ from torch import Tensor
 from ..chunk import Chunk
 from ..schedule import ChunkSchedule
 from ..state import RunMemory
-from .compressor import Budget
 from .evict import select
 from .policy import KVView
 
 if TYPE_CHECKING:
     from ..models.adapter import Rotary
+    from .compressor import Budget
 
 Segment = tuple[int, int, int]
 """First row, end, and by how many latent frames farther away it is than the horizon (0: within it)."""
@@ -40,6 +40,18 @@ class Kept:
     memory: RunMemory = field(default_factory=RunMemory)
     runs: list[list[tuple[int, int, int]]] = field(default_factory=list)
     """Per film: chunk, first row, end."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Which rows of one layer and branch stay. index: int64 [films, stays], ascending.
+
+    pooled: int64 [films, n, m] or None: n groups of m neighbours that go; the mean of each takes the place of its middle row,
+    which is in `index`.
+    """
+
+    index: Tensor
+    pooled: Tensor | None = None
 
 
 class Keeper:
@@ -60,19 +72,20 @@ class Keeper:
         view = KVView(layer, keys, values, queries, hidden, tokens, carried, new, self.frame_tokens, self.grid, self.rotary, kept.memory)
         kept.scores = self.budget.policy.score(view).mean(1)
 
-    def settle(self, chunk: Chunk, branch: Hashable, stays: int, device: torch.device) -> list[Tensor | None]:
-        """The chunk joins history, of which `stays` rows stay -> per layer their indices, int64 [films, stays], or None for all."""
-        out: list[Tensor | None] = []
-        own = torch.arange(chunk.frames * self.frame_tokens, device=device) + chunk.start * self.frame_tokens
-        for kept in self._of(branch, device):
+    def settle(self, chunk: Chunk, branch: Hashable, stays: int) -> list[Choice | None]:
+        """The chunk joins history, of which `stays` rows stay -> per layer which; None for all."""
+        out: list[Choice | None] = []
+        own = torch.arange(chunk.frames * self.frame_tokens) + chunk.start * self.frame_tokens
+        for kept in self._of(branch, None):
+            own = own.to(kept.tokens.device)
             kept.tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
             scores = kept.tokens.new_zeros(kept.tokens.shape, dtype=torch.float32) if kept.scores is None else kept.scores
-            kept.scores, index = None, None
+            kept.scores, choice = None, None
             if stays < kept.tokens.shape[1]:
-                index = self._choose(scores, kept.tokens, stays)
-                kept.tokens, scores = kept.tokens.gather(1, index), scores.gather(1, index)
+                choice = self._choose(scores, kept.tokens, stays)
+                kept.tokens, scores = kept.tokens.gather(1, choice.index), scores.gather(1, choice.index)
             kept.carried = scores
-            out.append(index)
+            out.append(choice)
         return out
 
     def locate(self) -> np.ndarray:
@@ -99,7 +112,18 @@ class Keeper:
     def free(self) -> None:
         self._kept.clear()
 
-    def _choose(self, scores: Tensor, tokens: Tensor, stays: int) -> Tensor:
+    def _choose(self, scores: Tensor, tokens: Tensor, stays: int) -> Choice:
+        pooled = int(self.budget.soft * stays)
+        index = self._best(scores, tokens, stays - pooled)
+        if not pooled:
+            return Choice(index)
+        goes = torch.ones_like(tokens, dtype=torch.bool).scatter_(1, index, False)
+        losers = goes.nonzero()[:, 1].view(self.films, -1)
+        size = losers.shape[1] // pooled
+        groups = losers[:, losers.shape[1] - size * pooled :].view(self.films, pooled, size)
+        return Choice(torch.cat([index, groups[:, :, size // 2]], 1).sort(1).values, groups)
+
+    def _best(self, scores: Tensor, tokens: Tensor, stays: int) -> Tensor:
         budget, newest = self.budget, tokens.shape[1] - torch.arange(tokens.shape[1], device=tokens.device)
         protected = (tokens < budget.sink) | (newest <= budget.recent)
         match budget.granularity:
@@ -110,7 +134,7 @@ class Keeper:
             case "chunk":
                 return select(scores, stays, protected, torch.bucketize(tokens, self._ends.to(tokens.device), right=True), self.schedule.chunks)
 
-    def _of(self, branch: Hashable, device: torch.device) -> list[Kept]:
+    def _of(self, branch: Hashable, device: torch.device | None) -> list[Kept]:
         if branch not in self._kept:
             none = torch.empty(self.films, 0, device=device)
             like = next(iter(self._kept.values()), [Kept(none.long(), none)] * self.layers)

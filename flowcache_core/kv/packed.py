@@ -1,0 +1,89 @@
+"""A KV cache whose history is stored in fewer bits, or in the computer's memory: the same rows, read one layer at a time.
+
+History lies in the codec's form, the active chunks as they are computed. To attend, one layer's history is restored into a
+buffer that all layers share. A chunk is quantised once, when it joins history; rows that move keep their codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import Rows
+from .cache import Branches, KVCache, KVSizes
+from .codec import Codec, State
+from .keeper import Choice
+
+
+class PackedCache(KVCache):
+    """`rows`: the run's book-keeping, which knows where history ends; `offload`: keep history in pinned memory of the host."""
+
+    def __init__(self, branches: Branches, sizes: KVSizes, rows: Rows, codec: Codec, offload: bool) -> None:
+        super().__init__(branches, sizes)
+        self.lie, self.codec, self.offload = rows, codec, offload
+        self._states: list[State] = []
+        self._scratch: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def bytes(self) -> int:
+        shared = sum(t.nbytes for t in self._scratch or ())
+        return super().bytes + shared + (0 if self.offload else sum(self.codec.bytes(state) for state in self._states))
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the active chunks [branches x films, heads, active rows, head_dim]."""
+        if not self._buffers:
+            sizes, rows = self.sizes, len(self.branches) * self.sizes.films
+            whole = (rows, sizes.heads, sizes.capacity, sizes.head_dim)
+            active = (rows, sizes.heads, sizes.active, sizes.head_dim)
+            self._scratch = like.new_empty(whole), like.new_empty(whole)
+            self._buffers = [(like.new_empty(active), like.new_empty(active)) for _ in range(sizes.layers)]
+            home = torch.device("cpu") if self.offload else like.device
+            self._states = [self.codec.new(rows, sizes.heads, sizes.history, sizes.head_dim, home, like.dtype) for _ in range(sizes.layers)]
+            if self.offload and like.device.type == "cuda":
+                self._states = [{name: t.pin_memory() for name, t in state.items()} for state in self._states]
+        return self._buffers[index]
+
+    def write(self, layer: int, rows: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
+        kept = self.lie.kept
+        super().write(layer, rows, slice(at.start - kept, at.stop - kept) if isinstance(at, slice) else at - kept, k, v)
+
+    def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
+        assert self._scratch is not None
+        kept, state = self.lie.kept, self._of(layer, rows)
+        whole = self._scratch[0][rows], self._scratch[1][rows]
+        if self.offload:
+            state = {name: t if t.shape[2] == 1 else t[:, :, :kept] for name, t in state.items()}
+            state = {name: t.to(whole[0].device, non_blocking=True) for name, t in state.items()}
+        for out, active, which in zip(whole, self._buffers[layer], ("k", "v"), strict=True):
+            if kept:
+                self.codec.read(state, "k" if which == "k" else "v", kept, out[:, :, :kept])
+            out[:, :, kept:end] = active[rows, :, : end - kept]
+        return whole[0][:, :, first:end], whole[1][:, :, first:end]
+
+    def join(self, before: int, count: int, after: int) -> None:
+        """The first `count` active rows become rows `before`.. of history; the `after` active rows behind them move up."""
+        for state, (keys, values) in zip(self._states, self._buffers, strict=True):
+            for which, buffer in (("k", keys), ("v", values)):
+                fresh = buffer[:, :, :count]
+                self.codec.write(state, "k" if which == "k" else "v", slice(before, before + count), fresh.cpu() if self.offload else fresh)
+                buffer[:, :, :after] = buffer[:, :, count : count + after].clone()
+
+    def keep(self, layer: int, rows: slice, choice: Choice, before: int, after: int) -> None:
+        self.codec.keep(self._of(layer, rows), choice.index.cpu() if self.offload else choice.index, before)
+
+    def adopt(self, other: KVCache) -> None:
+        super().adopt(other)
+        if isinstance(other, PackedCache):
+            for branch in set(self.branches) & set(other.branches):
+                mine, theirs = self.rows((branch,)), other.rows((branch,))
+                for state, old in zip(self._states, other._states, strict=True):
+                    for name in state:
+                        state[name][mine] = old[name][theirs]
+
+    def free(self) -> None:
+        super().free()
+        self._states.clear()
+        self._scratch = None
+
+    def _of(self, layer: int, rows: slice) -> State:
+        return {name: tensor[rows] for name, tensor in self._states[layer].items()}
