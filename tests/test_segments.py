@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels import segments
-from flowcache_core.kernels.segments import attention_with_lse, merge, products_with_lse
+from flowcache_core.kernels.segments import attention_with_lse, has_flash, merge, products_with_lse
 from flowcache_core.models.skyreels import HEAD_DIM, Rope
 
 WithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -80,6 +80,19 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, held:
     monkeypatch.setattr(segments, "SCORES_AT_MOST", held)
     for one, other in zip(products_with_lse(q, k, v), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_device_without_flash_attention_is_found_out() -> None:
+    assert not has_flash(torch.device("cpu"), torch.float16, 64)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_cuda_the_fused_form_equals_the_products(dtype: torch.dtype) -> None:
+    q, k, v = (x.cuda() for x in qkv(33, 300, 64, dtype))
+    (fused, lse), (plain, total) = attention_with_lse(q, k, v), products_with_lse(q, k, v)
+    torch.testing.assert_close(lse, total, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-2)
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
