@@ -76,7 +76,7 @@ def test_in_16_bits_reading_adds_two_roundings_at_most(codec: Codec, dtype: torc
 def test_as_computed_is_bit_exact(dtype: torch.dtype, which: str) -> None:
     x = uneven().to(dtype)
     x[0, 0, 0, :4] = torch.tensor([math.inf, -0.0, torch.finfo(dtype).tiny / 2, torch.finfo(dtype).max])
-    y, _ = through(codec_of("bf16"), x, which)
+    y, _ = through(codec_of("as computed"), x, which)
     assert y.dtype == dtype
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(y.view(bits), x.view(bits))
@@ -84,7 +84,7 @@ def test_as_computed_is_bit_exact(dtype: torch.dtype, which: str) -> None:
 
 def test_fewer_bits_are_less_exact() -> None:
     x = torch.randn(R, H, N, 128)
-    errors = [(through(codec_of(name), x)[0] - x).norm() / x.norm() for name in ("bf16", "int8", "fp8", "int4")]
+    errors = [(through(codec_of(name), x)[0] - x).norm() / x.norm() for name in ("as computed", "int8", "fp8", "int4")]
     assert errors == sorted(errors)
     assert errors[0] == 0
     assert errors[-1] < 0.11
@@ -266,7 +266,7 @@ def test_bytes_are_as_promised(codec: Codec, dtype: torch.dtype, dim: int) -> No
     assert all(tensor.shape[:3] == (R, H, 1 if name == CHANNEL else N) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize(("name", "saving"), [("bf16", 1), ("fp8", 1.96), ("int8", 1.96), ("int4", 3.5)])
+@pytest.mark.parametrize(("name", "saving"), [("as computed", 1), ("fp8", 1.96), ("int8", 1.96), ("int4", 3.5)])
 def test_a_codec_saves_what_its_bits_say(name: str, saving: float) -> None:
     assert 2 * 40 * 128 * 2 / codec_of(name).bytes_per_token(40, 128, 2) >= saving
 
@@ -308,7 +308,7 @@ def test_what_this_machine_can_hold_is_not_refused(codec: Codec) -> None:
 
 
 def test_what_a_device_cannot_convert_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"cannot be kept as fp8 on cpu .*: choose int8 or bf16"):
+    with pytest.raises(ValueError, match=r"cannot be kept as fp8 on cpu .*: choose int8 or as computed"):
         NoCast().require("cpu")
 
 
@@ -327,7 +327,7 @@ def test_heads_of_an_odd_size_are_refused_by_int4() -> None:
 def test_codecs_are_found_by_name_and_unknown_names_are_refused() -> None:
     assert [codec_of(codec.name) for codec in CODECS] == list(CODECS)
     assert len({codec.name for codec in CODECS}) == len(CODECS)
-    with pytest.raises(ValueError, match="bf16, fp8, int8, int4"):
+    with pytest.raises(ValueError, match="as computed, fp8, int8, int4"):
         codec_of("int2")
 
 

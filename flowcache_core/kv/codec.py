@@ -128,7 +128,7 @@ class Codec(ABC):
             self.write(state, "k", slice(0, 1), x)
             self.read(state, "k", 1, torch.empty_like(x))
         except (RuntimeError, TypeError) as error:
-            other = "bf16" if self.name == "int8" else "int8 or bf16"
+            other = "as computed" if self.name == "int8" else "int8 or as computed"
             why = str(error).splitlines()[0]
             raise ValueError(f"keys and values cannot be kept as {self.name} on {device} ({why}): choose {other}") from error
 
@@ -137,7 +137,7 @@ class Codec(ABC):
 class AsComputed(Codec):
     """A plain copy in the dtype of computation, which is bfloat16 for most models."""
 
-    name: ClassVar[str] = "bf16"
+    name: ClassVar[str] = "as computed"
     lossless: ClassVar[bool] = True
 
     def parts(self, head_dim: int) -> dict[str, Part]:
