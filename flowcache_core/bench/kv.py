@@ -1,8 +1,8 @@
 """`bench kv`: what a smaller history costs, by policy, fraction and bits, against the run that keeps all of it.
 
-Two measurements. Films, one chunk after the other, so that all earlier chunks are history: PSNR and SSIM to the film with
-the whole history, drift from its first to its last chunk, the error of every layer's attention output on the same clean
-latents, seconds, and the peak of the KV cache. And true clips in which history matters: a sprite goes behind a wide bar and
+Two measurements. Films, one chunk after the other, so that all earlier chunks are history: of the last chunks PSNR and SSIM
+to the film with the whole history, drift from the first chunk to the last, the error of every layer's attention output on the
+same clean latents, seconds, and the peak of the KV cache. And true clips in which history matters: a sprite goes behind a wide bar and
 comes out again chunks later, the prompt is empty, and the error is that of the velocity where it comes out.
 """
 
@@ -38,7 +38,9 @@ from .sweep import over
 NAME = "kv"
 FRACTIONS = (0.5, 0.25, 0.125)
 SINK, RECENT = 1, 1
-"""Latent frames that every policy is made to keep; the rest of the budget is its own choice."""
+"""Latent frames at either end that every policy is made to keep; the rest of the budget is its own choice."""
+COMPARED = 2
+"""The last chunks of a film: those before them have looked back on less."""
 LEVELS = (0.95, 0.8, 0.6)
 """Noise levels at which the true clips are looked at."""
 HIDDEN_CHUNK = 4
@@ -52,14 +54,20 @@ class Point:
     policy: KVPolicy
     fraction: float
     dtype: Stored = "as computed"
+    soft: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.name}, soft {self.soft:g}" if self.soft else self.policy.name
 
     def compressor(self, chunks: int) -> Compressor:
-        return Compressor(self.policy, self.fraction * chunks, sink=SINK, recent=RECENT, dtype=self.dtype)
+        return Compressor(self.policy, self.fraction * chunks, sink=SINK, recent=RECENT, dtype=self.dtype, soft=self.soft)
 
 
 def points() -> list[Point]:
     """Every policy at every fraction; the whole history, and a quarter of it by the first policy, in fewer bits."""
     out = [Point(policy(), fraction) for policy in KV_POLICIES for fraction in FRACTIONS]
+    out += [Point(KV_POLICIES[0](), fraction, soft=0.1) for fraction in FRACTIONS[1:]]
     fewer: tuple[Stored, ...] = ("fp8", "int8", "int4")
     return [*out, *(Point(KV_POLICIES[0](), fraction, dtype) for fraction in (1.0, 0.25) for dtype in fewer)]
 
@@ -68,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [policy.name for policy in KV_POLICIES]
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--chunks", type=int, default=12, help="length of the films in chunks (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="per chunk (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="per chunk (default %(default)s)")
     parser.add_argument("--clips", type=int, default=32, help="true clips with a hidden sprite (default %(default)s)")
     parser.add_argument("--policies", default="", help=f"which policies, separated by commas, of {', '.join(names)} (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
@@ -93,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [Point(WHOLE, 1.0), *wanted]
     films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
     clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
-    names = ["whole history", *(point.policy.name for point in wanted[1:])]
+    names = ["whole history", *(point.name for point in wanted[1:])]
     rows = [
         _row(point, names[k], [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips]) for k, point in enumerate(wanted)
     ]
@@ -111,12 +119,17 @@ def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
     chunks, out = job.schedule(bundle).chunks, list[Values]()
     for point in wanted:
         latents, report = generate(bundle, job, compressor=point.compressor(chunks))
-        film = decode(bundle, latents)
+        frames = bundle.chunk_frames
+        film = decode(bundle, latents[:, :, -COMPARED * frames :])
         if not out:
+            begin = decode(bundle, latents[:, :, :frames])
             whole, reference = latents, film
             exact = attention_outputs(bundle, job, whole, point)
         errors = [relative(a, b) for a, b in zip(attention_outputs(bundle, job, whole, point), exact, strict=True)]
-        out.append(_values(film, reference, report.wall_s, report.kv_peak_bytes, errors, bundle))
+        drift = float((film[-TEMPORAL * frames :].mean(0) - begin.mean(0)).abs().mean()) * 255
+        same = film is reference
+        out.append({"psnr": None if same else psnr(film, reference), "ssim": None if same else ssim(film, reference), "drift": drift,
+                    "seconds": report.wall_s, "peak": report.kv_peak_bytes, "errors": errors})  # fmt: skip
     return out
 
 
@@ -184,7 +197,9 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
     out = []
     for point in wanted:
-        budget = Budget(int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, "token", point.policy, point.dtype)
+        budget = Budget(
+            int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, "token", point.policy, point.dtype, soft=point.soft
+        )
         with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
             errors = []
             for step, sigma in enumerate(LEVELS):
@@ -193,14 +208,6 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
                 errors.append(float((velocity.float() - (noise - truth)).square()[:, :, where].mean()))
         out.append(sum(errors) / len(errors))
     return out
-
-
-def _values(film: Tensor, reference: Tensor, seconds: float, peak: int, errors: list[float], bundle: Bundle) -> Values:
-    chunk = TEMPORAL * bundle.chunk_frames
-    drift = float((film[-chunk:].mean(0) - film[:chunk].mean(0)).abs().mean()) * 255
-    same = film is reference
-    return {"psnr": None if same else psnr(film, reference), "ssim": None if same else ssim(film, reference), "drift": drift, "seconds": seconds,
-            "peak": peak, "errors": errors}  # fmt: skip
 
 
 def _row(point: Point, name: str, films: Sequence[Values], whole: Sequence[Values], clips: Sequence[float]) -> dict[str, Any]:

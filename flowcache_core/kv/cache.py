@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..chunk import Chunk
 from ..kernels.attention import attention
 from ..kernels.segments import attention_with_lse, merge
 from ..rows import Rows
-from .keeper import Choice, Keeper
+from .keeper import Choice, Keeper, Segment
 
 Branches = tuple[Hashable, ...]
 
@@ -147,14 +148,28 @@ class CachedAttention:
         if not any(beyond):
             return attention(q, keys, values)
         out = torch.empty_like(q)
-        for row, segments in enumerate(beyond):
-            one, near = slice(row, row + 1), segments[-1][1] if segments else 0
-            parts = [attention_with_lse(q[one], keys[one, :, near:], values[one, :, near:])]
-            for start, end, farther in segments:
-                turned = keeper.rotary.turn(q[one], keeper.rotary.shift(-farther))
-                parts.append(attention_with_lse(turned, keys[one, :, start:end], values[one, :, start:end]))
-            out[one] = merge(parts)
+        for segments, alike in _grouped(beyond):
+            out[alike] = self._across(keeper, segments, q[alike], keys[alike], values[alike])
         return out
+
+    def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over segments beyond the horizon, each with queries turned to it, and over all that lies behind them."""
+        near = segments[-1][1] if segments else 0
+        parts = [attention_with_lse(q, keys[:, :, near:], values[:, :, near:])]
+        for start, end, farther in segments:
+            turned = keeper.rotary.turn(q, keeper.rotary.shift(-farther))
+            parts.append(attention_with_lse(turned, keys[:, :, start:end], values[:, :, start:end]))
+        return merge(parts)
+
+
+def _grouped(beyond: list[list[Segment]]) -> list[tuple[list[Segment], slice]]:
+    """Neighbouring films and branches whose segments are the same run together."""
+    out, at = [], 0
+    for segments, same in groupby(beyond):
+        end = at + len(list(same))
+        out.append((segments, slice(at, end)))
+        at = end
+    return out
 
 
 class KVStore:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -151,7 +152,9 @@ class Rope:
     def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
         return rope_table(start, frames, *grid)
 
-    def shift(self, frames: int) -> Tensor:
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def shift(frames: int) -> Tensor:
         return rope_table(frames, 1, 1, 1)
 
     def turn(self, x: Tensor, phases: Tensor) -> Tensor:
