@@ -33,7 +33,8 @@ def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = 
     """
     if q.is_cuda and not _failed and (kernels := _triton()) is not None and kernels.serves(q, k):
         try:
-            return kernels.column_sums(q, k, grouped == "max")
+            with torch.cuda.device(q.device):
+                return kernels.column_sums(q, k, grouped == "max")
         except Exception as error:  # no C compiler, a card that triton does not know, ...
             _failed.append(error)
             log.warning("attention sums are made by PyTorch from now on, since the Triton kernels cannot be used here: %s", error)
