@@ -5,6 +5,11 @@ The scores are made for a block of queries at a time, so their memory is bounded
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+import os
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -15,13 +20,29 @@ SCORES_AT_MOST = 2**25
 
 Grouped = Literal["mean", "max"]
 
+log = logging.getLogger(__name__)
+_failed: list[Exception] = []
+
 
 def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:
     """sum_i softmax_j(q_i . k_j / sqrt(D)): [R, G * H, Q, D], [R, H, N, D] -> float32 [R, H, N], which add up to Q along N.
 
     Where `G` query heads share a key head, "mean" takes the mean of their attention; "max" takes, before the softmax, the
-    largest of their logits (R-KV, and FlowCache after it). Whatever the dtypes, everything is computed in float32.
+    largest of their logits (R-KV, and FlowCache after it). Whatever the dtypes, sums and softmax are in float32. Triton
+    kernels do it on CUDA where triton is installed, `in_blocks` elsewhere.
     """
+    if q.is_cuda and not _failed and (kernels := _triton()) is not None and kernels.serves(q, k):
+        try:
+            with torch.cuda.device(q.device):
+                return kernels.column_sums(q, k, grouped == "max")
+        except Exception as error:  # no C compiler, a card that triton does not know, ...
+            _failed.append(error)
+            log.warning("attention sums are made by PyTorch from now on, since the Triton kernels cannot be used here: %s", error)
+    return in_blocks(q, k, grouped, at_most)
+
+
+def in_blocks(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:
+    """`column_sums` in plain PyTorch, with at most `at_most` scores in memory, or those of one query."""
     batch, heads, n, d = k.shape
     count = q.shape[2]
     queries, keys = q.unflatten(1, (heads, -1)).flatten(0, 1), k.flatten(0, 1)
@@ -39,3 +60,13 @@ def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = 
                 columns += logits.softmax(-1).sum((1, 2)) / group
         sums.append(columns)
     return torch.cat(sums).view(batch, heads, n)
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernels; None where triton is not installed or FLOWCACHE_KERNELS is torch."""
+    if os.environ.get("FLOWCACHE_KERNELS") == "torch" or importlib.util.find_spec("triton") is None:
+        return None
+    from . import columns_triton
+
+    return columns_triton

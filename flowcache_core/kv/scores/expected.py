@@ -1,7 +1,7 @@
 """Expected attention (arXiv 2510.00636): how much attention the queries of the next frames are likely to give a row.
 
 Before they are turned by their position, the queries of a layer keep nearly the same distribution along a film (Future
-Forcing, arXiv 2605.30083, section 3). With its mean mu and covariance Sigma, and R the mean of the rotations of the positions to come,
+Forcing, arXiv 2605.30083). With its mean mu and covariance Sigma, and R the mean of the rotations of the positions to come,
 
     score_j = softmax_j(mu^T R^T k_j / sqrt(D) + 1/2 k_j^T R Sigma R^T k_j / D) * |v_j|
 

@@ -29,7 +29,7 @@ class ImportanceRedundancy:
     name: ClassVar[str] = "importance-redundancy"
 
     lam: float = setting(0.07, "Weight of importance; the rest is the weight of redundancy.", low=0.0, high=1.0, step=0.01, advanced=True)
-    kernel: int = setting(7, "A row is as important as the most important of so many rows around it; an odd number.", low=1, high=63, advanced=True)
+    kernel: int = setting(7, "A token is as important as the most important of so many around it; an odd number.", low=1, high=63, advanced=True)
     queries: Literal["token", "frame", "chunk"] = setting(
         "frame",
         f"Whose attention counts: that of the finished chunk's last {LAST} tokens, of its last frame, or of the whole chunk.",
@@ -60,4 +60,4 @@ def importance(view: KVView, last: int, kernel: int) -> Tensor:
 def require_odd(kernel: int) -> None:
     """Raises ValueError where a row would not lie in the middle of the rows around it."""
     if kernel % 2 == 0:
-        raise ValueError(f"kernel is {kernel}: a row lies in the middle of an odd number of rows, use {kernel - 1} or {kernel + 1}")
+        raise ValueError(f"kernel is {kernel}: a token is in the middle of an odd number only, use {kernel - 1} or {kernel + 1}")

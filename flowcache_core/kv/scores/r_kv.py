@@ -25,7 +25,7 @@ class RKV:
     name: ClassVar[str] = "r-kv"
 
     lam: float = setting(0.07, "Weight of importance; the rest is the weight of redundancy.", low=0.0, high=1.0, step=0.01, advanced=True)
-    kernel: int = setting(7, "A row is as important as the most important of so many rows around it; an odd number.", low=1, high=63, advanced=True)
+    kernel: int = setting(7, "A token is as important as the most important of so many around it; an odd number.", low=1, high=63, advanced=True)
     window: int = setting(8, "The attention of so many last tokens of the finished chunk counts.", low=1, high=100000, advanced=True)
     alike: float = setting(0.5, "Keys whose cosine lies above this repeat each other.", low=-1.0, high=1.0, step=0.05, advanced=True)
 

@@ -21,7 +21,7 @@ class SnapKV:
     name: ClassVar[str] = "snapkv"
 
     window: int = setting(64, "The attention of so many last tokens of the finished chunk counts.", low=1, high=100000, advanced=True)
-    kernel: int = setting(5, "Attention is averaged over so many rows around each; an odd number.", low=1, high=63, advanced=True)
+    kernel: int = setting(5, "A token's attention is averaged over so many around it; an odd number.", low=1, high=63, advanced=True)
 
     def __post_init__(self) -> None:
         check(self)

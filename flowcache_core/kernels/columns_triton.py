@@ -1,0 +1,96 @@
+"""Column sums of attention as two Triton kernels: the log-sum-exp of every query, then the sums of every key.
+
+No score leaves the registers and nothing is added atomically, so the result is the same every time. Imports triton: only
+`columns.column_sums` imports this, and only for tensors on CUDA; under TRITON_INTERPRET=1 it also runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+QUERIES, KEYS = 64, 64
+"""Tile of scores. With D = 128 its operands fit the shared memory of every card since compute capability 8.0."""
+
+
+def serves(q: Tensor, k: Tensor) -> bool:
+    """Whether dtype, size and layout are those the kernels are written for. Float32 is not: tensor cores would round it."""
+    halves = q.dtype == k.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    return halves and k.shape[3] in (16, 32, 64, 128) and q.stride(3) == k.stride(3) == 1
+
+
+def column_sums(q: Tensor, k: Tensor, largest: bool) -> Tensor:
+    """[R, G * H, Q, D], [R, H, N, D] -> float32 [R, H, N]; `largest`: the group's largest logit counts, otherwise its mean attention."""
+    batch, heads, n, d = k.shape
+    group, count = q.shape[1] // heads, q.shape[2]
+    over, share = (group, 1) if largest else (1, group)
+    upcast = os.environ.get("TRITON_INTERPRET") == "1"  # its bfloat16 is an integer
+    lse = q.new_empty(batch * heads * share, count, dtype=torch.float32)
+    out = q.new_empty(batch, heads, n, dtype=torch.float32)
+    sizes = (q, k, lse, out, count, n, heads, d**-0.5, *q.stride()[:3], *k.stride()[:3])
+    tile = {"OVER": over, "SHARE": share, "D": d, "BM": QUERIES, "BN": KEYS, "UPCAST": upcast}
+    _log_sum_exp[(triton.cdiv(count, QUERIES), len(lse))](*sizes, **tile)
+    _sums[(triton.cdiv(n, KEYS), batch * heads)](*sizes, **tile)
+    return out
+
+
+@triton.jit
+def _tile(head, size, wanted, row_stride, D: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows `wanted` of the head that begins at pointer `head`, zero beyond `size`."""
+    where = wanted.to(tl.int64)[:, None] * row_stride + tl.arange(0, D)[None, :]
+    x = tl.load(head + where, mask=(wanted < size)[:, None], other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scores(q, keys, rows, first, count, heads, scale, qr, qh, qn, OVER: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+            BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Logits [BM, BN] of query heads `first` .. `first` + OVER - 1, the largest of them, counted over all films and branches."""
+    per_film = heads * OVER * SHARE
+    s = tl.full([BM, BN], float("-inf"), tl.float32)
+    for g in tl.static_range(OVER):
+        head = (first + g).to(tl.int64)
+        x = _tile(q + head // per_film * qr + head % per_film * qh, count, rows, qn, D, UPCAST)
+        s = tl.maximum(s, tl.dot(x, tl.trans(keys)) * scale)
+    return s
+
+
+@triton.jit
+def _log_sum_exp(q, k, lse, out, count, n, heads, scale, qr, qh, qn, kr, kh, kn, OVER: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    rows, one = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    mine = (one // SHARE).to(tl.int64)
+    head = k + mine // heads * kr + mine % heads * kh
+    most, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    for start in range(0, n, BN):
+        columns = start + tl.arange(0, BN)
+        keys = _tile(head, n, columns, kn, D, UPCAST)
+        s = _scores(q, keys, rows, one * OVER, count, heads, scale, qr, qh, qn, OVER, SHARE, D, BM, BN, UPCAST)
+        s = tl.where((columns < n)[None, :], s, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, 1))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
+        most = higher
+    tl.store(lse + one.to(tl.int64) * count + rows, most + tl.log(total), mask=rows < count)
+
+
+@triton.jit
+def _sums(q, k, lse, out, count, n, heads, scale, qr, qh, qn, kr, kh, kn, OVER: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+          BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    columns, mine = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
+    keys = _tile(k + mine // heads * kr + mine % heads * kh, n, columns, kn, D, UPCAST)
+    sums = tl.zeros([BN], tl.float32)
+    for member in tl.static_range(SHARE):
+        one = mine * SHARE + member
+        for start in range(0, count, BM):
+            rows = start + tl.arange(0, BM)
+            s = _scores(q, keys, rows, one * OVER, count, heads, scale, qr, qh, qn, OVER, SHARE, D, BM, BN, UPCAST)
+            norm = tl.load(lse + one * count + rows, mask=rows < count, other=0.0)
+            p = tl.where((rows < count)[:, None], tl.exp(s - norm[:, None]), 0.0)
+            sums += tl.sum(p, 0)
+    tl.store(out + mine * n + columns, sums / SHARE, mask=columns < n)
