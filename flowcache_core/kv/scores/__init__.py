@@ -1,0 +1,1 @@
+"""Scores by which a KV policy ranks rows: one file each."""
