@@ -198,7 +198,7 @@ class Salience:
             )
 
     def score(self, view: KVView) -> Tensor:
-        """-> float32 [R, 1, N]: what older rows were scored when they were new, and the head's word on the new ones."""
+        """-> float32 [R, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
         head = view.memory.of(LayerHead, lambda: head_at(self.path).layer(view.layer).on(view.hidden.device))
         low, same, up = head(view.hidden).unbind(-1)
         fresh = self.low * low + self.same * same + self.up * up
