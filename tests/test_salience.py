@@ -18,7 +18,7 @@ from flowcache_core.demo import bundle
 from flowcache_core.kv.cache import CachedAttention, KVCache
 from flowcache_core.kv.policy import KVView, LearntKVPolicy
 from flowcache_core.kv.scores import salience as policy
-from flowcache_core.kv.scores.salience import LOW, OUT, SAME, UP, HeadInfo, Salience, SalienceHead, head_at
+from flowcache_core.kv.scores.salience import LOW, OUT, SAME, UP, HeadInfo, Salience, SalienceHead, head_at, places
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.skyreels import Rope, SkyReelsV2
@@ -29,8 +29,8 @@ from flowcache_core.training.salience_clips import LEVELS, Clip, measure
 from flowcache_core.training.salience_targets import Student, Teacher, counted, received, received_by_head
 
 INFO = HeadInfo(2, 128, 16, 3, "some-model", "0" * 64, "some-model, bidirectional", 5, "Apache-2.0")
-FRAME, CHUNK, FRAMES = 4, 12, 8
-"""Tokens of a frame and of a chunk, latent frames of a film whose last chunk is short."""
+GRID, FRAME, CHUNK, FRAMES = (2, 2), 4, 12, 8
+"""Rows and columns of a frame, tokens of a frame and of a chunk, latent frames of a film whose last chunk is short."""
 
 
 def naive(q: Tensor, k: Tensor, chunk: int) -> Tensor:
@@ -52,7 +52,7 @@ def a_head(seed: int = 0, info: HeadInfo = INFO) -> SalienceHead:
 def view_of(hidden: Tensor, carried: Tensor, memory: RunMemory, layer: int = 1) -> KVView:
     r, new, n = hidden.shape[0], hidden.shape[1], carried.shape[1]
     k = torch.randn(r, 2, n, 8)
-    return KVView(layer, k, k, k[:, :, -new:], hidden, torch.arange(n).expand(r, -1), carried, new, FRAME, (2, 2), Rope(), memory)
+    return KVView(layer, k, k, k[:, :, -new:], hidden, torch.arange(n).expand(r, -1), carried, new, FRAME, GRID, Rope(), memory)
 
 
 def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
@@ -61,7 +61,7 @@ def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
     hidden = torch.randn(head.info.layers, tokens, head.info.in_dim, generator=dice)
     law = torch.randn(head.info.in_dim, 3, generator=torch.Generator().manual_seed(0)) / head.info.in_dim**0.5
     chunk = torch.arange(tokens) // CHUNK
-    return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk)
+    return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens), GRID))
 
 
 @pytest.fixture
@@ -150,8 +150,16 @@ def test_some_tokens_of_a_clip_are_those_of_the_whole(net: SkyReelsV2, texts: Te
     assert at == sorted(set(at))
     for name in ("hidden", "received"):
         assert torch.equal(getattr(whole, name)[:, at], getattr(some, name))
-    for name in ("counted", "chunk"):
+    for name in ("counted", "chunk", "place"):
         assert torch.equal(getattr(whole, name)[at], getattr(some, name))
+
+
+def test_places_tell_all_tokens_of_a_frame_apart_and_frames_alike() -> None:
+    waves = places(torch.arange(2 * 5 * 7), (5, 7))
+    torch.testing.assert_close(waves[:35], waves[35:])
+    assert float(torch.cdist(waves[:35], waves[:35]).fill_diagonal_(1.0).min()) > 0.1
+    assert torch.equal(waves[8, :8], waves[13, :8])
+    assert torch.equal(waves[8, 8:], waves[1, 8:])
 
 
 # how it is learnt
@@ -261,8 +269,8 @@ def test_a_head_comes_back_as_it_was_saved(head_file: Path) -> None:
     head, back = a_head(), SalienceHead.load(head_file)
     assert back.info == INFO
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in head.state_dict().items())
-    x = torch.randn(2, 5, 128)
-    assert torch.equal(head.layer(1)(x), back.layer(1)(x))
+    x = torch.randn(2, 5, 128), torch.randn(2, 5, 16)
+    assert torch.equal(head.layer(1)(*x), back.layer(1)(*x))
     assert {k.split(".", 2)[2] for k in back.state_dict()} == {
         "norm.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "target_mean", "target_std",
     }  # fmt: skip
@@ -287,6 +295,7 @@ def test_a_head_without_one_of_its_metadata_is_refused(head_file: Path, key: str
         ({"format": "pafu-salience/2"}, "its format is pafu-salience/2, not pafu-salience/1"),
         ({"out": "low,up,same"}, "its out is low,up,same, and only low,same,up"),
         ({"tap": "keys"}, "its tap is keys"),
+        ({"place": "none"}, "its place is none"),
         ({"target_stat": "mass"}, "its target_stat is mass"),
         ({"layers": "many"}, "a number in its metadata cannot be read"),
         ({"weights": "1,2"}, "a number in its metadata cannot be read"),
@@ -334,7 +343,7 @@ def test_a_head_for_another_network_is_refused(head_file: Path) -> None:
 def test_new_rows_are_scored_by_the_head_and_old_ones_keep_their_score(head_file: Path) -> None:
     rule, memory = Salience(path=str(head_file), low=2.0, up=0.25, same=0.75), RunMemory()
     hidden = torch.randn(2, 5, 128)
-    said = SalienceHead.load(head_file).layer(1)(hidden)
+    said = SalienceHead.load(head_file).layer(1)(hidden, places(torch.arange(5).expand(2, -1), GRID))
     first = rule.score(view_of(hidden, torch.zeros(2, 5), memory))
     assert first.shape == (2, 1, 5)
     assert first.dtype == torch.float32
@@ -349,8 +358,8 @@ def test_new_rows_are_scored_by_the_head_and_old_ones_keep_their_score(head_file
 def test_a_token_scores_the_same_whatever_came_before_it_and_beside_it(head_file: Path) -> None:
     rule, hidden = Salience(path=str(head_file)), torch.randn(2, 6, 128)
     together = rule.score(view_of(hidden, torch.zeros(2, 6), RunMemory()))
-    late = rule.score(view_of(hidden[1:, 4:], torch.randn(1, 9), RunMemory()))
-    torch.testing.assert_close(late[:, :, 7:], together[1:, :, 4:])
+    late = rule.score(view_of(hidden[1:, 4:], torch.randn(1, 10), RunMemory()))
+    torch.testing.assert_close(late[:, :, 8:], together[1:, :, 4:])
     assert torch.equal(together, rule.score(view_of(hidden, torch.zeros(2, 6), RunMemory())))
 
 

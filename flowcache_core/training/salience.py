@@ -69,12 +69,12 @@ def ranking_loss(said: Tensor, wanted: Tensor, counted: Tensor, first: Tensor, s
 def loss_of(head: SalienceHead, clips: Sequence[Clip]) -> Tensor:
     """Mean over layers of SmoothL1 and ranking loss. The pairs are drawn from torch's own dice, alike for all layers."""
     counted = torch.stack([c.counted for c in clips])
-    tokens = counted.shape[1]
+    place, tokens = torch.stack([c.place for c in clips]), counted.shape[1]
     first, second = torch.randint(0, tokens, (2, PAIRS)).to(counted.device)
     total = torch.zeros((), device=counted.device)
     for index in range(head.info.layers):
         layer = head.layer(index)
-        said = layer(torch.stack([c.hidden[index] for c in clips]))
+        said = layer(torch.stack([c.hidden[index] for c in clips]), place)
         wanted = layer.target(torch.stack([c.received[index] for c in clips]))
         near = (F.smooth_l1_loss(said, wanted, reduction="none") * counted).sum() / counted.sum()
         total = total + near + RANKING * ranking_loss(said, wanted, counted, first, second)
@@ -146,7 +146,7 @@ def judge(head: SalienceHead, paths: Sequence[Path], device: torch.device | str 
         ranked, within, found = [], [], []
         for clip in clips:
             sees = clip.counted[:, LOW]
-            said, true = head.layer(index)(clip.hidden[index])[sees, LOW], clip.received[index][sees, LOW]
+            said, true = head.layer(index)(clip.hidden[index], clip.place)[sees, LOW], clip.received[index][sees, LOW]
             chunk = clip.chunk[sees]
             ranked.append(spearman(said, true))
             found.append(recall(said, true))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..demo.bundle import Bundle
 from ..generate import Job, generate
+from ..kv.scores.salience import places
 from ..models.shards import read
 from ..models.skyreels import PATCH, SkyReelsV2
 from ..models.wan_vae import latent_frames
@@ -43,6 +44,8 @@ class Clip:
     """bool [T, 3]: where there was a query to pay attention."""
     chunk: Tensor
     """int64 [T]: in which chunk the token lies."""
+    place: Tensor
+    """float32 [T, 2 WAVES]: where in its frame."""
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
@@ -63,8 +66,8 @@ def measure(network: SkyReelsV2, latents: Tensor, text: Tensor, chunk_frames: in
     """
     like = network.patch_embedding.weight
     x = latents.to(like)
-    frame_tokens = (x.shape[3] // PATCH) * (x.shape[4] // PATCH)
-    tokens, chunk = x.shape[2] * frame_tokens, chunk_frames * frame_tokens
+    grid = x.shape[3] // PATCH, x.shape[4] // PATCH
+    tokens, chunk = x.shape[2] * grid[0] * grid[1], chunk_frames * grid[0] * grid[1]
     kv = network.text_kv(text.to(like))
 
     student = Student([*range(chunk, tokens, chunk), tokens])
@@ -81,7 +84,8 @@ def measure(network: SkyReelsV2, latents: Tensor, text: Tensor, chunk_frames: in
         sums = now if sums is None else sums + now
     assert sums is not None
     attention = (sums / len(LEVELS)).transpose(1, 2).cpu()
-    return Clip(_stacked(student.hidden).cpu()[:, kept], attention[:, kept], counted(tokens, chunk).T[kept], kept // chunk)
+    counts = counted(tokens, chunk).T[kept]
+    return Clip(_stacked(student.hidden).cpu()[:, kept], attention[:, kept], counts, kept // chunk, places(kept, grid))
 
 
 def _stacked(by_layer: Mapping[int, Tensor]) -> Tensor:
