@@ -61,7 +61,7 @@ def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
     hidden = torch.randn(head.info.layers, tokens, head.info.in_dim, generator=dice)
     law = torch.randn(head.info.in_dim, 3, generator=torch.Generator().manual_seed(0)) / head.info.in_dim**0.5
     chunk = torch.arange(tokens) // CHUNK
-    return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens), GRID))
+    return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens) % CHUNK, 3, GRID))
 
 
 @pytest.fixture
@@ -154,12 +154,19 @@ def test_some_tokens_of_a_clip_are_those_of_the_whole(net: SkyReelsV2, texts: Te
         assert torch.equal(getattr(whole, name)[at], getattr(some, name))
 
 
-def test_places_tell_all_tokens_of_a_frame_apart_and_frames_alike() -> None:
-    waves = places(torch.arange(2 * 5 * 7), (5, 7))
-    torch.testing.assert_close(waves[:35], waves[35:])
-    assert float(torch.cdist(waves[:35], waves[:35]).fill_diagonal_(1.0).min()) > 0.1
-    assert torch.equal(waves[8, :8], waves[13, :8])
-    assert torch.equal(waves[8, 8:], waves[1, 8:])
+def test_places_tell_all_tokens_of_a_chunk_apart() -> None:
+    waves = places(torch.arange(3 * 5 * 7), 3, (5, 7))
+    assert float(torch.cdist(waves, waves).fill_diagonal_(1.0).min()) > 0.1
+    frame, row, column = waves[50].split(8)
+    assert torch.equal(frame, waves[69, :8])
+    assert torch.equal(row, waves[50 + 35, 8:16])
+    assert torch.equal(column, waves[50 + 7, 16:])
+
+
+def test_the_place_in_a_short_chunk_is_counted_over_its_own_frames(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
+    clip = measure(net, noise_of(FRAMES), texts[:1], 3, 24, 0, 10**6)
+    expected = [places(torch.arange(frames * FRAME), frames, GRID) for frames in (3, 3, 2)]
+    assert torch.equal(clip.place, torch.cat(expected))
 
 
 # how it is learnt
@@ -269,7 +276,7 @@ def test_a_head_comes_back_as_it_was_saved(head_file: Path) -> None:
     head, back = a_head(), SalienceHead.load(head_file)
     assert back.info == INFO
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in head.state_dict().items())
-    x = torch.randn(2, 5, 128), torch.randn(2, 5, 16)
+    x = torch.randn(2, 5, 128), torch.randn(2, 5, 24)
     assert torch.equal(head.layer(1)(*x), back.layer(1)(*x))
     assert {k.split(".", 2)[2] for k in back.state_dict()} == {
         "norm.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "target_mean", "target_std",
@@ -340,12 +347,12 @@ def test_a_head_for_another_network_is_refused(head_file: Path) -> None:
             rule.check_network(layers, width)
 
 
-def test_new_rows_are_scored_by_the_head_and_old_ones_keep_their_score(head_file: Path) -> None:
+def test_new_tokens_are_scored_by_the_head_and_old_ones_keep_their_score(head_file: Path) -> None:
     rule, memory = Salience(path=str(head_file), low=2.0, up=0.25, same=0.75), RunMemory()
-    hidden = torch.randn(2, 5, 128)
-    said = SalienceHead.load(head_file).layer(1)(hidden, places(torch.arange(5).expand(2, -1), GRID))
-    first = rule.score(view_of(hidden, torch.zeros(2, 5), memory))
-    assert first.shape == (2, 1, 5)
+    hidden = torch.randn(2, 8, 128)
+    said = SalienceHead.load(head_file).layer(1)(hidden, places(torch.arange(8), 2, GRID))
+    first = rule.score(view_of(hidden, torch.zeros(2, 8), memory))
+    assert first.shape == (2, 1, 8)
     assert first.dtype == torch.float32
     torch.testing.assert_close(first[:, 0], 2.0 * said[..., LOW] + 0.75 * said[..., SAME] + 0.25 * said[..., UP])
 
@@ -356,18 +363,18 @@ def test_new_rows_are_scored_by_the_head_and_old_ones_keep_their_score(head_file
 
 
 def test_a_token_scores_the_same_whatever_came_before_it_and_beside_it(head_file: Path) -> None:
-    rule, hidden = Salience(path=str(head_file)), torch.randn(2, 6, 128)
-    together = rule.score(view_of(hidden, torch.zeros(2, 6), RunMemory()))
-    late = rule.score(view_of(hidden[1:, 4:], torch.randn(1, 10), RunMemory()))
-    torch.testing.assert_close(late[:, :, 8:], together[1:, :, 4:])
-    assert torch.equal(together, rule.score(view_of(hidden, torch.zeros(2, 6), RunMemory())))
+    rule, hidden = Salience(path=str(head_file)), torch.randn(2, 8, 128)
+    together = rule.score(view_of(hidden, torch.zeros(2, 8), RunMemory()))
+    late = rule.score(view_of(hidden[1:], torch.randn(1, 19), RunMemory()))
+    torch.testing.assert_close(late[:, :, 11:], together[1:])
+    assert torch.equal(together, rule.score(view_of(hidden, torch.zeros(2, 8), RunMemory())))
 
 
 def test_layers_have_heads_of_their_own_and_half_precision_is_read_in_full(head_file: Path) -> None:
-    rule, hidden = Salience(path=str(head_file)), torch.randn(1, 6, 128).bfloat16()
-    scores = [rule.score(view_of(hidden, torch.zeros(1, 6), RunMemory(), layer)) for layer in range(2)]
+    rule, hidden = Salience(path=str(head_file)), torch.randn(1, 8, 128).bfloat16()
+    scores = [rule.score(view_of(hidden, torch.zeros(1, 8), RunMemory(), layer)) for layer in range(2)]
     assert not torch.allclose(*scores)
-    torch.testing.assert_close(scores[1], rule.score(view_of(hidden.float(), torch.zeros(1, 6), RunMemory(), 1)), rtol=0, atol=0)
+    torch.testing.assert_close(scores[1], rule.score(view_of(hidden.float(), torch.zeros(1, 8), RunMemory(), 1)), rtol=0, atol=0)
 
 
 def test_a_head_is_read_once_until_its_file_changes(head_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,10 +389,10 @@ def test_a_head_is_read_once_until_its_file_changes(head_file: Path, monkeypatch
 
 
 def test_a_run_keeps_the_head_it_began_with(head_file: Path) -> None:
-    rule, memory, hidden = Salience(path=str(head_file)), RunMemory(), torch.randn(1, 3, 128)
-    before = rule.score(view_of(hidden, torch.zeros(1, 3), memory))
+    rule, memory, hidden = Salience(path=str(head_file)), RunMemory(), torch.randn(1, 4, 128)
+    before = rule.score(view_of(hidden, torch.zeros(1, 4), memory))
     head_file.unlink()
-    assert torch.equal(before, rule.score(view_of(hidden, torch.zeros(1, 3), memory)))
+    assert torch.equal(before, rule.score(view_of(hidden, torch.zeros(1, 4), memory)))
 
 
 def test_settings_are_equal_by_value_and_kept_in_range() -> None:

@@ -45,7 +45,7 @@ class Clip:
     chunk: Tensor
     """int64 [T]: in which chunk the token lies."""
     place: Tensor
-    """float32 [T, 2 WAVES]: where in its frame."""
+    """float32 [T, 3 WAVES]: where in its chunk."""
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
@@ -84,8 +84,9 @@ def measure(network: SkyReelsV2, latents: Tensor, text: Tensor, chunk_frames: in
         sums = now if sums is None else sums + now
     assert sums is not None
     attention = (sums / len(LEVELS)).transpose(1, 2).cpu()
-    counts = counted(tokens, chunk).T[kept]
-    return Clip(_stacked(student.hidden).cpu()[:, kept], attention[:, kept], counts, kept // chunk, places(kept, grid))
+    counts, starts = counted(tokens, chunk).T[kept], kept // chunk * chunk
+    frames = (tokens - starts).clamp(max=chunk) // (grid[0] * grid[1])
+    return Clip(_stacked(student.hidden).cpu()[:, kept], attention[:, kept], counts, kept // chunk, places(kept - starts, frames, grid))
 
 
 def _stacked(by_layer: Mapping[int, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 When a chunk becomes history, nothing it has seen tells which of its tokens later chunks will need. A bidirectional model
 does see that, so the head is taught by one (`training/salience.py`): from what the layer's self-attention is given in the
-clean pass, and from the token's place in the frame, it foretells the attention from later chunks, from its own and from earlier ones. A token is
+clean pass, and from the token's place in its chunk, it foretells the attention from later chunks, from its own and from earlier ones. A token is
 scored once, when its chunk becomes history; from then on its score is carried along.
 """
 
@@ -29,10 +29,10 @@ FORMAT = "pafu-salience/1"
 OUT = ("low", "same", "up")
 """Who attends to the token, in the order of the head's outputs: later chunks (below the diagonal), its own, earlier ones (above)."""
 LOW, SAME, UP = range(3)
-FIXED = {"format": FORMAT, "out": ",".join(OUT), "act": "gelu", "tap": "self_attn_input_t0", "place": "dct8", "target_stat": "max"}
+FIXED = {"format": FORMAT, "out": ",".join(OUT), "act": "gelu", "tap": "self_attn_input_t0", "place": "chunk-dct8", "target_stat": "max"}
 """What every file of this format says of itself."""
 WAVES = 8
-"""Cosines that tell a head the row of a token in its frame, and as many for the column."""
+"""Cosines that tell a head the frame of a token in its chunk; as many for its row, and for its column."""
 NARROWING = 8
 """A head is as many times narrower inside than the layer."""
 EPS = 1e-6
@@ -80,7 +80,7 @@ class HeadInfo:
 
 
 class LayerHead(nn.Module):
-    """RMSNorm(C) -> Linear(C + 2 WAVES, hidden) -> GELU -> Linear(hidden, 3), for one layer; the 2 WAVES say where in its frame a token is.
+    """RMSNorm(C) -> Linear(C + 3 WAVES, hidden) -> GELU -> Linear(hidden, 3), for one layer; 3 WAVES say where in its chunk a token is.
 
     `target_mean`, `target_std` [3]: of the log attention that the training clips' tokens received.
     """
@@ -91,13 +91,14 @@ class LayerHead(nn.Module):
     def __init__(self, in_dim: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(in_dim, eps=EPS)
-        self.fc1, self.fc2 = nn.Linear(in_dim + 2 * WAVES, hidden), nn.Linear(hidden, len(OUT))
+        self.fc1, self.fc2 = nn.Linear(in_dim + 3 * WAVES, hidden), nn.Linear(hidden, len(OUT))
         self.register_buffer("target_mean", torch.zeros(len(OUT)))
         self.register_buffer("target_std", torch.ones(len(OUT)))
 
     def forward(self, hidden: Tensor, place: Tensor) -> Tensor:
-        """[..., C] and `places` of the tokens [..., 2 WAVES] -> float32 [..., 3] in the order of OUT: standardised log attention."""
-        said: Tensor = self.fc2(F.gelu(self.fc1(torch.cat([self.norm(hidden.float()), place], -1))))
+        """[..., T, C] and `places` of the tokens [..., T, 3 WAVES] -> float32 [..., T, 3] in the order of OUT: standardised log attention."""
+        known = torch.cat([self.norm(hidden.float()), place.expand(*hidden.shape[:-1], -1)], -1)
+        said: Tensor = self.fc2(F.gelu(self.fc1(known)))
         return said
 
     def target(self, received: Tensor) -> Tensor:
@@ -109,13 +110,17 @@ class LayerHead(nn.Module):
         return self if self.target_mean.device == device else copy.deepcopy(self).to(device)
 
 
-def places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Numbers of tokens, int64 [...], in frames of `grid` rows and columns -> float32 [..., 2 WAVES]: cosines of row and column."""
+def places(tokens: Tensor, frames: Tensor | int, grid: tuple[int, int]) -> Tensor:
+    """Cosines of frame, row and column of tokens, float32 [T, 3 WAVES].
+
+    tokens: int64 [T], each counted from the start of its chunk of `frames` latent frames (one number, or one per token) of
+    `grid` rows and columns.
+    """
     rows, columns = grid
-    place = tokens % (rows * columns)
-    down, across = (place // columns + 0.5) / rows, (place % columns + 0.5) / columns
+    frame, place = tokens // (rows * columns), tokens % (rows * columns)
+    along = torch.stack([(frame + 0.5) / frames, (place // columns + 0.5) / rows, (place % columns + 0.5) / columns], -1)
     wave = torch.arange(1, WAVES + 1, device=tokens.device) * math.pi
-    return torch.cat([(down[..., None] * wave).cos(), (across[..., None] * wave).cos()], -1)
+    return (along[..., None] * wave).cos().flatten(1)
 
 
 def log_attention(received: Tensor) -> Tensor:
@@ -212,7 +217,8 @@ class Salience:
     def score(self, view: KVView) -> Tensor:
         """-> float32 [R, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
         head = view.memory.of(LayerHead, lambda: head_at(self.path).layer(view.layer).on(view.hidden.device))
-        low, same, up = head(view.hidden, places(view.tokens[:, -view.new :], view.grid)).unbind(-1)
+        place = places(torch.arange(view.new, device=view.hidden.device), view.new // view.frame_tokens, view.grid)
+        low, same, up = head(view.hidden, place).unbind(-1)
         fresh = self.low * low + self.same * same + self.up * up
         old = view.carried[:, : view.carried.shape[1] - view.new]
         return torch.cat([old, fresh], 1).unsqueeze(1)
