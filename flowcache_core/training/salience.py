@@ -25,7 +25,7 @@ from ..demo import bundle
 from ..demo.bundle import Bundle
 from ..device import fast_dtype
 from ..generate import Job
-from ..kv.scores.salience import BUNDLED, COMMAND, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
+from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
 from ..models.checkpoint import load_skyreels_file, skyreels_config
 from ..models.key_names import original_names
 from ..models.quantised import MARKER
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     sha = fingerprint(it.files)
     begin(args.work, {
         "model": it.name, "sha256": sha, "clips": args.clips, "steps": args.steps, "tokens": args.tokens, "chunk_frames": it.model.chunk_frames,
-        "prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest() if args.prompts else "", "job": asdict(it.job),
+        "prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest() if args.prompts else "", "job": asdict(it.job), "head": FIXED,
     })  # fmt: skip
 
     store = ClipStore(args.work / "clips", args.clips, held_out)
