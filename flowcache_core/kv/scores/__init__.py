@@ -8,6 +8,7 @@ from .key_norm import KeyNorm
 from .keydiff import KeyDiff
 from .r_kv import RKV
 from .random import Random
+from .salience import Salience
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
 
@@ -20,5 +21,6 @@ KV_POLICIES: tuple[type[KVPolicy], ...] = (
     KeyDiff,
     KeyNorm,
     ExpectedAttention,
+    Salience,
     Random,
 )

@@ -1,0 +1,224 @@
+"""Salience (PaFu-KV, arXiv 2601.21896): a small head per layer foretells how much attention a token will draw.
+
+When a chunk becomes history, nothing it has seen tells which of its tokens later chunks will need. A bidirectional model
+does see that, so the head is taught by one (`training/salience.py`): from what the layer's self-attention is given in the
+clean pass, and from the token's place in its chunk, it foretells the attention from later chunks, from its own and from earlier ones. A token is
+scored once, when its chunk becomes history; from then on its score is carried along.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...decision import check, setting
+from ..policy import KVView
+
+FORMAT = "pafu-salience/1"
+OUT = ("low", "same", "up")
+"""Who attends to the token, in the order of the head's outputs: later chunks (below the diagonal), its own, earlier ones (above)."""
+LOW, SAME, UP = range(3)
+FIXED = {"format": FORMAT, "out": ",".join(OUT), "act": "gelu", "tap": "self_attn_input_t0", "place": "chunk-dct8", "target_stat": "max"}
+"""What every file of this format says of itself."""
+WAVES = 8
+"""Cosines that tell a head the frame of a token in its chunk; as many for its row, and for its column."""
+NARROWING = 8
+"""A head is as many times narrower inside than the layer."""
+EPS = 1e-6
+COMMAND = "python -m flowcache_core.training.salience"
+BUNDLED = Path(__file__).parents[2] / "demo" / "weights" / "salience.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInfo:
+    """What a head was made for and from. `clips`: training clips; `weights`: of the outputs in the order of OUT, as recommended."""
+
+    layers: int
+    in_dim: int
+    hidden: int
+    block_frames: int
+    base_model: str
+    base_sha256: str
+    teacher: str
+    train_clips: int
+    licence: str
+    weights: tuple[float, float, float] = (1.0, 0.1, 0.5)
+
+    def metadata(self) -> dict[str, str]:
+        """As strings, for the head of a safetensors file."""
+        mine = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**FIXED, **{name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in mine.items()}}
+
+    @classmethod
+    def read(cls, said: Mapping[str, str], name: str) -> HeadInfo:
+        """The same back. Raises ValueError for a file of another kind, with entries missing, or with numbers that are none."""
+        if said.get("format") != FORMAT:
+            raise ValueError(f"{name} is no salience head: its format is {said.get('format', 'not said')}, not {FORMAT}; train one with {COMMAND}")
+        if missing := [key for key in (*FIXED, *cls.__dataclass_fields__) if key not in said]:
+            raise ValueError(f"{name} is not a whole salience head: its metadata lack {', '.join(missing)}; train one with {COMMAND}")
+        for key, value in FIXED.items():
+            if said[key] != value:
+                raise ValueError(f"{name} is a salience head of another make: its {key} is {said[key]}, and only {value} is known here")
+        try:
+            layers, in_dim, hidden, block_frames, clips = (int(said[k]) for k in ("layers", "in_dim", "hidden", "block_frames", "train_clips"))
+            low, same, up = (float(part) for part in said["weights"].split(","))
+        except ValueError as error:
+            raise ValueError(f"{name} is not a whole salience head: a number in its metadata cannot be read ({error})") from error
+        return cls(layers, in_dim, hidden, block_frames, said["base_model"], said["base_sha256"], said["teacher"], clips, said["licence"],
+                   (low, same, up))  # fmt: skip
+
+
+class LayerHead(nn.Module):
+    """RMSNorm(C) -> Linear(C + 3 WAVES, hidden) -> GELU -> Linear(hidden, 3), for one layer; 3 WAVES say where in its chunk a token is.
+
+    `target_mean`, `target_std` [3]: of the log attention that the training clips' tokens received.
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(self, in_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(in_dim, eps=EPS)
+        self.fc1, self.fc2 = nn.Linear(in_dim + 3 * WAVES, hidden), nn.Linear(hidden, len(OUT))
+        self.register_buffer("target_mean", torch.zeros(len(OUT)))
+        self.register_buffer("target_std", torch.ones(len(OUT)))
+
+    def forward(self, hidden: Tensor, place: Tensor) -> Tensor:
+        """[..., T, C] and `places` of the tokens [..., T, 3 WAVES] -> float32 [..., T, 3] in the order of OUT: standardised log attention."""
+        known = torch.cat([self.norm(hidden.float()), place.expand(*hidden.shape[:-1], -1)], -1)
+        said: Tensor = self.fc2(F.gelu(self.fc1(known)))
+        return said
+
+    def target(self, received: Tensor) -> Tensor:
+        """Attention received, [..., 3] -> what `forward` should say of it."""
+        return (log_attention(received) - self.target_mean) / self.target_std
+
+    def on(self, device: torch.device) -> LayerHead:
+        """Itself where it is, a copy elsewhere."""
+        return self if self.target_mean.device == device else copy.deepcopy(self).to(device)
+
+
+def places(tokens: Tensor, frames: Tensor | int, grid: tuple[int, int]) -> Tensor:
+    """Cosines of frame, row and column of tokens, float32 [T, 3 WAVES].
+
+    tokens: int64 [T], each counted from the start of its chunk of `frames` latent frames (one number, or one per token) of
+    `grid` rows and columns.
+    """
+    rows, columns = grid
+    frame, place = tokens // (rows * columns), tokens % (rows * columns)
+    along = torch.stack([(frame + 0.5) / frames, (place // columns + 0.5) / rows, (place % columns + 0.5) / columns], -1)
+    wave = torch.arange(1, WAVES + 1, device=tokens.device) * math.pi
+    return (along[..., None] * wave).cos().flatten(1)
+
+
+def log_attention(received: Tensor) -> Tensor:
+    return (received + EPS).log()
+
+
+class SalienceHead(nn.Module):
+    """The heads of all layers, and what they were made for."""
+
+    def __init__(self, info: HeadInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.layers = nn.ModuleList(LayerHead(info.in_dim, info.hidden) for _ in range(info.layers))
+
+    def layer(self, index: int) -> LayerHead:
+        return cast(LayerHead, self.layers[index])
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, in float32."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({k: v.detach().float().cpu().contiguous() for k, v in self.state_dict().items()}, partial, self.info.metadata())
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> SalienceHead:
+        """In evaluation mode, in float32, on the processor.
+
+        Raises ValueError for a missing, foreign or damaged file, and for missing, unknown or misshapen tensors.
+        """
+        if not path.is_file():
+            raise ValueError(f"there is no salience head {path}: train one with {COMMAND}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                said, weights = dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}") from error
+        info = HeadInfo.read(said, path.name)
+        with torch.device("meta"):
+            head = cls(info)
+        _refuse_misfits({k: tuple(v.shape) for k, v in head.state_dict().items()}, {k: tuple(v.shape) for k, v in weights.items()}, path.name)
+        head.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+        return head.eval().requires_grad_(False)
+
+
+def _refuse_misfits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], name: str) -> None:
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        parts = [f"{len(keys)} {what} ({keys[0]}, ...)" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys]
+        raise ValueError(f"{name} is not a whole salience head: {' and '.join(parts)} of {len(wanted)} tensors; train one with {COMMAND}")
+    if wrong := [key for key in wanted if wanted[key] != found[key]]:
+        key = wrong[0]
+        raise ValueError(f"{name} contradicts itself: {key} has shape {found[key]}, but its metadata ask for {wanted[key]}; train one with {COMMAND}")
+
+
+def head_at(path: str) -> SalienceHead:
+    """The head in a file ("": that of the bundled model), read once as long as the file does not change. Raises ValueError."""
+    file = Path(path) if path else BUNDLED
+    return _read(file, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=2)
+def _read(file: Path, changed: int) -> SalienceHead:
+    return SalienceHead.load(file)
+
+
+@dataclass(frozen=True)
+class Salience:
+    """Settings of the salience policy. Raises ValueError for a value outside its range."""
+
+    name: ClassVar[str] = "salience"
+
+    path: str = setting("", "The file of a head that was trained for the model. Empty: that of the bundled model.")
+    low: float = setting(1.0, "Weight of the attention that later chunks are expected to pay to a token.", low=0.0, high=10.0, step=0.05)
+    up: float = setting(
+        0.5, "Weight of the attention that earlier chunks would pay to it, if they could see it.", low=0.0, high=10.0, step=0.05, advanced=True
+    )
+    same: float = setting(0.1, "Weight of the attention that its own chunk pays to it.", low=0.0, high=10.0, step=0.05, advanced=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.low == self.up == self.same == 0:
+            raise ValueError("low, up and same are all 0, so every token would score the same: give one of them a weight")
+
+    def check_network(self, layers: int, width: int) -> None:
+        """Raises ValueError, before a run, where there is no whole head or it is for a network of another size."""
+        info = head_at(self.path).info
+        if (info.layers, info.in_dim) != (layers, width):
+            raise ValueError(
+                f"this head is for {info.layers} layers of {info.in_dim} channels ({info.base_model}), the model has {layers} layers of {width}: "
+                f"train one for it with {COMMAND}"
+            )
+
+    def score(self, view: KVView) -> Tensor:
+        """-> float32 [R, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
+        head = view.memory.of(LayerHead, lambda: head_at(self.path).layer(view.layer).on(view.hidden.device))
+        place = places(torch.arange(view.new, device=view.hidden.device), view.new // view.frame_tokens, view.grid)
+        low, same, up = head(view.hidden, place).unbind(-1)
+        fresh = self.low * low + self.same * same + self.up * up
+        old = view.carried[:, : view.carried.shape[1] - view.new]
+        return torch.cat([old, fresh], 1).unsqueeze(1)
