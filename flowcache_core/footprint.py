@@ -24,6 +24,8 @@ class Footprint:
     kv: int
     text: int
     predictions: int
+    kv_unbounded: int = 0
+    """What the KV cache would take without the budget that is set; 0 where none is."""
 
     @property
     def held(self) -> int:
@@ -34,8 +36,11 @@ class Footprint:
         return asdict(self)
 
     def sentence(self) -> str:
-        parts = (("weights", self.weights), ("KV cache", self.kv), ("text", self.text), ("kept predictions", self.predictions))
-        return "at its peak the run holds " + ", ".join(f"{name} {readable(size)}" for name, size in parts)
+        without = f" ({readable(self.kv_unbounded)} without the budget)" if self.kv_unbounded else ""
+        return (
+            f"at its peak the run holds weights {readable(self.weights)}, KV cache {readable(self.kv)}{without}, "
+            f"text {readable(self.text)}, kept predictions {readable(self.predictions)}"
+        )
 
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
@@ -54,7 +59,8 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     kept = {None: 0, "velocity": channels * height * width, "residual": frame_tokens * channels_inside}[keeps]
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
     most, _ = capacity(schedule, frame_tokens, budget)
-    return Footprint(weights, rows * most * token, text_tokens * token, KEPT * rows * frames * kept * itemsize)
+    without = 0 if budget is None else rows * token * capacity(schedule, frame_tokens)[0]
+    return Footprint(weights, rows * most * token, text_tokens * token, KEPT * rows * frames * kept * itemsize, without)
 
 
 def readable(size: float) -> str:

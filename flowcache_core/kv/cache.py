@@ -152,6 +152,11 @@ class KVStore:
     def bytes(self) -> int:
         return sum(cache.bytes for cache in self._caches)
 
+    @property
+    def history_bytes(self) -> int:
+        """Of these, what the rows of a history under a budget take."""
+        return self.bytes * self.lie.kept // self.sizes.capacity
+
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""
         cache, rows = self.of(branches)
