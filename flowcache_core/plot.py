@@ -79,14 +79,17 @@ def _over_time(shares: np.ndarray, known: Sequence[int]) -> Image.Image:
     picture = Image.new("RGB", (max(left + frames * wide + 16, _width(title) + 20), top + chunks * high + 30), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((10, 9), title, INK, font(12))
-    gap, every = (1 if min(wide, high) > 3 else 0), -(-18 // high)
+    every = -(-18 // high)
+    cells = _shaded(shares)
+    cells[np.arange(frames) >= np.array(known)[:, None]] = PAPER
+    cells = cells.repeat(high, 0).repeat(wide, 1)
+    if min(wide, high) > 3:
+        cells[high - 1 :: high] = cells[:, wide - 1 :: wide] = PAPER
+    picture.paste(Image.fromarray(cells), (left, top))
     for k in range(chunks):
         y = top + k * high
         if k % every == 0:
             draw.text((10, y + high // 2 - 8), f"chunk {k + 1}", INK, font(12))
-        for f in range(known[k]):
-            box = (left + f * wide, y, left + (f + 1) * wide - 1 - gap, y + high - 1 - gap)
-            draw.rectangle(box, between(*KEPT_SHADES, min(float(shares[k, f]), 1.0)))
     draw.text((left, top + chunks * high + 6), "frame 1", INK, font(12))
     last = f"{frames}"
     draw.text((left + frames * wide - _width(last), top + chunks * high + 6), last, INK, font(12))
@@ -108,13 +111,18 @@ def _places(places: np.ndarray) -> Image.Image:
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((10, 5), title, INK, font(12))
-    light, dark = (np.array(shade, np.float32) for shade in KEPT_SHADES)
     for n, f in enumerate(shown):
         x, y = 10 + n % across * wide, 28 + n // across * high
-        pixels = (light + (dark - light) * places[f][..., None].clip(0, 1)).round().astype(np.uint8)
-        picture.paste(Image.fromarray(pixels).resize((columns * scale, rows * scale), Image.Resampling.NEAREST), (x, y))
+        picture.paste(Image.fromarray(_shaded(places[f]).repeat(scale, 0).repeat(scale, 1)), (x, y))
         draw.text((x, y + rows * scale + 2), f"{f + 1}", INK, font(11))
     return picture
+
+
+def _shaded(shares: np.ndarray) -> np.ndarray:
+    """[...], 0..1 -> uint8 [..., 3]."""
+    light, dark = (np.array(shade, np.float32) for shade in KEPT_SHADES)
+    out: np.ndarray = (light + (dark - light) * shares[..., None].clip(0, 1)).round().astype(np.uint8)
+    return out
 
 
 def _width(text: str) -> int:

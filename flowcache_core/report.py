@@ -123,9 +123,9 @@ class RunReport:
             return ""
         stages = [list(same) for _, same in groupby(enumerate(self.history_tokens, 1), key=lambda stage: stage[1])]
         when = [f"after chunk {same[0][0]}" if len(same) == 1 else f"after chunks {same[0][0]} to {same[-1][0]}" for same in stages]
-        told = [f"{where} {same[0][1]} ({readable(self.history_bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
+        told = [f"{same[0][1]} {where} ({readable(self.history_bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
         told = told if len(told) <= STAGES_TOLD else [told[0], "...", told[-1]]
-        return f"tokens of history per layer: {', '.join(told)}, of {len(self.places)} that were finished"
+        return f"history in tokens per layer: {', '.join(told)}, of {len(self.places)} finished ones"
 
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)

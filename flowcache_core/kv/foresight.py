@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..rows import capacity
 from ..schedule import ChunkSchedule
 from .compressor import Budget
 
@@ -12,7 +13,14 @@ def foresee_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) 
     longest = schedule.span(schedule.given if together else schedule.chunks - 1)[0]
     frames = budget.rows / frame_tokens
     if frames < longest:
-        return f"history is kept to {budget.rows} tokens per layer: {frames:.4g} latent frames of up to {longest}"
+        kept = f"history is kept to {budget.rows} tokens per layer: {frames:.4g} latent frames of up to {longest}"
+        without = capacity(schedule, frame_tokens)[0]
+        if capacity(schedule, frame_tokens, budget.rows)[0] < without:
+            return kept
+        return (
+            f"{kept}; it is chosen from the whole film, but the KV cache is no smaller than the {without // frame_tokens} latent frames that the "
+            "window holds without a budget: a smaller budget is"
+        )
     if together:
         return (
             "the budget saves nothing here: ar_step 0 denoises all chunks together, so none becomes history before the film is finished; "
