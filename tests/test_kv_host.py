@@ -114,10 +114,8 @@ def test_the_report_without_the_node_has_no_second_picture(host: Host, graph: Gr
 
 
 def test_the_node_says_in_words_what_was_set(host: Host, graph: Graph) -> None:
-    text = said(host, before(graph, granularity="frame", sink=2), KIND)
-    assert "history is kept to 1.7 chunks; what goes is chosen by importance-redundancy, whole latent frames at a time" in said(
-        host, before(graph, budget=1.7, granularity="frame", sink=2), KIND
-    )
+    text = said(host, before(graph, budget=1.7, granularity="frame", sink=2), KIND)
+    assert "history is kept to 1.7 chunks; what goes is chosen by importance-redundancy, whole latent frames at a time" in text
     assert "the film's first 2 latent frames and the latest chunk of history always stay" in text
 
 

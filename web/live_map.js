@@ -47,7 +47,7 @@ function draw(canvas, state) {
   state.map.forEach((row, k) => {
     [...row].forEach((digit, j) => {
       pen.fillStyle = SHADES[digit];
-      pen.fillRect(4 + j * cell, top + k * line, Math.max(cell - 0.6, 0.6), line - 1.5);
+      pen.fillRect(4 + j * cell, top + k * line, Math.max(cell - 0.6, 0.6), Math.max(line - 1.5, line * 0.7));
     });
   });
 }
