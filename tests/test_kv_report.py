@@ -116,6 +116,11 @@ def test_what_a_budget_will_do_is_said_before_the_run(ar_step: int, rows: int, p
     assert (capacity(schedule, FRAME, rows)[0] >= capacity(schedule, FRAME)[0]) == no_less
 
 
+def test_fewer_bits_save_memory_even_where_all_is_kept() -> None:
+    said = foresee_history(Budget(36, FRAME, 3 * FRAME, "token", KV_POLICIES[0](), "int8"), ChunkSchedule(12, 3, 10), FRAME)
+    assert said == "all of history is kept: the budget has room for 9 latent frames, and it is never longer than 9"
+
+
 def test_the_footprint_says_what_the_budget_saves(net: SkyReelsV2) -> None:
     schedule = ChunkSchedule(30, 3, 4, 4)
     with_budget, without = (footprint(SkyReelsAdapter(net), schedule, (16, 4, 4), 2, 8, 4, None, budget=rows) for rows in (20, None))

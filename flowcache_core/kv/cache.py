@@ -44,6 +44,10 @@ class KVCache:
     def bytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self._buffers)
 
+    def history_bytes(self, kept: int) -> int:
+        """Of these, what `kept` rows of history take."""
+        return self.bytes * kept // self.sizes.capacity
+
     def rows(self, branches: Branches) -> slice | None:
         """Where some of the branches lie next to each other in the batch, or None."""
         films = self.sizes.films
@@ -154,8 +158,8 @@ class KVStore:
 
     @property
     def history_bytes(self) -> int:
-        """Of these, what the rows of a history under a budget take."""
-        return self.bytes * self.lie.kept // self.sizes.capacity
+        """What the rows of a history under a budget take, wherever they lie."""
+        return sum(cache.history_bytes(self.lie.kept) for cache in self._caches)
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""
