@@ -9,6 +9,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
 
     from .nodes.chunkwise import ChunkwiseCache
     from .nodes.frames_in import ARVideoFramesIn
+    from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
     from .nodes.load_model import LoadARVideoModel
     from .nodes.motion import MotionCache, RefreshOverlay
@@ -17,6 +18,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
 
     class FlowCache(ComfyExtension):
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            return [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn, ChunkwiseCache, MotionCache, ARChunkSampler, CacheReport, RefreshOverlay]
+            inputs, caches = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn], [ChunkwiseCache, MotionCache, KVCompressor]
+            return [*inputs, *caches, ARChunkSampler, CacheReport, RefreshOverlay]
 
     return FlowCache()

@@ -24,6 +24,8 @@ class Footprint:
     kv: int
     text: int
     predictions: int
+    kv_unbounded: int = 0
+    """What the KV cache would take without the budget that is set; 0 where none is."""
 
     @property
     def held(self) -> int:
@@ -34,28 +36,33 @@ class Footprint:
         return asdict(self)
 
     def sentence(self) -> str:
-        parts = (("weights", self.weights), ("KV cache", self.kv), ("text", self.text), ("kept predictions", self.predictions))
-        return "at its peak the run holds " + ", ".join(f"{name} {readable(size)}" for name, size in parts)
+        without = f" ({readable(self.kv_unbounded)} without the budget)" if self.kv_unbounded else ""
+        return (
+            f"at its peak the run holds weights {readable(self.weights)}, KV cache {readable(self.kv)}{without}, "
+            f"text {readable(self.text)}, kept predictions {readable(self.predictions)}"
+        )
 
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
-              keeps: Replay | None, weights: int = 0, budget: int | None = None, kv: int | None = None) -> Footprint:  # fmt: skip
+              keeps: Replay | None, weights: int = 0, bounded: int | None = None) -> Footprint:  # fmt: skip
     """Of a run over latents [batch, C, frames, h, w].
 
     `latent`: C, h, w; `rows`: branches x batch; `text_tokens`: of all rows together; `itemsize`: bytes of one number in the
     dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored.
 
-    The KV cache holds two numbers per layer, channel and token, of the chunks that are seen or of `budget` rows of history
-    and the chunks that are being denoised, unless `kv` says how many bytes it takes. A chunk keeps predictions only while it
-    is being denoised, so the busiest row counts.
+    The KV cache holds two numbers per layer, channel and token of all chunks that are seen at once, or `bounded` bytes under a
+    budget. A chunk keeps predictions only while it is being denoised, so the busiest row counts.
     """
     channels, height, width = latent
     frame_tokens, channels_inside = adapter.tokens_per_frame(height, width), adapter.heads * adapter.head_dim
     token = 2 * adapter.layers * channels_inside * itemsize
     kept = {None: 0, "velocity": channels * height * width, "residual": frame_tokens * channels_inside}[keeps]
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
-    kv = rows * capacity(schedule, frame_tokens, budget).total * token if kv is None else kv
-    return Footprint(weights, kv, text_tokens * token, KEPT * rows * frames * kept * itemsize)
+    kv = rows * capacity(schedule, frame_tokens).total * token
+    predictions = KEPT * rows * frames * kept * itemsize
+    if bounded is None:
+        return Footprint(weights, kv, text_tokens * token, predictions)
+    return Footprint(weights, bounded, text_tokens * token, predictions, kv)
 
 
 def readable(size: float) -> str:

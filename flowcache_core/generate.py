@@ -127,7 +127,7 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
     network, grid = adapter(bundle.network, levels), (x.shape[3], x.shape[4])
-    budget = compressor.plan(network, schedule, grid, job.fps, len(branches), like.element_size()) if compressor else None
+    budget = compressor.plan(network, schedule, grid, job.fps, len(branches), like.element_size(), x.device) if compressor else None
     with Session(network, schedule, levels, grid, policy=policy, fps=job.fps, prefix_sigma=light.sigma, budget=budget) as session:
         session.foresee(x.device)
 

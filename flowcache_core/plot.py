@@ -1,9 +1,10 @@
-"""Pictures made of numbers, drawn with Pillow: the chunk x step map and a line plot."""
+"""Pictures made of numbers, drawn with Pillow: the chunk x step map, what a budget kept of history, and a line plot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .report import COMPUTED, NOT_RUN, REFRESHED, RunReport
@@ -12,6 +13,9 @@ PAPER, INK, GRID = (250, 250, 252), (30, 34, 44), (222, 226, 234)
 SHADES = {COMPUTED: (38, 84, 164), NOT_RUN: (236, 238, 242)}
 REUSED_SHADE = (247, 181, 84)
 REFRESHED_SHADES = (196, 232, 204), (30, 120, 72)
+KEPT_SHADES = (228, 232, 240), (22, 64, 140)
+PLACES_AT_MOST = 48
+"""Latent frames whose places are drawn one by one."""
 LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120), (190, 30, 60), (0, 150, 170))
 
 
@@ -23,7 +27,7 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
     """Rows are chunks, columns are steps: blue was computed, orange was reused, green was computed in part, the darker the more."""
     chunks, steps = report.map.shape
     left, top = 74, 34
-    width = max(left + steps * cell + 16, 460, int(font(12).getlength(report.summary())) + 20)
+    width = max(left + steps * cell + 16, 460, _width(report.summary()) + 20)
     picture = Image.new("RGB", (width, top + chunks * (cell + 3) + 30), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((10, 9), report.summary(), INK, font(12))
@@ -43,6 +47,86 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
         draw.rectangle((x, y + 2, x + 11, y + 13), shade)
         draw.text((x + 17, y), word, INK, font(12))
     return picture
+
+
+def history_map(report: RunReport) -> Image.Image:
+    """What a budget kept of history: above over time, below place by place at the end.
+
+    Above, rows are finished chunks and columns latent frames, the darker the more of a frame's tokens are kept. Below, each
+    little picture is a latent frame, the darker a place the more layers keep it.
+    """
+    if report.places is None or report.grid is None:
+        picture = Image.new("RGB", (460, 34), PAPER)
+        ImageDraw.Draw(picture).text((10, 9), "no budget was set, or no chunk was finished: nothing was given up", INK, font(12))
+        return picture
+    _, rows, columns = report.grid
+    shares = np.zeros((len(report.history), len(report.history[-1])))
+    for k, frames in enumerate(report.history):
+        shares[k, : len(frames)] = frames / (rows * columns)
+    over_time = _over_time(shares, [len(frames) for frames in report.history])
+    at_the_end = _places(report.places.reshape(-1, rows, columns))
+    picture = Image.new("RGB", (max(over_time.width, at_the_end.width), over_time.height + at_the_end.height), PAPER)
+    picture.paste(over_time, (0, 0))
+    picture.paste(at_the_end, (0, over_time.height))
+    return picture
+
+
+def _over_time(shares: np.ndarray, known: Sequence[int]) -> Image.Image:
+    """shares: [chunks, frames], 0..1; `known`: of every chunk's row the frames that were there by then."""
+    chunks, frames = shares.shape
+    wide, high, left, top = min(max(720 // frames, 2), 16), min(max(480 // chunks, 2), 16), 74, 34
+    title = f"rows: {chunks} finished chunks, columns: {frames} latent frames; the darker, the more of the frame is kept"
+    picture = Image.new("RGB", (max(left + frames * wide + 16, _width(title) + 20), top + chunks * high + 30), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 9), title, INK, font(12))
+    every = -(-18 // high)
+    cells = _shaded(shares)
+    cells[np.arange(frames) >= np.array(known)[:, None]] = PAPER
+    cells = cells.repeat(high, 0).repeat(wide, 1)
+    if min(wide, high) > 3:
+        cells[high - 1 :: high] = cells[:, wide - 1 :: wide] = PAPER
+    picture.paste(Image.fromarray(cells), (left, top))
+    for k in range(chunks):
+        y = top + k * high
+        if k % every == 0:
+            draw.text((10, y + high // 2 - 8), f"chunk {k + 1}", INK, font(12))
+    draw.text((left, top + chunks * high + 6), "frame 1", INK, font(12))
+    last = f"{frames}"
+    draw.text((left + frames * wide - _width(last), top + chunks * high + 6), last, INK, font(12))
+    return picture
+
+
+def _places(places: np.ndarray) -> Image.Image:
+    """places: [frames, rows, columns], the share of layers that keep each token, 0..1."""
+    some = np.flatnonzero(places.any((1, 2)))
+    most = some[np.argsort(-places[some].sum((1, 2)), kind="stable")[:PLACES_AT_MOST]]
+    shown, rows, columns = np.sort(most), *places.shape[1:]
+    scale = max(1, 48 // max(rows, columns))
+    wide, high, across = columns * scale + 10, rows * scale + 24, 16
+    which = (
+        f"the {len(shown)} of {len(some)} latent frames of which most is kept" if len(shown) < len(some) else "latent frames of which some is kept"
+    )
+    title = f"kept at the end, place by place: {which}; the darker, the more layers keep it"
+    size = (max(min(len(shown), across) * wide + 20, _width(title) + 20), 30 + -(-len(shown) // across) * high)
+    picture = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 5), title, INK, font(12))
+    for n, f in enumerate(shown):
+        x, y = 10 + n % across * wide, 28 + n // across * high
+        picture.paste(Image.fromarray(_shaded(places[f]).repeat(scale, 0).repeat(scale, 1)), (x, y))
+        draw.text((x, y + rows * scale + 2), f"{f + 1}", INK, font(11))
+    return picture
+
+
+def _shaded(shares: np.ndarray) -> np.ndarray:
+    """[...], 0..1 -> uint8 [..., 3]."""
+    light, dark = (np.array(shade, np.float32) for shade in KEPT_SHADES)
+    out: np.ndarray = (light + (dark - light) * shares[..., None].clip(0, 1)).round().astype(np.uint8)
+    return out
+
+
+def _width(text: str) -> int:
+    return int(font(12).getlength(text))
 
 
 Shade = tuple[int, int, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .footprint import Footprint
+from .footprint import Footprint, readable
 from .schedule import Row
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
+STAGES_TOLD = 6
+"""A history that grew in more stages than this is told by its first and its last."""
 
 
 class RunReport:
@@ -23,9 +26,14 @@ class RunReport:
 
     `drift` and `shares` are float32 of that shape: accumulated drift, and the share of the chunk's tokens that ran. After
     `close`, `visits` is int32 [frames, rows, columns]: at how many steps each token was computed, commits left out.
+
+    Under a budget `history` has an array per finished chunk: kept tokens of every latent frame so far, mean over layers,
+    branches and films; `history_bytes` what they took. `places` is the share of these that keep each token of the film at
+    the end, float64 [tokens so far]. `grid`: latent frames of the film, rows and columns of tokens in one.
     """
 
     def __init__(self, chunks: int, steps: int, grid: tuple[int, int, int] | None = None) -> None:
+        self.grid = grid
         self.map = np.zeros((chunks, steps), np.uint8)
         self.drift, self.shares = (np.zeros((chunks, steps), np.float32) for _ in range(2))
         self.visits: np.ndarray | None = None
@@ -33,6 +41,7 @@ class RunReport:
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
         self.history: list[np.ndarray] = []
+        self.history_bytes: list[int] = []
         self.places: np.ndarray | None = None
         self.notes: tuple[str, ...] = ()
         self.expected: Footprint | None = None
@@ -92,12 +101,31 @@ class RunReport:
         self.tokens += tokens
         self.tokens_computed += tokens
 
-    def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int) -> None:
-        """What a budget left of history when `chunk` joined it. tokens: int [branches, layers, films, rows], numbers in the film."""
+    def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int, size: int = 0) -> None:
+        """What a budget left of history when `chunk` joined it, `size` bytes.
+
+        tokens: int [branches, layers, films, rows], numbers in the film.
+        """
         lists = tokens.size // max(tokens.shape[-1], 1)
         counts = np.bincount(tokens.ravel(), minlength=(chunk.start + chunk.frames) * frame_tokens) / lists
         self.history.append(counts.reshape(-1, frame_tokens).sum(1))
+        self.history_bytes.append(size)
         self.places = counts
+
+    @property
+    def history_tokens(self) -> list[int]:
+        """Tokens of history per layer after every finished chunk."""
+        return [round(float(frames.sum())) for frames in self.history]
+
+    def history_line(self) -> str:
+        """How history grew, in one sentence; "" where no budget was set or no chunk was finished."""
+        if self.places is None:
+            return ""
+        stages = [list(same) for _, same in groupby(enumerate(self.history_tokens, 1), key=lambda stage: stage[1])]
+        when = [f"after chunk {same[0][0]}" if len(same) == 1 else f"after chunks {same[0][0]} to {same[-1][0]}" for same in stages]
+        told = [f"{same[0][1]} {where} ({readable(self.history_bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
+        told = told if len(told) <= STAGES_TOLD else [told[0], "...", told[-1]]
+        return f"history in tokens per layer: {', '.join(told)}, of {len(self.places)} finished ones"
 
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)
@@ -161,12 +189,14 @@ class RunReport:
 
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
-        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *self.notes))
+        history = self.history_line()
+        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *([history] if history else []), *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed, 3 refreshed in part).
 
-        `shares` has the share of the chunk's tokens that ran, per chunk and step.
+        `shares` has the share of the chunk's tokens that ran, per chunk and step. `history` has, per finished chunk, tokens per
+        layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
         """
         network = self.seconds.get("network", 0.0)
         return {
@@ -185,4 +215,11 @@ class RunReport:
             "map": ["".join(map(str, row)) for row in self.map],
             "shares": [[round(float(s), 3) for s in row] for row in self.shares],
             "notes": list(self.notes),
+            "history": self._history_as_dict(),
         }
+
+    def _history_as_dict(self) -> dict[str, Any]:
+        if not self.history:
+            return {}
+        frames = [round(float(kept), 2) for kept in self.history[-1]]
+        return {"tokens": self.history_tokens, "bytes": list(self.history_bytes), "frames": frames}

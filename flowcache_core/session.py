@@ -18,6 +18,7 @@ from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Refresh
 from .kernels.tokens import mask_over
 from .kv.cache import Branches, KVSizes, KVStore
 from .kv.compressor import Budget
+from .kv.foresight import foresee_history
 from .kv.keeper import Keeper
 from .models.adapter import Call, ModelAdapter, require_tokens
 from .models.published import time_polynomial
@@ -55,14 +56,13 @@ class Session:
         patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
         self._grid = grid[0] // patch, grid[1] // patch
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
-        self._kv = self._store(budget)
+        self._budget, self._kv = budget, self._store(budget)
         self._text: dict[Branches, object] = {}
         self._time_changes: list[float] | None = None
 
     def _store(self, budget: Budget | None) -> KVStore:
         adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
-        room = capacity(self.schedule, self._frame_tokens, rows.budget)
-        sizes = KVSizes(self.batch, adapter.layers, adapter.heads, adapter.head_dim, room.total, room.history, room.active)
+        sizes = KVSizes.of(adapter, self.batch, capacity(self.schedule, self._frame_tokens, rows.budget))
         if budget is None:
             return KVStore(sizes, rows)
         keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
@@ -86,6 +86,8 @@ class Session:
     def foresee(self, device: torch.device) -> tuple[str, ...]:
         """What is known before the first step, in sentences that the report repeats. `device`: where the run will be."""
         said = self.policy.foresee(self.outlook(device)) if isinstance(self.policy, Foresees) else ()
+        if self._budget is not None:
+            said = *said, foresee_history(self._budget, self.schedule, self._frame_tokens)
         self.report.notes += said
         return said
 
@@ -127,7 +129,7 @@ class Session:
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:
-                self.report.kept(chunk, keeper.locate(), self._frame_tokens)
+                self.report.kept(chunk, keeper.locate(), self._frame_tokens, self._kv.history_bytes)
                 self.report.host_syncs += 1
 
     def _decide(self, call: Call, state: ChunkState) -> Decision:

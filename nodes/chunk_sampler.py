@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -14,17 +15,33 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import CachePolicy, Foresees
-from ..flowcache_core.footprint import Footprint, footprint
+from ..flowcache_core.decision import Foresees
+from ..flowcache_core.footprint import footprint
 from ..flowcache_core.given import GivenNoise, given_frames
+from ..flowcache_core.kv.cache import KVSizes
+from ..flowcache_core.kv.compressor import Budget
 from ..flowcache_core.models.wan_vae import latent_frames
 from ..flowcache_core.report import RunReport
+from ..flowcache_core.rows import capacity
 from ..flowcache_core.sampler import sample_chunks, sample_windows
 from ..flowcache_core.schedule import ChunkSchedule, Row, Window, plan_windows
 from ..flowcache_core.session import Session
 from ..flowcache_core.solvers import require_finite, solver
 from ..flowcache_core.window import WindowSession
-from .host_model import EXPECTED, TURN, ChunkLayout, ChunkTurn, HostModel, WindowTurn, node_of, policy_of, require_ours, take_expected
+from .host_model import (
+    EXPECTED,
+    TURN,
+    ChunkLayout,
+    ChunkTurn,
+    Expected,
+    HostModel,
+    WindowTurn,
+    compressor_of,
+    nodes_of,
+    policy_of,
+    require_ours,
+    take_expected,
+)
 from .live import LiveMap
 
 NODE = "AR Chunk Sampler"
@@ -40,20 +57,26 @@ def say(lines: Iterable[str]) -> None:
         tqdm.write(f"FlowCache: {line}", file=sys.stderr)
 
 
-def expects(guider: Any, model: HostModel, plan: Plan, noise: torch.Tensor, policy: CachePolicy | None) -> tuple[int, Footprint]:
-    """Latent frames of the longest evaluation, and what the run will hold beside it."""
-    adapter = model.adapter()
+def expects(guider: Any, model: HostModel, plan: Plan, noise: torch.Tensor, fps: int) -> Expected:
+    """What a run will hold. Raises ValueError, with the way out, for a budget that cannot serve it."""
+    adapter, policy, compressor = model.adapter(), policy_of(guider.model_options), compressor_of(guider.model_options)
     alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds
     conds = [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
     tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
     batch, schedules = noise.shape[0], [plan] if isinstance(plan, ChunkSchedule) else [window.schedule for window in plan]
+    rows, itemsize, grid = len(conds) * batch, adapter.dtype.itemsize, tuple(noise.shape[3:])
+    bounded, budget = None, None
+    if compressor and isinstance(plan, ChunkSchedule):
+        budget = compressor.plan(adapter, plan, grid, fps, rows, itemsize, guider.model_patcher.load_device)
+        room = capacity(plan, adapter.tokens_per_frame(*grid), budget.rows)
+        bounded = budget.bytes(KVSizes.of(adapter, batch, room), len(conds), itemsize)
     held = footprint(
-        adapter, schedules[0], (noise.shape[1], *noise.shape[3:]), len(conds) * batch, tokens * batch, adapter.dtype.itemsize,
-        policy.keeps if policy else None, guider.model_patcher.model_size(),
+        adapter, schedules[0], (noise.shape[1], *grid), rows, tokens * batch, itemsize,
+        policy.keeps if policy else None, guider.model_patcher.model_size(), bounded,
     )  # fmt: skip
     if isinstance(plan, ChunkSchedule):
-        return max(frames for _, frames in (plan.span(k) for k in range(plan.chunks))), held
-    return max(one.frames for one in schedules), replace(held, kv=0)
+        return Expected(max(frames for _, frames in (plan.span(k) for k in range(plan.chunks))), held, budget)
+    return Expected(max(one.frames for one in schedules), replace(held, kv=0))
 
 
 class Mailbox:
@@ -121,8 +144,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         policy = policy_of(options)
         if isinstance(policy, Foresees):
             policy.check_run(len(sigmas) - 1)
-        expected = expects(guider, model, plan, noise, policy)
-        logging.info(f"FlowCache: {expected[1].sentence()}")
+        expected = expects(guider, model, plan, noise, self.fps)
+        logging.info(f"FlowCache: {expected.held.sentence()}")
         token = EXPECTED.set(expected)
         try:
             samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
@@ -138,14 +161,15 @@ class ChunkSampler(comfy.samplers.Sampler):
         plan = self.plan(model.layout, noise.shape[2], len(sigmas) - 1, prefix, suffix, extra_args["model_options"])
         x = model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         keep_given(x, latent_image, prefix, suffix)
-        run = self._causal if isinstance(plan, ChunkSchedule) else self._bidirectional
+        expected = expected or expects(model_wrap, model, plan, noise, self.fps)
+        run = partial(self._causal, budget=expected.budget) if isinstance(plan, ChunkSchedule) else self._bidirectional
         light = GivenNoise(self.addnoise_condition, extra_args.get("seed") or 0)
         options = extra_args["model_options"]["transformer_options"]
         try:
             samples, report = run(plan, model, model_wrap, sigmas, extra_args, x, light, callback, disable_pbar)
         finally:
             options.pop(TURN, None)
-        report.expected = expected
+        report.expected = expected.held
         self.mailbox.put(report)
         say([report.summary()])
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
@@ -156,21 +180,22 @@ class ChunkSampler(comfy.samplers.Sampler):
         causal = layout.causal if self.attention == AUTO else self.attention == CAUSAL
         if causal:
             return ChunkSchedule(frames, chunk, steps, self.ar_step, window, prefix, suffix)
-        policy = policy_of(model_options)
-        if policy is not None:
+        if nodes := nodes_of(model_options):
             mine = f"{AUTO}, for this model {BIDIRECTIONAL}" if self.attention == AUTO else BIDIRECTIONAL
+            why = "no chunk can be skipped" if policy_of(model_options) else "there is no KV cache"
             raise ValueError(
-                f"{node_of(policy)} cannot work with the attention of {NODE}, {mine}: there every frame changes every other in every "
-                f"row, so no chunk can be skipped; set attention to {CAUSAL}, or bypass the cache node"
+                f"{nodes} cannot work with the attention of {NODE}, {mine}: there every frame changes every other in every "
+                f"row, so {why}; set attention to {CAUSAL}, or bypass {nodes}"
             )
         length = latent_frames(self.window_frames) if self.window_frames else chunk * window
         return plan_windows(frames, chunk, steps, self.ar_step, length, latent_frames(self.overlap_history), prefix, suffix)
 
-    def _causal(self, schedule, model, model_wrap, sigmas, extra_args, x, light, callback, hide):  # type: ignore[no-untyped-def]
+    def _causal(self, schedule, model, model_wrap, sigmas, extra_args, x, light, callback, hide, budget: Budget | None):  # type: ignore[no-untyped-def]
         levels, options = sigmas.tolist(), extra_args["model_options"]["transformer_options"]
         grid, policy = tuple(x.shape[3:]), policy_of(extra_args["model_options"])
         progress = Progress(x, schedule.chunk_steps, schedule.chunks, self.node, callback, hide)
-        with Session(model.adapter(), schedule, levels, grid, x.shape[0], policy, self.fps, light.sigma) as session, progress.bar:
+        session = Session(model.adapter(), schedule, levels, grid, x.shape[0], policy, self.fps, light.sigma, budget)
+        with session, progress.bar:
             say(session.foresee(x.device))
             progress.live.show(session.report, 0)
 

@@ -30,7 +30,9 @@ def widgets(policy: type) -> list[Any]:
         if rule is None:
             continue
         common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced, "optional": field.name in NEWER}
-        if rule.options:
+        if isinstance(field.default, bool):
+            out.append(io.Boolean.Input(field.name, **common))
+        elif rule.options:
             out.append(io.Combo.Input(field.name, options=list(rule.options), **common))
         elif isinstance(field.default, int):
             out.append(io.Int.Input(field.name, min=int(rule.low or 0), max=int(rule.high or 1), **common))

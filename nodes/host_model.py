@@ -21,6 +21,7 @@ import torch
 from ..flowcache_core.chunk import Chunk
 from ..flowcache_core.decision import CachePolicy, TokenPolicy
 from ..flowcache_core.footprint import Footprint
+from ..flowcache_core.kv.compressor import Budget, Compressor
 from ..flowcache_core.models.attention import bidirectional
 from ..flowcache_core.models.checkpoint import release_of
 from ..flowcache_core.models.quantised import FLOAT8, is_companion
@@ -30,11 +31,23 @@ from ..flowcache_core.session import Session
 from ..flowcache_core.window import WindowSession
 from .model_files import open_model
 
+KV_NODE = "KV Compressor"
 OPTIONS = "flowcache"
-"""Key in transformer_options under which our settings travel on a MODEL: {"policy": a frozen dataclass}."""
+"""Key in transformer_options under which our settings travel on a MODEL: {"policy": CachePolicy, "kv": Compressor}, both frozen."""
 TURN = "flowcache_turn"
-EXPECTED: ContextVar[tuple[int, Footprint] | None] = ContextVar("flowcache_expected", default=None)
-"""Between the announcement of a run and its first step: the latent frames of its longest evaluation, and what it will hold."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A run as it is announced. `frames`: latent frames of its longest evaluation; `held`: what it will hold beside that."""
+
+    frames: int
+    held: Footprint
+    budget: Budget | None = None
+
+
+EXPECTED: ContextVar[Expected | None] = ContextVar("flowcache_expected", default=None)
+"""Between the announcement of a run and its first step."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,8 @@ class HostNetwork(SkyReelsV2):
         turn: ChunkTurn | WindowTurn | None = options.get(TURN)
         if turn is not None:
             return turn.denoise(x, context, tuple(options["uuids"]))
-        if (policy := options.get(OPTIONS, {}).get("policy")) is not None:
-            raise ValueError(wrong_sampler(policy))
+        if nodes := nodes_of({"transformer_options": options}):
+            raise ValueError(wrong_sampler(nodes))
         t = timestep.floor().view(-1, 1)
         return super().forward(x, t, self.text_kv(context), bidirectional)
 
@@ -111,8 +124,7 @@ class HostModel(comfy.model_base.BaseModel):
         expected = EXPECTED.get()
         if expected is None:
             return super().memory_required(input_shape, cond_shapes)
-        frames, held = expected
-        return super().memory_required([*input_shape[:2], frames, *input_shape[3:]], cond_shapes) + held.held
+        return super().memory_required([*input_shape[:2], expected.frames, *input_shape[3:]], cond_shapes) + expected.held.held
 
 
 class HostConfig(comfy.supported_models_base.BASE):
@@ -182,12 +194,12 @@ def _keep_small_weights(network: torch.nn.Module, compute: torch.dtype) -> None:
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """Around every run of our MODEL, before weights are moved: our sampler checks its plan here, a stock one is refused a cache policy."""
+    """Around every run of our MODEL, before weights are moved: our sampler checks its plan here, a stock one is refused our settings."""
     around = getattr(sampler, "around", None)
     if around is not None:
         return around(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
-    if (policy := policy_of(executor.class_obj.model_options)) is not None:
-        raise ValueError(wrong_sampler(policy))
+    if nodes := nodes_of(executor.class_obj.model_options):
+        raise ValueError(wrong_sampler(nodes))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
@@ -196,16 +208,22 @@ def node_of(policy: CachePolicy) -> str:
     return "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
 
 
-def wrong_sampler(policy: CachePolicy) -> str:
-    node = node_of(policy)
-    return f"{node} works with the AR Chunk Sampler: connect that node to the sampler input, or bypass {node}"
+def nodes_of(model_options: dict[str, Any]) -> str:
+    """The nodes whose settings a MODEL carries, in words; "" where it carries none."""
+    policy, compressor = policy_of(model_options), compressor_of(model_options)
+    return " and ".join([*([node_of(policy)] if policy else []), *([KV_NODE] if compressor else [])])
 
 
-def take_expected() -> Footprint | None:
+def wrong_sampler(nodes: str) -> str:
+    works = "work" if " and " in nodes else "works"
+    return f"{nodes} {works} with the AR Chunk Sampler: connect that node to the sampler input, or bypass {nodes}"
+
+
+def take_expected() -> Expected | None:
     """What was announced. From now on it is held, and no longer to be asked for."""
     expected = EXPECTED.get()
     EXPECTED.set(None)
-    return expected[1] if expected else None
+    return expected
 
 
 def require_ours(model: Any, node: str) -> HostModel:
@@ -224,15 +242,35 @@ def require_ours(model: Any, node: str) -> HostModel:
 
 def with_policy(model: Any, policy: CachePolicy) -> Any:
     """A clone of a ModelPatcher that carries the policy; what an earlier cache node had put there is replaced."""
-    patched = model.clone()
-    options = patched.model_options.setdefault("transformer_options", {})
-    patched.model_options["transformer_options"] = {**options, OPTIONS: {"policy": policy}}
-    return patched
+    return _with(model, policy=policy)
+
+
+def with_compressor(model: Any, compressor: Compressor) -> Any:
+    """A clone of a ModelPatcher that carries the settings of history, in place of earlier ones."""
+    return _with(model, kv=compressor)
 
 
 def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
-    policy: CachePolicy | None = model_options.get("transformer_options", {}).get(OPTIONS, {}).get("policy")
+    policy: CachePolicy | None = _ours(model_options).get("policy")
     return policy
+
+
+def compressor_of(model_options: dict[str, Any]) -> Compressor | None:
+    compressor: Compressor | None = _ours(model_options).get("kv")
+    return compressor
+
+
+def _with(model: Any, **settings: Any) -> Any:
+    """A clone with some of our settings; those of other nodes stay."""
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    patched.model_options["transformer_options"] = {**options, OPTIONS: {**_ours(patched.model_options), **settings}}
+    return patched
+
+
+def _ours(model_options: dict[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = model_options.get("transformer_options", {}).get(OPTIONS, {})
+    return settings
 
 
 def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:

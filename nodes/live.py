@@ -7,6 +7,7 @@ from typing import Any
 
 from server import PromptServer
 
+from ..flowcache_core.footprint import readable
 from ..flowcache_core.report import RunReport
 
 EVENT = "flowcache.steps"
@@ -14,7 +15,7 @@ PAUSE_S = 0.1
 
 
 class LiveMap:
-    """One run's messages to the tab that queued it: {"node", "map", "share", "done", "total", "eta_s", "note"}."""
+    """One run's messages to the tab that queued it: {"node", "map", "share", "done", "total", "eta_s", "note", "history"}."""
 
     def __init__(self, node: str | None, total: int) -> None:
         self.node, self.total = node, total
@@ -28,7 +29,9 @@ class LiveMap:
         left = (now - self._began) / max(done, 1) * (self.total - done)
         rows = ["".join(map(str, row)) for row in report.map]
         note = report.notes[0] if report.notes else ""
+        size = f"{report.history_tokens[-1]} tokens per layer, {readable(report.history_bytes[-1])}" if report.history else ""
         message: dict[str, Any] = {
             "node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left, "note": note,
+            "history": size,
         }  # fmt: skip
         server.send_sync(EVENT, message, server.client_id)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.plot import chunk_map
+from ..flowcache_core.plot import chunk_map, history_map
 from .chunk_sampler import Mailbox
 from .sampler import Report
 
@@ -20,7 +20,7 @@ class CacheReport(io.ComfyNode):
             node_id="FlowCacheReport",
             display_name="Cache Report",
             category="FlowCache",
-            description="What a run of AR Chunk Sampler computed and reused, as text, JSON and a chunk x step map.",
+            description="What a run of AR Chunk Sampler computed and reused, as text, JSON and a chunk x step map, and what a budget kept.",
             is_output_node=True,
             inputs=[
                 Report.Input("report", tooltip="The report output of AR Chunk Sampler."),
@@ -30,6 +30,7 @@ class CacheReport(io.ComfyNode):
                 io.String.Output(display_name="text"),
                 io.String.Output(display_name="json"),
                 io.Image.Output(display_name="map"),
+                io.Image.Output(display_name="history", tooltip="Which places of the history KV Compressor kept."),
             ],
         )
 
@@ -38,7 +39,9 @@ class CacheReport(io.ComfyNode):
         if report.report is None:
             raise ValueError("this sampler has not run yet: connect latent to the output of the SamplerCustomAdvanced that uses it")
         done = report.report
-        picture = torch.from_numpy(np.asarray(chunk_map(done), np.float32) / 255)[None]
+        steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
         said = report.name + done.text()
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
-        return io.NodeOutput(said, json.dumps(done.as_dict()), picture, ui=shown)
+        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
+        if done.history:
+            shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]
+        return io.NodeOutput(said, json.dumps(done.as_dict()), steps, history, ui=shown)

@@ -192,6 +192,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheConditionFrames",
         "FlowCacheChunkwise",
         "FlowCacheMotion",
+        "FlowCacheKVCompressor",
         "FlowCacheSampler",
         "FlowCacheReport",
         "FlowCacheOverlay",

@@ -38,14 +38,16 @@ function draw(canvas, state) {
   const computed = Math.round(state.share * 100);
   const left = state.done < state.total ? `, ${Math.ceil(state.eta_s)} s left` : "";
   pen.fillText(`step ${state.done} of ${state.total}: ${computed}% computed${left}`, 4, 12);
+  if (state.history) pen.fillText(`history: ${state.history}`, 4, 26, width - 8);
+  const top = state.history ? 32 : 18;
   const rows = state.map.length;
   const steps = state.map[0]?.length ?? 1;
   const cell = (width - 8) / steps;
-  const line = Math.min(12, (HEIGHT - 20) / rows);
+  const line = Math.min(12, (HEIGHT - 2 - top) / rows);
   state.map.forEach((row, k) => {
     [...row].forEach((digit, j) => {
       pen.fillStyle = SHADES[digit];
-      pen.fillRect(4 + j * cell, 18 + k * line, Math.max(cell - 0.6, 0.6), line - 1.5);
+      pen.fillRect(4 + j * cell, top + k * line, Math.max(cell - 0.6, 0.6), Math.max(line - 1.5, line * 0.7));
     });
   });
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from torch import Tensor
 from ..chunk import Chunk
 from ..kernels.attention import attention
 from ..kernels.segments import attention_with_lse, merge
-from ..rows import Rows
+from ..rows import Capacity, Rows
 from .keeper import Choice, Keeper, Segment
+
+if TYPE_CHECKING:
+    from ..models.adapter import ModelAdapter
 
 Branches = tuple[Hashable, ...]
 
@@ -38,6 +42,10 @@ class KVSizes:
     history: int = 0
     active: int = 0
 
+    @classmethod
+    def of(cls, adapter: ModelAdapter, films: int, room: Capacity) -> KVSizes:
+        return cls(films, adapter.layers, adapter.heads, adapter.head_dim, room.total, room.history, room.active)
+
 
 class KVCache:
     """Keys after rotation, and values, of all layers for `branches` that run side by side in one batch."""
@@ -49,6 +57,10 @@ class KVCache:
     @property
     def bytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self._buffers)
+
+    def history_bytes(self, kept: int) -> int:
+        """Of these, what `kept` rows of history take."""
+        return self.bytes * kept // self.sizes.capacity
 
     def rows(self, branches: Branches) -> slice | None:
         """Where some of the branches lie next to each other in the batch, or None."""
@@ -183,6 +195,11 @@ class KVStore:
     @property
     def bytes(self) -> int:
         return sum(cache.bytes for cache in self._caches)
+
+    @property
+    def history_bytes(self) -> int:
+        """What the rows of a history under a budget take, wherever they lie."""
+        return sum(cache.history_bytes(self.lie.kept) for cache in self._caches)
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from ..decision import check, setting
 from ..rows import Rows
 from ..schedule import ChunkSchedule
@@ -50,11 +52,14 @@ class Compressor:
                 "set soft to 0, or dtype to as computed and offload off"
             )
 
-    def plan(self, adapter: ModelAdapter, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int) -> Budget:
-        """The budget in rows of the cache. Raises ValueError, with the smallest one that works, and for weights of another model.
+    def plan(self, adapter: ModelAdapter, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int,
+             device: torch.device | str = "cpu") -> Budget:  # fmt: skip
+        """The budget in rows of the cache. Raises ValueError, with the smallest one that works, for weights of another model, and
+        for a dtype that the device cannot hold.
 
         `grid`: height and width of a latent frame; `rows`: films x branches; `itemsize`: bytes of a number as computed.
         """
+        codec_of(self.dtype).require("cpu" if self.offload else device)
         if isinstance(self.policy, LearntKVPolicy):
             self.policy.check_network(adapter.layers, adapter.width)
         chunk_frames, frame_tokens = schedule.chunk_frames, adapter.tokens_per_frame(*grid)

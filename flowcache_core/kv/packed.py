@@ -29,6 +29,9 @@ class PackedCache(KVCache):
         shared = sum(t.nbytes for t in self._scratch or ())
         return super().bytes + shared + (0 if self.offload else sum(self.codec.bytes(state) for state in self._states))
 
+    def history_bytes(self, kept: int) -> int:
+        return sum(self.codec.bytes(state) for state in self._states) * kept // max(self.sizes.history, 1)
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the active chunks [branches x films, heads, active rows, head_dim]."""
         if not self._buffers:

@@ -1,0 +1,69 @@
+"""KV Compressor. Its widgets are read from the fields of the settings, its policies from their tuple."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..flowcache_core.kv.compressor import Compressor
+from ..flowcache_core.kv.policy import KVPolicy, LearntKVPolicy
+from ..flowcache_core.kv.scores import KV_POLICIES
+from .chunkwise import widgets
+from .host_model import KV_NODE, require_ours, with_compressor
+
+NODE = KV_NODE
+DEFAULT = "importance-redundancy"
+WHOLE = {"token": "token by token", "frame": "whole latent frames at a time", "chunk": "whole chunks at a time"}
+
+
+def _inputs() -> list[Any]:
+    """Budget, unit, policy and dtype in sight; then what is folded away."""
+    shown, folded = ([one for one in widgets(Compressor) if bool(one.advanced) is away] for away in (False, True))
+    policy = io.Combo.Input("policy", options=[kind.name for kind in KV_POLICIES], default=DEFAULT,
+                            tooltip="By which score history is kept once the budget is full. The node's help says what each looks at.")  # fmt: skip
+    return [*shown[:2], policy, *shown[2:], *folded]
+
+
+class KVCompressor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheKVCompressor",
+            display_name=NODE,
+            category="FlowCache",
+            description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
+            "model loader and the guider, before or behind the cache nodes.",
+            search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction"],
+            inputs=[io.Model.Input("model"), *_inputs()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, policy: str, **settings: Any) -> io.NodeOutput:
+        adapter, score = require_ours(model, NODE).adapter(), score_of(policy)
+        if isinstance(score, LearntKVPolicy):
+            score.check_network(adapter.layers, adapter.width)
+        compressor = Compressor(score, **settings)
+        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_said(compressor)))
+
+
+def score_of(name: str) -> KVPolicy:
+    return next(kind for kind in KV_POLICIES if kind.name == name)()
+
+
+def _said(compressor: Compressor) -> str:
+    budget, sink, recent = compressor.budget, compressor.sink, compressor.recent
+    unit = "chunk" if compressor.unit == "chunks" and budget == 1 else compressor.unit
+    first = f"the film's first {_frames(sink)} and " if sink else ""
+    latest = f"the latest {_frames(recent)} of history" if recent else "the latest chunk of history"
+    where = "in the computer's memory, a layer at a time on the GPU" if compressor.offload else "where the model runs"
+    return "\n".join([
+        f"history is kept to {budget:g} {unit}; what goes is chosen by {compressor.policy.name}, {WHOLE[compressor.granularity]}",
+        f"{first}{latest} always {'stay' if sink or recent > 1 else 'stays'}; chunks that are being denoised come on top",
+        f"keys and values are stored {'as computed' if compressor.dtype == 'as computed' else f'in {compressor.dtype}'}, {where}",
+    ])  # fmt: skip
+
+
+def _frames(count: int) -> str:
+    return "latent frame" if count == 1 else f"{count} latent frames"
