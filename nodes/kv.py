@@ -61,6 +61,7 @@ def _said(compressor: Compressor) -> str:
     return "\n".join([
         f"history is kept to {budget:g} {unit}; what goes is chosen by {compressor.policy.name}, {WHOLE[compressor.granularity]}",
         f"{first}{latest} always {'stay' if sink or recent > 1 else 'stays'}; chunks that are being denoised come on top",
+        *([f"{compressor.soft:.0%} of the budget holds means of what is given up"] if compressor.soft else []),
         f"keys and values are stored {'as computed' if compressor.dtype == 'as computed' else f'in {compressor.dtype}'}, {where}",
     ])  # fmt: skip
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flowcache_core.chunk import Chunk
 from flowcache_core.decision import CachePolicy
-from flowcache_core.kv.cache import KVSizes, pool
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, pool
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
+from flowcache_core.kv.keeper import Keeper
 from flowcache_core.kv.policy import KVView
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2, rope_table, rotate
@@ -260,6 +261,16 @@ def test_history_beyond_the_horizon_counts_as_just_within_it(net: SkyReelsV2, te
         ]
         expected = torch.nn.functional.scaled_dot_product_attention(q, torch.cat([*keys, k], 2), torch.cat([p[2] for p in parts], 2))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_turned_queries_and_a_turned_copy_of_the_keys_are_the_same(net: SkyReelsV2) -> None:
+    keeper = Keeper(budget(36), ChunkSchedule(12, 3, 2, 2, 2), 1, 1, (2, 2), Rope())
+    attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 1, HEAD_DIM, 36)), slice(0, 1), 0, 0, 0, None, keeper)
+    q, k, v = torch.randn(3, 1, 1, 36, HEAD_DIM)
+    segments = [(0, 5, 4), (5, 6, 2), (6, 20, 1)]
+    whole = attend._across(keeper, segments, q, k, v)
+    for token in range(0, 36, 7):
+        torch.testing.assert_close(attend._across(keeper, segments, q[:, :, token : token + 1], k, v), whole[:, :, token : token + 1])
 
 
 def test_a_shift_of_queries_is_a_shift_of_keys() -> None:

@@ -16,7 +16,7 @@ from tests.test_nodes_host import BIDIRECTIONAL, PACK, Graph, Host, after_loader
 __all__ = ["pytestmark"]
 KIND = "FlowCacheKVCompressor"
 SETTINGS = {"budget": 1.5, "unit": "chunks", "policy": "importance-redundancy", "dtype": "as computed", "sink": 1, "recent": 0,
-            "granularity": "token", "offload": False}  # fmt: skip
+            "granularity": "token", "offload": False, "soft": 0.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def behind(graph: Graph, kind: str, **settings: Any) -> Graph:
 def test_saved_workflows_keep_their_inputs_in_order(host: Host) -> None:
     inputs = host.ask(f"/object_info/{KIND}")[KIND]["input"]["required"]
     assert list(inputs) == ["model", *SETTINGS]
-    assert [name for name, spec in inputs.items() if spec[1].get("advanced")] == ["sink", "recent", "granularity", "offload"]
+    assert [name for name, spec in inputs.items() if spec[1].get("advanced")] == ["sink", "recent", "granularity", "offload", "soft"]
     assert inputs["policy"][1]["default"] == "importance-redundancy"
 
 

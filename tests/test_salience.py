@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcache_core.chunk import Chunk
 from flowcache_core.demo import bundle
-from flowcache_core.kv.cache import CachedAttention, KVCache
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.policy import KVView, LearntKVPolicy
 from flowcache_core.kv.scores import salience as policy
 from flowcache_core.kv.scores.salience import LOW, OUT, SAME, UP, HeadInfo, Salience, SalienceHead, head_at, places
@@ -115,7 +115,7 @@ def test_a_head_learns_from_what_it_will_be_shown(net: SkyReelsV2, texts: Tensor
     """The hidden states of a measured clip are those of the commit passes, chunk by chunk against the KV cache."""
     x, adapter = noise_of(FRAMES), SkyReelsAdapter(net)
     clip = measure(net, x, texts[:1], 3, 24, 0, FRAMES * FRAME)
-    cache = KVCache(("a",), 1, adapter.layers, adapter.heads, adapter.head_dim, FRAMES * FRAME)
+    cache = KVCache(("a",), KVSizes(1, adapter.layers, adapter.heads, adapter.head_dim, FRAMES * FRAME))
     shown: list[list[Tensor]] = [[], []]
     for index, start in enumerate(range(0, FRAMES, 3)):
         frames = min(3, FRAMES - start)

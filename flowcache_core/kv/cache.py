@@ -165,12 +165,20 @@ class CachedAttention:
         return out
 
     def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention over segments beyond the horizon, each with queries turned to it, and over all that lies behind them."""
-        near = segments[-1][1] if segments else 0
-        parts = [attention_with_lse(q, keys[:, :, near:], values[:, :, near:])]
-        for start, end, farther in segments:
-            turned = keeper.rotary.turn(q, keeper.rotary.shift(-farther))
-            parts.append(attention_with_lse(turned, keys[:, :, start:end], values[:, :, start:end]))
+        """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them.
+
+        A few segments: queries are turned for each, and its keys stay as they are. Many short ones: then a copy of their keys
+        is fewer to turn, and it is thrown away after the call.
+        """
+        rotary, far = keeper.rotary, segments[-1][1] if segments else 0
+        parts = [attention_with_lse(q, keys[:, :, far:], values[:, :, far:])]
+        if len(segments) * q.shape[2] <= far:
+            for start, end, farther in segments:
+                turned = rotary.turn(q, rotary.shift(-farther))
+                parts.append(attention_with_lse(turned, keys[:, :, start:end], values[:, :, start:end]))
+        else:
+            phases = torch.cat([rotary.shift(farther).expand(end - start, -1) for start, end, farther in segments])
+            parts.append(attention_with_lse(q, rotary.turn(keys[:, :, :far], phases), values[:, :, :far]))
         return merge(parts)
 
 
