@@ -54,7 +54,7 @@ def _bench(args: argparse.Namespace) -> None:
             return
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in (r for r in rows if r["psnr"] is not None):
-            lines.setdefault(row["rule"], []).append((row["share"], row["psnr"]))
+            lines.setdefault(row.get("rule") or row["policy"], []).append((row["share"], row["psnr"]))
         if lines:
             line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
 

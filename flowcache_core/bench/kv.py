@@ -24,6 +24,7 @@ from ..generate import BRANCHES, Job, decode, generate
 from ..kv.compressor import Budget, Compressor
 from ..kv.policy import KVPolicy, Stored
 from ..kv.scores import KV_POLICIES
+from ..kv.scores.h2o import H2O
 from ..kv.scores.random import Random
 from ..models.adapter import Attend, Call
 from ..models.skyreels_adapter import SkyReelsAdapter
@@ -37,8 +38,8 @@ from .sweep import over
 
 NAME = "kv"
 FRACTIONS = (0.5, 0.25, 0.125)
-SINK, RECENT = 1, 1
-"""Latent frames at either end that every policy is made to keep; the rest of the budget is its own choice."""
+SINK = 1
+"""Latent frames at the start that every policy is made to keep, and the latest chunk in films; the rest is its own choice."""
 COMPARED = 2
 """The last chunks of a film: those before them have looked back on less."""
 LEVELS = (0.95, 0.8, 0.6)
@@ -61,22 +62,22 @@ class Point:
         return f"{self.policy.name}, soft {self.soft:g}" if self.soft else self.policy.name
 
     def compressor(self, chunks: int) -> Compressor:
-        return Compressor(self.policy, self.fraction * chunks, sink=SINK, recent=RECENT, dtype=self.dtype, soft=self.soft)
+        return Compressor(self.policy, self.fraction * chunks, sink=SINK, dtype=self.dtype, soft=self.soft)
 
 
 def points() -> list[Point]:
-    """Every policy at every fraction; the whole history, and a quarter of it by the first policy, in fewer bits."""
+    """Every policy at every fraction; a quarter with soft eviction; the whole history, and a quarter of it, in fewer bits."""
     out = [Point(policy(), fraction) for policy in KV_POLICIES for fraction in FRACTIONS]
-    out += [Point(KV_POLICIES[0](), fraction, soft=0.1) for fraction in FRACTIONS[1:]]
+    out.append(Point(H2O(), 0.25, soft=0.1))
     fewer: tuple[Stored, ...] = ("fp8", "int8", "int4")
-    return [*out, *(Point(KV_POLICIES[0](), fraction, dtype) for fraction in (1.0, 0.25) for dtype in fewer)]
+    return [*out, *(Point(H2O(), 1.0, dtype) for dtype in fewer), *(Point(H2O(), 0.25, dtype) for dtype in fewer[1:])]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [policy.name for policy in KV_POLICIES]
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--chunks", type=int, default=12, help="length of the films in chunks (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=6, help="per chunk (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="per chunk, few as in the models that are made for long films (default %(default)s)")
     parser.add_argument("--clips", type=int, default=32, help="true clips with a hidden sprite (default %(default)s)")
     parser.add_argument("--policies", default="", help=f"which policies, separated by commas, of {', '.join(names)} (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
