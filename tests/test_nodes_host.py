@@ -377,13 +377,13 @@ def refused(host: Host, graph: Graph, sentence: str) -> None:
 
 def test_easycache_before_chunkwise_is_refused(host: Host, graph: Graph) -> None:
     easy = after_loader(graph, "EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
-    refused(host, easy, "easycache both decide which steps to skip: bypass one of the two")
+    refused(host, easy, "easycache skips steps without knowing of chunks, so they cannot work together: bypass one of the two")
 
 
 def test_easycache_after_chunkwise_is_refused(host: Host, graph: Graph) -> None:
     easy = {"class_type": "EasyCache", "inputs": {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}}
     easy["inputs"]["model"] = [node(graph, "FlowCacheChunkwise"), 0]
-    refused(host, {**put(graph, "CFGGuider", model=["easy", 0]), "easy": easy}, "easycache both decide which steps to skip")
+    refused(host, {**put(graph, "CFGGuider", model=["easy", 0]), "easy": easy}, "easycache skips steps without knowing of chunks")
 
 
 def test_chunkwise_under_a_stock_sampler_is_refused(host: Host, graph: Graph) -> None:
