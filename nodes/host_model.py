@@ -236,7 +236,9 @@ def require_ours(model: Any, node: str) -> HostModel:
     _require_fitting_lora(model, inner, node)
     stacked = [key for kind in getattr(model, "wrappers", {}).values() for key in kind if key in ("easycache", "lazycache")]
     if stacked:
-        raise ValueError(f"{node} works by chunk, and {stacked[0]} skips steps without knowing of chunks, so they cannot work together: bypass one of the two")
+        raise ValueError(
+            f"{node} works by chunk, and {stacked[0]} skips steps without knowing of chunks, so they cannot work together: bypass one of the two"
+        )
     return inner
 
 
