@@ -1,0 +1,51 @@
+"""What `bench kv` measures: the hidden sprite is hidden, and the whole history is its own reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, measure, points, reappearing
+from flowcache_core.demo.bundle import load_bundle
+from flowcache_core.generate import Job
+from flowcache_core.kv.scores import KV_POLICIES
+from flowcache_core.kv.scores.h2o import H2O
+from flowcache_core.models.wan_vae import TEMPORAL
+from flowcache_core.training.evaluate import colour_masks
+from flowcache_core.training.scenes import render
+
+CHUNK = 3 * TEMPORAL
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_hidden_sprite_is_seen_then_wholly_hidden_then_comes_out(seed: int) -> None:
+    scene = hidden_scene(seed)
+    area = colour_masks(render(scene))[scene.sprites[0].colour].sum((1, 2))
+    first = HIDDEN_CHUNK * CHUNK - TEMPORAL + 1
+    assert area[0] > 100
+    assert (area[first - CHUNK : first] == 0).all()
+    assert area[first] == 0
+    assert area[first + CHUNK - 1] > 40
+
+
+def test_every_policy_stands_in_the_sweep_at_every_fraction() -> None:
+    plain = [(point.policy.name, point.fraction) for point in points() if not point.soft and point.dtype == "as computed"]
+    assert sorted(plain) == sorted((kind.name, fraction) for kind in KV_POLICIES for fraction in (0.5, 0.25, 0.125))
+
+
+def test_the_whole_history_is_the_reference_and_less_of_it_is_not() -> None:
+    bundle = load_bundle()
+    whole, bits, half = measure(
+        bundle, Job("red circle", 141, 1, size=32, ar_step=1), [Point(WHOLE, 1.0), Point(H2O(), 1.0, "int8"), Point(H2O(), 0.5)]
+    )
+    assert whole["psnr"] is None
+    assert whole["errors"] == [0.0] * 6
+    assert all(0 < few < less for few, less in zip(bits["errors"], half["errors"], strict=True))
+    assert half["psnr"] > 0
+    assert half["peak"] < whole["peak"]
+
+
+def test_a_budget_for_all_rows_changes_no_error_of_a_true_clip() -> None:
+    bundle = load_bundle(torch.float32)
+    whole, same, less = reappearing(bundle, 0, [Point(WHOLE, 1.0), Point(H2O(), 1.0), Point(H2O(), 0.25)])
+    assert whole == same != less
