@@ -13,7 +13,7 @@ from .chunkwise import widgets
 from .host_model import KV_NODE, require_ours, with_compressor
 
 NODE = KV_NODE
-DEFAULT = "importance-redundancy"
+DEFAULT = "h2o"
 WHOLE = {"token": "token by token", "frame": "whole latent frames at a time", "chunk": "whole chunks at a time"}
 
 

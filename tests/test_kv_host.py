@@ -53,7 +53,7 @@ def test_saved_workflows_keep_their_inputs_in_order(host: Host) -> None:
     inputs = host.ask(f"/object_info/{KIND}")[KIND]["input"]["required"]
     assert list(inputs) == ["model", *SETTINGS]
     assert [name for name, spec in inputs.items() if spec[1].get("advanced")] == ["sink", "recent", "granularity", "offload", "soft"]
-    assert inputs["policy"][1]["default"] == "importance-redundancy"
+    assert inputs["policy"][1]["default"] == "h2o"
 
 
 def test_a_budget_for_all_of_history_equals_the_graph_without_the_node_bit_for_bit(host: Host, graph: Graph) -> None:
