@@ -137,7 +137,7 @@ class CachedAttention:
 
     def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
                  keeper: Keeper | None = None, chunk: Chunk | None = None) -> None:  # fmt: skip
-        self.cache, self.rows, self.first, self.start, self.end = cache, rows, first, start, end
+        self.cache, self.rows, self.first, self.end = cache, rows, first, end
         self.at = slice(start, end) if tokens is None else tokens + start
         self.keeper, self.chunk = keeper, chunk
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -42,7 +42,6 @@ class Compressor:
     offload: bool = setting(False, "Keep history in the computer's memory and bring it to the GPU a layer at a time.", advanced=True)
     soft: float = setting(0.0, "Share of the budget for what is given up: each of these rows is the mean of a group of neighbours that go. 0: they "
                           "leave nothing behind.", low=0.0, high=0.5, step=0.01, advanced=True)  # fmt: skip
-    name: ClassVar[str] = "kv-compressor"
 
     def __post_init__(self) -> None:
         check(self)

@@ -117,10 +117,10 @@ class Keeper:
         index = self._best(scores, tokens, stays - pooled)
         if not pooled:
             return Choice(index)
-        goes = torch.ones_like(tokens, dtype=torch.bool).scatter_(1, index, False)
-        losers = goes.nonzero()[:, 1].view(self.films, -1)
+        goes = torch.ones_like(tokens).scatter_(1, index, 0)
+        losers = goes.argsort(stable=True, dim=1, descending=True)[:, : tokens.shape[1] - index.shape[1]]
         size = losers.shape[1] // pooled
-        groups = losers[:, losers.shape[1] - size * pooled :].view(self.films, pooled, size)
+        groups = losers[:, losers.shape[1] - size * pooled :].reshape(self.films, pooled, size)
         return Choice(torch.cat([index, groups[:, :, size // 2]], 1).sort(1).values, groups)
 
     def _best(self, scores: Tensor, tokens: Tensor, stays: int) -> Tensor:

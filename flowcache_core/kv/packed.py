@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..rows import Rows
 from .cache import Branches, KVCache, KVSizes
-from .codec import Codec, State
+from .codec import Codec, State, Which
 from .keeper import Choice
+
+BOTH: tuple[Which, Which] = ("k", "v")
 
 
 class PackedCache(KVCache):
@@ -57,18 +59,18 @@ class PackedCache(KVCache):
         if self.offload:
             state = {name: t if t.shape[2] == 1 else t[:, :, :kept] for name, t in state.items()}
             state = {name: t.to(whole[0].device, non_blocking=True) for name, t in state.items()}
-        for out, active, which in zip(whole, self._buffers[layer], ("k", "v"), strict=True):
+        for out, active, which in zip(whole, self._buffers[layer], BOTH, strict=True):
             if kept:
-                self.codec.read(state, "k" if which == "k" else "v", kept, out[:, :, :kept])
+                self.codec.read(state, which, kept, out[:, :, :kept])
             out[:, :, kept:end] = active[rows, :, : end - kept]
         return whole[0][:, :, first:end], whole[1][:, :, first:end]
 
     def join(self, before: int, count: int, after: int) -> None:
         """The first `count` active rows become rows `before`.. of history; the `after` active rows behind them move up."""
-        for state, (keys, values) in zip(self._states, self._buffers, strict=True):
-            for which, buffer in (("k", keys), ("v", values)):
+        for state, pair in zip(self._states, self._buffers, strict=True):
+            for which, buffer in zip(BOTH, pair, strict=True):
                 fresh = buffer[:, :, :count]
-                self.codec.write(state, "k" if which == "k" else "v", slice(before, before + count), fresh.cpu() if self.offload else fresh)
+                self.codec.write(state, which, slice(before, before + count), fresh.cpu() if self.offload else fresh)
                 buffer[:, :, :after] = buffer[:, :, count : count + after].clone()
 
     def keep(self, layer: int, rows: slice, choice: Choice, before: int, after: int) -> None:
