@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.kv.compressor import Compressor
-from ..flowcache_core.kv.policy import KVPolicy, LearntKVPolicy
+from ..flowcache_core.kv.named import policy_named
+from ..flowcache_core.kv.policy import LearntKVPolicy, SamplingKVPolicy
 from ..flowcache_core.kv.scores import KV_POLICIES
 from .chunkwise import widgets
 from .host_model import KV_NODE, require_ours, with_compressor
 
 NODE = KV_NODE
-DEFAULT = "h2o"
+DEFAULT = "even"
+HEADS = "salience"
+"""Folder of models/ for salience heads."""
+BUNDLED = "of the bundled model"
+folder_paths.add_model_folder_path(HEADS, str(Path(folder_paths.models_dir, HEADS)))
 WHOLE = {"token": "token by token", "frame": "whole latent frames at a time", "chunk": "whole chunks at a time"}
 
 
 def _inputs() -> list[Any]:
-    """Budget, unit, policy and dtype in sight; then what is folded away."""
+    """Budget, unit, policy and dtype in sight; then what is folded away, the newest last."""
     shown, folded = ([one for one in widgets(Compressor) if bool(one.advanced) is away] for away in (False, True))
     policy = io.Combo.Input("policy", options=[kind.name for kind in KV_POLICIES], default=DEFAULT,
                             tooltip="By which score history is kept once the budget is full. The node's help says what each looks at.")  # fmt: skip
-    return [*shown[:2], policy, *shown[2:], *folded]
+    heads = [name for name in folder_paths.get_filename_list(HEADS) if name.endswith(".safetensors")]
+    more = [
+        io.String.Input("policy_settings", default="", optional=True, advanced=True,
+                        tooltip="Settings of the policy as name=value, e.g. lam=0.5 queries=chunk for importance-redundancy. Empty: its own. "
+                                "The node's help lists them."),
+        io.Combo.Input("salience_head", options=[BUNDLED, *heads], default=BUNDLED, optional=True, advanced=True,
+                       tooltip="For policy salience: the head that was trained for the model, a safetensors file in models/salience."),
+    ]  # fmt: skip
+    return [*shown[:2], policy, *shown[2:], *folded, *more]
 
 
 class KVCompressor(io.ComfyNode):
@@ -40,26 +55,27 @@ class KVCompressor(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, policy: str, **settings: Any) -> io.NodeOutput:
-        adapter, score = require_ours(model, NODE).adapter(), score_of(policy)
+    def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, **settings: Any) -> io.NodeOutput:
+        adapter = require_ours(model, NODE).adapter()
+        head = "" if salience_head == BUNDLED else folder_paths.get_full_path_or_raise(HEADS, salience_head)
+        score = policy_named(policy, policy_settings, head)
         if isinstance(score, LearntKVPolicy):
             score.check_network(adapter.layers, adapter.width)
         compressor = Compressor(score, **settings)
-        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_said(compressor)))
+        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_said(compressor, policy_settings.strip())))
 
 
-def score_of(name: str) -> KVPolicy:
-    return next(kind for kind in KV_POLICIES if kind.name == name)()
-
-
-def _said(compressor: Compressor) -> str:
+def _said(compressor: Compressor, settings: str) -> str:
     budget, sink, recent = compressor.budget, compressor.sink, compressor.recent
     unit = "chunk" if compressor.unit == "chunks" and budget == 1 else compressor.unit
     first = f"the film's first {_frames(sink)} and " if sink else ""
     latest = f"the latest {_frames(recent)} of history" if recent else "the latest chunk of history"
     where = "in the computer's memory, a layer at a time on the GPU" if compressor.offload else "where the model runs"
+    by = f"{compressor.policy.name} ({settings})" if settings else compressor.policy.name
     return "\n".join([
-        f"history is kept to {budget:g} {unit}; what goes is chosen by {compressor.policy.name}, {WHOLE[compressor.granularity]}",
+        f"history is kept to {budget:g} {unit}; what goes is chosen by {by}, {WHOLE[compressor.granularity]}",
+        *([f"what is kept of the rest counts for what went, each for up to {compressor.policy.stands_for:g}"]
+          if isinstance(compressor.policy, SamplingKVPolicy) and compressor.policy.stands_for > 1 else []),
         f"{first}{latest} always {'stay' if sink or recent > 1 else 'stays'}; chunks that are being denoised come on top",
         *([f"{compressor.soft:.0%} of the budget holds means of what is given up"] if compressor.soft else []),
         f"keys and values are stored {'as computed' if compressor.dtype == 'as computed' else f'in {compressor.dtype}'}, {where}",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, measure, points, reappearing
+from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, mean_and_error, measure, points, reappearing
 from flowcache_core.demo.bundle import load_bundle
 from flowcache_core.generate import Job
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.h2o import H2O
+from flowcache_core.kv.scores.importance import ImportanceRedundancy
 from flowcache_core.models.wan_vae import TEMPORAL
 from flowcache_core.training.evaluate import colour_masks
 from flowcache_core.training.scenes import render
@@ -31,12 +32,29 @@ def test_a_hidden_sprite_is_seen_then_wholly_hidden_then_comes_out(seed: int) ->
 def test_every_policy_stands_in_the_sweep_at_every_fraction() -> None:
     plain = [(point.policy.name, point.fraction) for point in points() if not point.soft and point.dtype == "as computed"]
     assert sorted(plain) == sorted((kind.name, fraction) for kind in KV_POLICIES for fraction in (0.5, 0.25, 0.125))
+    assert [point.name for point in points() if (point.fraction, point.dtype) == (0.25, "int8")] == [kind.name for kind in KV_POLICIES]
+
+
+def test_policies_can_be_asked_for_with_settings() -> None:
+    asked = points("importance-redundancy lam=0.5 queries=chunk, h2o", "frame")
+    assert {point.policy for point in asked} == {ImportanceRedundancy(lam=0.5, queries="chunk"), H2O()}
+    assert {point.name for point in asked} == {"importance-redundancy lam=0.5 queries=chunk", "h2o"}
+    assert {point.compressor(12).granularity for point in asked} == {"frame"}
+    with pytest.raises(ValueError, match="no KV policy is called 'best'"):
+        points("best")
+
+
+def test_a_mean_comes_with_its_standard_error() -> None:
+    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == (3.0, 1.08)
+    assert mean_and_error([1.0]) == (1.0, None)
 
 
 def test_the_whole_history_is_the_reference_and_less_of_it_is_not() -> None:
     bundle = load_bundle()
     whole, bits, half = measure(
-        bundle, Job("red circle", 141, 1, size=32, ar_step=1), [Point(WHOLE, 1.0), Point(H2O(), 1.0, "int8"), Point(H2O(), 0.5)]
+        bundle,
+        Job("red circle", 141, 1, size=32, ar_step=1),
+        [Point("whole", WHOLE, 1.0), Point("h2o", H2O(), 1.0, "int8"), Point("h2o", H2O(), 0.5)],
     )
     assert whole["psnr"] is None
     assert whole["errors"] == [0.0] * 6
@@ -47,5 +65,5 @@ def test_the_whole_history_is_the_reference_and_less_of_it_is_not() -> None:
 
 def test_a_budget_for_all_rows_changes_no_error_of_a_true_clip() -> None:
     bundle = load_bundle(torch.float32)
-    whole, same, less = reappearing(bundle, 0, [Point(WHOLE, 1.0), Point(H2O(), 1.0), Point(H2O(), 0.25)])
+    whole, same, less = reappearing(bundle, 0, [Point("whole", WHOLE, 1.0), Point("h2o", H2O(), 1.0), Point("h2o", H2O(), 0.25)])
     assert whole == same != less

@@ -17,6 +17,8 @@ from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper
 from flowcache_core.kv.policy import KVView
+from flowcache_core.kv.scores.expected import ExpectedAttention, QueryMoments
+from flowcache_core.kv.scores.salience import Salience, head_at
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2, rope_table, rotate
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
@@ -139,6 +141,23 @@ def test_a_run_holds_what_its_budget_said(net: SkyReelsV2, texts: Tensor, noise_
     _, report = film(net, texts, noise_of(15), schedule, kept)
     room = capacity(schedule, FRAME, kept.rows)
     assert report.kv_peak_bytes == kept.bytes(KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active), 2, 4)
+
+
+def test_what_a_policy_remembers_is_counted(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    schedule, kept = ChunkSchedule(15, 3, 2, 1, 3), budget(6 * FRAME, FRAME, 3 * FRAME, ExpectedAttention())
+    held: list[int] = []
+
+    def watch(session: Session) -> None:
+        every = (one.memory.find(QueryMoments) for layers in session._kv.keeper._kept.values() for one in layers)  # type: ignore[union-attr]
+        held.append(sum(moments.mean.nbytes + moments.covariance.nbytes for moments in every if moments))
+
+    film(net, texts, noise_of(15), schedule, kept, watch=watch)
+    room = capacity(schedule, FRAME, kept.rows)
+    sizes = KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active)
+    plain = budget(6 * FRAME, FRAME, 3 * FRAME).bytes(sizes, 2, 4)
+    assert kept.bytes(sizes, 2, 4) - plain == max(held) > 0
+    head = budget(6 * FRAME, FRAME, 3 * FRAME, Salience())
+    assert head.bytes(sizes, 2, 4) - plain == sum(tensor.nbytes for tensor in head_at("").state_dict().values())
 
 
 @pytest.mark.parametrize("granularity", ["token", "frame", "chunk"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache_core.kv.scores.salience import BUNDLED
 from tests.test_nodes_host import BIDIRECTIONAL, PACK, Graph, Host, after_loader, error_of, node, put, pytestmark, refused, said, small, without_cache
 
 __all__ = ["pytestmark"]
@@ -21,12 +23,11 @@ SETTINGS = {"budget": 1.5, "unit": "chunks", "policy": "importance-redundancy", 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    running = Host(tmp_path_factory.mktemp("comfy"))
-    try:
-        running.wait()
+    base = tmp_path_factory.mktemp("comfy")
+    (base / "models" / "salience").mkdir(parents=True)
+    shutil.copy(BUNDLED, base / "models" / "salience" / "mine.safetensors")
+    with Host(base) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture
@@ -50,10 +51,12 @@ def behind(graph: Graph, kind: str, **settings: Any) -> Graph:
 
 
 def test_saved_workflows_keep_their_inputs_in_order(host: Host) -> None:
-    inputs = host.ask(f"/object_info/{KIND}")[KIND]["input"]["required"]
+    both = host.ask(f"/object_info/{KIND}")[KIND]["input"]
+    inputs = both["required"]
     assert list(inputs) == ["model", *SETTINGS]
+    assert list(both["optional"]) == ["policy_settings", "salience_head"]
     assert [name for name, spec in inputs.items() if spec[1].get("advanced")] == ["sink", "recent", "granularity", "offload", "soft"]
-    assert inputs["policy"][1]["default"] == "h2o"
+    assert inputs["policy"][1]["default"] == "even"
 
 
 def test_a_budget_for_all_of_history_equals_the_graph_without_the_node_bit_for_bit(host: Host, graph: Graph) -> None:
@@ -93,6 +96,27 @@ def test_every_policy_runs_and_the_control_makes_another_film(host: Host, graph:
     films = {name: host.latents(before(graph, policy=name)) for name in names}
     assert all(torch.isfinite(film).all() for film in films.values())
     assert not torch.equal(films["random"], films["importance-redundancy"])
+
+
+def test_settings_of_a_policy_count_and_wrong_ones_are_refused(host: Host, graph: Graph) -> None:
+    plain, asked = (before(graph, budget=1.7, policy_settings=settings) for settings in ("", "lam=1, queries=chunk"))
+    assert not torch.equal(host.latents(plain), host.latents(asked))
+    assert "chosen by importance-redundancy (lam=1, queries=chunk), token by token" in said(host, asked, KIND)
+    refused(host, before(graph, policy_settings="lamb=1"), r"^importance-redundancy has no setting 'lamb': it has lam=0\.07, kernel=7, queries=frame")
+
+
+def test_a_salience_head_in_the_models_folder_can_be_chosen(host: Host, graph: Graph) -> None:
+    heads = host.ask(f"/object_info/{KIND}")[KIND]["input"]["optional"]["salience_head"][1]["options"]
+    assert heads == ["of the bundled model", "mine.safetensors"]
+    bundled, mine = (host.latents(before(graph, policy="salience", salience_head=head)) for head in heads)
+    assert torch.equal(bundled, mine)
+
+
+def test_even_says_that_what_is_kept_counts_for_what_went(host: Host, graph: Graph) -> None:
+    sentence = "what is kept of the rest counts for what went, each for up to"
+    assert f"{sentence} 4" in said(host, before(graph, policy="even"), KIND)
+    assert f"{sentence} 2.5" in said(host, before(graph, policy="even", policy_settings="stands_for=2.5"), KIND)
+    assert sentence not in said(host, before(graph, policy="even", policy_settings="stands_for=1"), KIND)
 
 
 def test_the_report_tells_and_shows_the_history(host: Host, graph: Graph) -> None:

@@ -47,13 +47,14 @@ def view_of(keys: Tensor, values: Tensor, queries: Tensor, tokens: Tensor | None
         "grid": GRID,
         "rotary": Rope(),
         "memory": RunMemory(),
+        "shared": RunMemory(),
     }
     return KVView(keys=keys, values=values, queries=queries, tokens=tokens, new=queries.shape[2], **{**rest, **kw})
 
 
 def again(view: KVView, **kw: Any) -> KVView:
     """The same view, with a memory of its own."""
-    return dataclasses.replace(view, memory=RunMemory(), **kw)
+    return dataclasses.replace(view, memory=RunMemory(), shared=RunMemory(), **kw)
 
 
 def random_view(frames: int = 9, heads: int = 2, group: int = 1, lean: float = 0.3) -> KVView:

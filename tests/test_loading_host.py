@@ -35,12 +35,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         (base / folder).mkdir(parents=True)
     if GGUF:
         (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(Path(GGUF).absolute(), target_is_directory=True)
-    running = Host(base)
-    try:
-        running.wait()
+    with Host(base) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(scope="module")

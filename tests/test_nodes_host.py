@@ -73,7 +73,18 @@ class Host:
             with refused:
                 return json.loads(refused.read())
 
-    def wait(self, seconds: float = 180) -> None:
+    def __enter__(self) -> Host:
+        try:
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop()
+
+    def _wait(self, seconds: float = 180) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -108,7 +119,7 @@ class Host:
         (path,) = (self.base / "output").glob(f"{name}*.latent")
         return load_file(path)["latent_tensor"]
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         self.process.terminate()
         try:
             self.process.wait(15)
@@ -171,12 +182,8 @@ def without_cache(graph: Graph, kind: str = "FlowCacheChunkwise") -> Graph:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    running = Host(tmp_path_factory.mktemp("comfy"))
-    try:
-        running.wait()
+    with Host(tmp_path_factory.mktemp("comfy")) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def a_head(seed: int = 0, info: HeadInfo = INFO) -> SalienceHead:
 def view_of(hidden: Tensor, carried: Tensor, memory: RunMemory, layer: int = 1) -> KVView:
     r, new, n = hidden.shape[0], hidden.shape[1], carried.shape[1]
     k = torch.randn(r, 2, n, 8)
-    return KVView(layer, k, k, k[:, :, -new:], hidden, torch.arange(n).expand(r, -1), carried, new, FRAME, GRID, Rope(), memory)
+    return KVView(layer, k, k, k[:, :, -new:], hidden, torch.arange(n).expand(r, -1), carried, new, FRAME, GRID, Rope(), RunMemory(), memory)
 
 
 def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:

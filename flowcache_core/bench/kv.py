@@ -2,7 +2,8 @@
 
 Two measurements. Films, one chunk after the other, so that all earlier chunks are history: of the last chunks PSNR and SSIM
 to the film with the whole history, drift from the first chunk to the last, the error of every layer's attention output on the
-same clean latents, seconds, and the peak of the KV cache. And true clips in which history matters: a sprite goes behind a wide bar and
+same clean latents, seconds, and the peak of the KV cache. Films of few steps amplify any difference, so what one setting gains on
+another is given with its standard error over the prompts. And true clips in which history matters: a sprite goes behind a wide bar and
 comes out again chunks later, the prompt is empty, and the error is that of the velocity where it comes out.
 """
 
@@ -12,7 +13,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from ..demo.bundle import Bundle, load_bundle
 from ..device import fast_dtype
 from ..generate import BRANCHES, Job, decode, generate
 from ..kv.compressor import Budget, Compressor
-from ..kv.policy import KVPolicy, Stored
+from ..kv.named import policy_named
+from ..kv.policy import STORED, Granularity, KVPolicy, Stored
 from ..kv.scores import KV_POLICIES
-from ..kv.scores.h2o import H2O
+from ..kv.scores.even import Even
 from ..kv.scores.random import Random
 from ..models.adapter import Attend, Call
 from ..models.skyreels_adapter import SkyReelsAdapter
@@ -38,6 +40,8 @@ from .sweep import over
 
 NAME = "kv"
 FRACTIONS = (0.5, 0.25, 0.125)
+QUARTER = 0.25
+DEFAULT, CHANCE = Even.name, Random.name
 SINK = 1
 """Latent frames at the start that every policy is made to keep, and the latest chunk in films; the rest is its own choice."""
 COMPARED = 2
@@ -50,63 +54,71 @@ HIDDEN_CHUNK = 4
 
 @dataclass(frozen=True)
 class Point:
-    """One row. `fraction` of the film's chunks is the budget; 1 keeps all."""
+    """One row. `fraction` of the film's chunks is the budget; 1 keeps all. `name`: of the policy, with the settings that were asked for."""
 
+    name: str
     policy: KVPolicy
     fraction: float
     dtype: Stored = "as computed"
     soft: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.policy.name}, soft {self.soft:g}" if self.soft else self.policy.name
+    granularity: Granularity = "token"
 
     def compressor(self, chunks: int) -> Compressor:
-        return Compressor(self.policy, self.fraction * chunks, sink=SINK, dtype=self.dtype, soft=self.soft)
+        return Compressor(self.policy, self.fraction * chunks, sink=SINK, dtype=self.dtype, soft=self.soft, granularity=self.granularity)
 
 
-def points() -> list[Point]:
-    """Every policy at every fraction; a quarter with soft eviction; the whole history, and a quarter of it, in fewer bits."""
-    out = [Point(policy(), fraction) for policy in KV_POLICIES for fraction in FRACTIONS]
-    out.append(Point(H2O(), 0.25, soft=0.1))
-    fewer: tuple[Stored, ...] = ("fp8", "int8", "int4")
-    return [*out, *(Point(H2O(), 1.0, dtype) for dtype in fewer), *(Point(H2O(), 0.25, dtype) for dtype in fewer[1:])]
+def points(asked: str = "", granularity: Granularity = "token") -> list[Point]:
+    """Every policy at every fraction, and at a quarter in int8; of the default also softly, in int4, and the whole in fewer bits.
+
+    `asked`: these policies alone, separated by commas, each with settings as in `kv/named.py`. Raises ValueError for unknown ones.
+    """
+    names = [part.strip() for part in asked.split(",") if part.strip()] or [kind.name for kind in KV_POLICIES]
+    out = []
+    for name in names:
+        policy = policy_named(*name.split(maxsplit=1))
+        out += [Point(name, policy, fraction, granularity=granularity) for fraction in FRACTIONS]
+        out.append(Point(name, policy, QUARTER, "int8", granularity=granularity))
+        if name == DEFAULT:
+            out += [Point(name, policy, QUARTER, "int4"), *(Point(name, policy, 1.0, dtype) for dtype in STORED[1:])]
+            out.append(Point(f"{name}, soft 0.1", policy, QUARTER, soft=0.1))
+    return out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [policy.name for policy in KV_POLICIES]
+    names = ", ".join(policy.name for policy in KV_POLICIES)
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--chunks", type=int, default=12, help="length of the films in chunks (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="per chunk, few as in the models that are made for long films (default %(default)s)")
     parser.add_argument("--clips", type=int, default=32, help="true clips with a hidden sprite (default %(default)s)")
-    parser.add_argument("--policies", default="", help=f"which policies, separated by commas, of {', '.join(names)} (default: all)")
+    parser.add_argument("--policies", default="", help=f"which policies, separated by commas, of {names}; each may have settings behind it, "
+                        "as in 'h2o,importance-redundancy lam=0.5 queries=chunk' (default: all)")  # fmt: skip
+    parser.add_argument("--granularity", choices=get_args(Granularity), default="token", help="what is kept as a whole (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: means over the prompts, and over the clips for `reappearing_error`. Raises ValueError for what cannot work.
 
-    `share`: as `fraction`; `wall_ratio`: seconds with the whole history over seconds.
+    `share`: as `fraction`; `wall_ratio`: seconds with the whole history over seconds; `gain`: PSNR above that of chance at the
+    same fraction and dtype, and its standard error. "bits": what fewer bits cost in PSNR, mean over the policies, and its
+    standard error over the prompts.
     """
     if not 1 <= args.prompts <= len(PROMPTS):
         raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
     if args.chunks < 12 or args.clips < 1:
         raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 12 chunks and 1 clip")
-    asked = set(filter(None, args.policies.split(",")))
-    if unknown := asked - {policy.name for policy in KV_POLICIES}:
-        raise ValueError(f"no policy is called {', '.join(sorted(unknown))}: there are {', '.join(p.name for p in KV_POLICIES)}")
-    wanted = [point for point in points() if not asked or point.policy.name in asked]
+    wanted = [Point("whole history", WHOLE, 1.0), *points(args.policies, args.granularity)]
     bundle = load_bundle(fast_dtype())
     frames = pixel_frames(args.chunks * bundle.chunk_frames)
     jobs = [Job(PROMPTS[i], frames, args.steps, seed_of(i), ar_step=args.steps) for i in range(args.prompts)]
-    wanted = [Point(WHOLE, 1.0), *wanted]
     films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
     clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
-    names = ["whole history", *(point.name for point in wanted[1:])]
+    quality = {(point.name, point.fraction, point.dtype): [film[k]["psnr"] for film in films] for k, point in enumerate(wanted)}
     rows = [
-        _row(point, names[k], [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips]) for k, point in enumerate(wanted)
+        _row(point, [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips], quality) for k, point in enumerate(wanted)
     ]
-    return {**{key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "workers")}, "rows": rows}
+    settings = {key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "granularity", "workers")}
+    return {**settings, "rows": rows, "bits": [_cost(dtype, quality) for dtype in STORED[1:] if any(key[1:] == (QUARTER, dtype) for key in quality)]}
 
 
 WHOLE = Random()
@@ -123,10 +135,10 @@ def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
         frames = bundle.chunk_frames
         film = decode(bundle, latents[:, :, -COMPARED * frames :])
         if not out:
-            begin = decode(bundle, latents[:, :, :frames])
-            whole, reference = latents, film
+            whole, reference, begin = latents, film, decode(bundle, latents[:, :, :frames])
             exact = attention_outputs(bundle, job, whole, point)
-        errors = [relative(a, b) for a, b in zip(attention_outputs(bundle, job, whole, point), exact, strict=True)]
+        attended = attention_outputs(bundle, job, whole, point) if out else exact
+        errors = [relative(a, b) for a, b in zip(attended, exact, strict=True)]
         drift = float((film[-TEMPORAL * frames :].mean(0) - begin.mean(0)).abs().mean()) * 255
         same = film is reference
         out.append({"psnr": None if same else psnr(film, reference), "ssim": None if same else ssim(film, reference), "drift": drift,
@@ -199,7 +211,7 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     out = []
     for point in wanted:
         budget = Budget(
-            int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, "token", point.policy, point.dtype, soft=point.soft
+            int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, point.granularity, point.policy, point.dtype, soft=point.soft
         )
         with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
             errors = []
@@ -211,15 +223,34 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     return out
 
 
-def _row(point: Point, name: str, films: Sequence[Values], whole: Sequence[Values], clips: Sequence[float]) -> dict[str, Any]:
+Quality = dict[tuple[str, float, Stored], list[float]]
+"""PSNR of every prompt by policy, fraction and dtype."""
+
+
+def mean_and_error(values: Any) -> tuple[float, float | None]:
+    """Of numbers, one a prompt: their mean, and its standard error (None of a single one)."""
+    return round(float(np.mean(values)), 2), round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 2) if len(values) > 1 else None
+
+
+def _cost(dtype: Stored, quality: Quality) -> dict[str, Any]:
+    """What a quarter in fewer bits loses against the same quarter as computed."""
+    pairs = [(quality[name, share, "as computed"], few) for (name, share, bits), few in quality.items() if (share, bits) == (QUARTER, dtype)]
+    cost, error = mean_and_error(np.mean([np.subtract(full, few) for full, few in pairs], 0))
+    return {"dtype": dtype, "fraction": QUARTER, "policies": len(pairs), "cost": cost, "cost_error": error}
+
+
+def _row(point: Point, films: Sequence[Values], whole: Sequence[Values], clips: Sequence[float], quality: Quality) -> dict[str, Any]:
     def mean(key: str, digits: int) -> float | None:
         values = [film[key] for film in films]
         return None if None in values else round(sum(values) / len(values), digits)
 
     layers = np.mean([film["errors"] for film in films], 0)
-    seconds = mean("seconds", 3)
+    seconds, chance = mean("seconds", 3), quality.get((CHANCE, point.fraction, point.dtype))
+    gain, error = mean_and_error(np.subtract([film["psnr"] for film in films], chance)) if chance else (None, None)
     return {
-        "policy": name, "fraction": point.fraction, "dtype": point.dtype, "share": point.fraction, "psnr": mean("psnr", 2), "ssim": mean("ssim", 4),
+        "policy": point.name, "fraction": point.fraction, "dtype": point.dtype, "share": point.fraction,
+        "psnr": mean("psnr", 2), "ssim": mean("ssim", 4),
+        "gain": gain, "gain_error": error,
         "drift": mean("drift", 2), "attention_error": round(float(layers.mean()), 4), "reappearing_error": round(sum(clips) / len(clips), 4),
         "seconds": seconds, "wall_ratio": round(sum(film["seconds"] for film in whole) / sum(film["seconds"] for film in films), 3),
         "kv_peak_bytes": max(film["peak"] for film in films), "attention_error_by_layer": [round(float(e), 4) for e in layers],

@@ -157,7 +157,7 @@ class CachedAttention:
             beyond += keeper.segments(layer, branch, chunk)
             if chunk.committing:
                 keeper.observe(layer, branch, chunk, keys[mine], values[mine], q[mine], x[mine])
-        if not any(beyond):
+        if not any(beyond) and not keeper.middle.weight:
             return attention(q, keys, values)
         out = torch.empty_like(q)
         for segments, alike in _grouped(beyond):
@@ -168,17 +168,23 @@ class CachedAttention:
         """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them.
 
         A few segments: queries are turned for each, and its keys stay as they are. Many short ones: then a copy of their keys
-        is fewer to turn, and it is thrown away after the call.
+        is fewer to turn, and it is thrown away after the call. What stands for others counts that many times.
         """
-        rotary, far = keeper.rotary, segments[-1][1] if segments else 0
-        parts = [attention_with_lse(q, keys[:, :, far:], values[:, :, far:])]
-        if len(segments) * q.shape[2] <= far:
-            for start, end, farther in segments:
-                turned = rotary.turn(q, rotary.shift(-farther))
-                parts.append(attention_with_lse(turned, keys[:, :, start:end], values[:, :, start:end]))
-        else:
-            phases = torch.cat([rotary.shift(farther).expand(end - start, -1) for start, end, farther in segments])
-            parts.append(attention_with_lse(q, rotary.turn(keys[:, :, :far], phases), values[:, :, :far]))
+        far = segments[-1][1] if segments else 0
+        pieces = [(q, keys, far, keys.shape[2])]
+        if segments:
+            phases, lengths = keeper.turns(segments, q.device)
+            if len(segments) * q.shape[2] <= far:
+                back = phases.conj().split(1)
+                pieces += [(keeper.rotary.turn(q, turn), keys, start, end) for turn, (start, end, _) in zip(back, segments, strict=True)]
+            else:
+                phases = phases.repeat_interleave(lengths, 0, output_size=far)
+                pieces.append((q, keeper.rotary.turn(keys[:, :, :far], phases), 0, far))
+        parts = []
+        for queries, turned, first, last in pieces:
+            for start, end, weight in keeper.middle.cut(first, last):
+                out, lse = attention_with_lse(queries, turned[:, :, start:end], values[:, :, start:end])
+                parts.append((out, lse + weight))
         return merge(parts)
 
 

@@ -14,7 +14,7 @@ from ..schedule import ChunkSchedule
 from .cache import Branches, KVCache, KVSizes
 from .codec import codec_of
 from .packed import PackedCache
-from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, Stored, Unit
+from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, RememberingKVPolicy, Stored, Unit
 
 if TYPE_CHECKING:
     from ..models.adapter import ModelAdapter
@@ -99,7 +99,11 @@ class Budget:
         return lambda branches: PackedCache(branches, sizes, rows, codec, self.offload)
 
     def bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
-        """What the caches hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
+        """What caches and policy hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
+        policy = self.policy.holds(sizes, branches) if isinstance(self.policy, RememberingKVPolicy) else 0
+        return policy + self._cache_bytes(sizes, branches, itemsize)
+
+    def _cache_bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
         rows, token = branches * sizes.films, 2 * sizes.heads * sizes.head_dim * itemsize
         if self.dtype == "as computed" and not self.offload:
             return rows * sizes.layers * sizes.capacity * token

@@ -1,4 +1,4 @@
-"""History under a budget: it lets the policy score rows while a chunk commits, and says which stay and how far away they count as.
+"""History under a budget: it lets the policy score rows while a chunk commits, and says which stay, how far away they count as and for how many.
 
 Rows are chosen per layer, branch and film; the heads of a layer share the choice, so that the positions of a layer's rows
 are known. A chunk that lies farther back than the network has seen in training counts as just within that horizon: queries
@@ -7,7 +7,8 @@ are turned for it, stored keys never are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from ..chunk import Chunk
 from ..schedule import ChunkSchedule
 from ..state import RunMemory
 from .evict import select
-from .policy import KVView
+from .policy import KVView, SamplingKVPolicy
 
 if TYPE_CHECKING:
     from ..models.adapter import Rotary
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 
 Segment = tuple[int, int, int]
 """First row, end, and by how many latent frames farther away it is than the horizon (0: within it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Middle:
+    """Rows `start`..`end` of history; each stands for exp(`weight`) tokens."""
+
+    start: int = 0
+    end: int = 0
+    weight: float = 0.0
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int, float]]:
+        """A range of rows in parts that lie within the middle or without: start, end, weight."""
+        edges = sorted({start, end, *(edge for edge in (self.start, self.end) if self.weight and start < edge < end)})
+        return [(a, b, self.weight if self.start <= a < self.end else 0.0) for a, b in pairwise(edges)]
 
 
 @dataclass
@@ -61,7 +76,12 @@ class Keeper:
         self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary
         self.frame_tokens = grid[0] * grid[1]
         self._ends = torch.tensor([sum(schedule.span(k)) * self.frame_tokens for k in range(schedule.chunks)])
+        self.middle = Middle()
+        """Rows of history that stand for others, the same in all layers and branches."""
         self._kept: dict[Hashable, list[Kept]] = {}
+        self._shared = RunMemory()
+        self._segments: dict[tuple[int, Hashable, int], list[list[Segment]]] = {}
+        self._turns: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = {}
 
     def observe(self, layer: int, branch: Hashable, chunk: Chunk, keys: Tensor, values: Tensor, queries: Tensor, hidden: Tensor) -> None:
         """The clean pass of a chunk: rows of history and its own [films, heads, N, D], its queries and the layer's input."""
@@ -69,12 +89,15 @@ class Keeper:
         own = torch.arange(new, device=keys.device) + chunk.start * self.frame_tokens
         tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
         carried = torch.cat([kept.carried, kept.carried.new_zeros(self.films, new)], 1)
-        view = KVView(layer, keys, values, queries, hidden, tokens, carried, new, self.frame_tokens, self.grid, self.rotary, kept.memory)
+        view = KVView(
+            layer, keys, values, queries, hidden, tokens, carried, new, self.frame_tokens, self.grid, self.rotary, kept.memory, self._shared
+        )
         kept.scores = self.budget.policy.score(view).mean(1)
 
     def settle(self, chunk: Chunk, branch: Hashable, stays: int) -> list[Choice | None]:
         """The chunk joins history, of which `stays` rows stay -> per layer which; None for all."""
         out: list[Choice | None] = []
+        self.middle = self._middle((chunk.start + chunk.frames) * self.frame_tokens, stays)
         own = torch.arange(chunk.frames * self.frame_tokens) + chunk.start * self.frame_tokens
         for kept in self._of(branch, None):
             own = own.to(kept.tokens.device)
@@ -95,22 +118,42 @@ class Keeper:
         for layers, of_branch in zip(self._kept.values(), chunks, strict=True):
             for kept, of_layer in zip(layers, of_branch, strict=True):
                 kept.runs = [_runs(film) for film in of_layer]
+        self._segments.clear()
+        self._turns.clear()
         found: np.ndarray = together.numpy()
         return found
 
     def segments(self, layer: int, branch: Hashable, chunk: Chunk) -> list[list[Segment]]:
         """Per film the rows of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
-        if branch not in self._kept:
-            return [[]] * self.films
-        room = self.schedule.horizon - chunk.frames
-        out = []
-        for runs in self._kept[branch][layer].runs:
-            beyond = ((start, end, chunk.start - self.schedule.span(k)[0] - room) for k, start, end in runs)
-            out.append([segment for segment in beyond if segment[2] > 0])
-        return out
+        kept = self._kept[branch][layer].runs if branch in self._kept else []
+        key = layer, branch, chunk.index
+        if key not in self._segments:
+            room = self.schedule.horizon - chunk.frames
+            far = [[(start, end, chunk.start - self.schedule.span(k)[0] - room) for k, start, end in runs] for runs in kept]
+            self._segments[key] = [[segment for segment in film if segment[2] > 0] for film in far] or [[]] * self.films
+        return self._segments[key]
+
+    def turns(self, segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Phases that bring each segment within the horizon, complex64 [segments, head_dim / 2], and how many rows it has."""
+        key = tuple(segments)
+        if key not in self._turns:
+            phases = torch.cat([self.rotary.shift(farther) for _, _, farther in key])
+            self._turns[key] = phases.to(device), torch.tensor([end - start for start, end, _ in key]).to(device)
+        return self._turns[key]
 
     def free(self) -> None:
         self._kept.clear()
+        self._shared.clear()
+        self._segments.clear()
+        self._turns.clear()
+
+    def _middle(self, so_far: int, kept: int) -> Middle:
+        """What lies between sink and recent, when of the film's first `so_far` tokens `kept` rows are history."""
+        budget, protected = self.budget, self.budget.sink + self.budget.recent
+        if not isinstance(budget.policy, SamplingKVPolicy) or not protected < kept < so_far:
+            return Middle()
+        each = min((so_far - protected) / (kept - protected), budget.policy.stands_for)
+        return Middle(budget.sink, kept - budget.recent, math.log(each))
 
     def _choose(self, scores: Tensor, tokens: Tensor, stays: int) -> Choice:
         pooled = int(self.budget.soft * stays)

@@ -11,6 +11,7 @@ from ..state import RunMemory
 
 if TYPE_CHECKING:
     from ..models.adapter import Rotary
+    from .cache import KVSizes
 
 Unit = Literal["chunks", "seconds", "GiB"]
 Granularity = Literal["token", "frame", "chunk"]
@@ -46,6 +47,8 @@ class KVView:
     """How the network turns queries and keys by their position."""
     memory: RunMemory
     """What the policy remembers of this layer and these branches from chunk to chunk."""
+    shared: RunMemory
+    """What it keeps for the run as a whole."""
 
 
 class KVPolicy(Protocol):
@@ -64,4 +67,23 @@ class LearntKVPolicy(KVPolicy, Protocol):
 
     def check_network(self, layers: int, width: int) -> None:
         """Raises ValueError, before a run, where the weights are for a network of another size."""
+        ...
+
+
+@runtime_checkable
+class SamplingKVPolicy(KVPolicy, Protocol):
+    """A policy whose rows are a fair sample of all that are not protected, so that each stands for its share of those that went."""
+
+    @property
+    def stands_for(self) -> float:
+        """For how many at most."""
+        ...
+
+
+@runtime_checkable
+class RememberingKVPolicy(KVPolicy, Protocol):
+    """A policy that needs memory worth counting beside the rows' scores."""
+
+    def holds(self, sizes: KVSizes, branches: int) -> int:
+        """Bytes, for a whole run."""
         ...

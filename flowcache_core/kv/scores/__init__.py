@@ -1,6 +1,7 @@
 """Scores that say which rows of the KV cache are kept. To add one: a file with a frozen dataclass that has `score`, and its name in KV_POLICIES."""
 
 from ..policy import KVPolicy
+from .even import Even
 from .expected import ExpectedAttention
 from .h2o import H2O
 from .importance import ImportanceRedundancy
@@ -23,4 +24,5 @@ KV_POLICIES: tuple[type[KVPolicy], ...] = (
     ExpectedAttention,
     Salience,
     Random,
+    Even,
 )

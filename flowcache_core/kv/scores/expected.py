@@ -21,6 +21,7 @@ from ..policy import KVView
 
 if TYPE_CHECKING:
     from ...models.adapter import Rotary
+    from ..cache import KVSizes
 
 FRAME_BITS = 16
 """Films of up to 2^16 latent frames."""
@@ -58,6 +59,10 @@ class ExpectedAttention:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def holds(self, sizes: KVSizes, branches: int) -> int:
+        moments = sizes.head_dim * (sizes.head_dim + 1)
+        return branches * sizes.films * sizes.layers * sizes.heads * moments * torch.float32.itemsize
 
     def score(self, view: KVView) -> Tensor:
         frames, first = view.new // view.frame_tokens, view.tokens[:1, -view.new] // view.frame_tokens

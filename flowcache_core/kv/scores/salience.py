@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 
 from ...decision import check, setting
 from ..policy import KVView
+
+if TYPE_CHECKING:
+    from ..cache import KVSizes
 
 FORMAT = "pafu-salience/1"
 OUT = ("low", "same", "up")
@@ -105,10 +108,6 @@ class LayerHead(nn.Module):
         """Attention received, [..., 3] -> what `forward` should say of it."""
         return (log_attention(received) - self.target_mean) / self.target_std
 
-    def on(self, device: torch.device) -> LayerHead:
-        """Itself where it is, a copy elsewhere."""
-        return self if self.target_mean.device == device else copy.deepcopy(self).to(device)
-
 
 def places(tokens: Tensor, frames: Tensor | int, grid: tuple[int, int]) -> Tensor:
     """Cosines of frame, row and column of tokens, float32 [T, 3 WAVES].
@@ -137,6 +136,14 @@ class SalienceHead(nn.Module):
 
     def layer(self, index: int) -> LayerHead:
         return cast(LayerHead, self.layers[index])
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+    def on(self, device: torch.device) -> SalienceHead:
+        """Itself where it is, a copy elsewhere."""
+        return self if self.layer(0).target_mean.device == device else copy.deepcopy(self).to(device)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, in float32."""
@@ -214,9 +221,12 @@ class Salience:
                 f"train one for it with {COMMAND}"
             )
 
+    def holds(self, sizes: KVSizes, branches: int) -> int:
+        return head_at(self.path).bytes
+
     def score(self, view: KVView) -> Tensor:
         """-> float32 [R, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
-        head = view.memory.of(LayerHead, lambda: head_at(self.path).layer(view.layer).on(view.hidden.device))
+        head = view.shared.of(SalienceHead, lambda: head_at(self.path).on(view.hidden.device)).layer(view.layer)
         place = places(torch.arange(view.new, device=view.hidden.device), view.new // view.frame_tokens, view.grid)
         low, same, up = head(view.hidden, place).unbind(-1)
         fresh = self.low * low + self.same * same + self.up * up
