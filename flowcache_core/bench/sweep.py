@@ -113,7 +113,7 @@ def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle
                 out.append(work(bundle, job))
                 bar.update()
             return out
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers,)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers, bundle.network.dtype)) as pool:
             todo = [pool.submit(_work_there, work, job) for job in jobs]
             for one in todo:
                 one.add_done_callback(lambda done: bar.update())
@@ -129,10 +129,10 @@ _bundle: Bundle | None = None
 """Of a worker process."""
 
 
-def _start_worker(workers: int) -> None:
+def _start_worker(workers: int, dtype: torch.dtype) -> None:
     global _bundle
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _bundle = load_bundle(fast_dtype())
+    _bundle = load_bundle(dtype)
     _warm_up(_bundle)
 
 
