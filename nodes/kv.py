@@ -12,11 +12,12 @@ from ..flowcache_core.kv.compressor import Compressor
 from ..flowcache_core.kv.named import policy_named
 from ..flowcache_core.kv.policy import LearntKVPolicy, SamplingKVPolicy
 from ..flowcache_core.kv.scores import KV_POLICIES
+from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
 from .host_model import KV_NODE, require_ours, with_compressor
 
 NODE = KV_NODE
-DEFAULT = "even"
+DEFAULT = Even.name
 HEADS = "salience"
 """Folder of models/ for salience heads."""
 BUNDLED = "of the bundled model"

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: means over the prompts, and over the clips for `reappearing_error`. Raises ValueError for what cannot work.
 
     `share`: as `fraction`; `wall_ratio`: seconds with the whole history over seconds; `gain`: PSNR above that of chance at the
-    same fraction and dtype, and its standard error over the prompts; `cost`: PSNR below that of the same history as computed.
+    same fraction, as computed; `cost`: PSNR below that of the same history as computed; both with their standard error over the prompts.
     """
     if not 1 <= args.prompts <= len(PROMPTS):
         raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")

@@ -184,7 +184,7 @@ class CachedAttention:
         for queries, turned, first, last in pieces:
             for start, end, weight in keeper.middle.cut(first, last):
                 out, lse = attention_with_lse(queries, turned[:, :, start:end], values[:, :, start:end])
-                parts.append((out, lse + weight))
+                parts.append((out, lse + weight if weight else lse))
         return merge(parts)
 
 
