@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 from torch import Tensor
 
 from .chunk import Chunk
+from .plan import Plan
+from .schedule import ChunkSchedule
 
 if TYPE_CHECKING:
     from .state import ChunkState, RunMemory
@@ -108,6 +110,24 @@ class CachePolicy(Protocol):
         ...
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision: ...
+
+
+@runtime_checkable
+class PlanPolicy(CachePolicy, Protocol):
+    """A policy that settles before the run which chunk is computed in which row; what it leaves out is not replayed but integrated over."""
+
+    @property
+    def seconds(self) -> float:
+        """Above 0, what the network may take in all: then the plan is made by `timed`."""
+        ...
+
+    def plan(self, schedule: ChunkSchedule, together: bool = False) -> Plan:
+        """Raises ValueError where there is none for this schedule. `together`: for attention over the whole window."""
+        ...
+
+    def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
+        """Once it is known how many seconds a latent frame takes."""
+        ...
 
 
 @runtime_checkable

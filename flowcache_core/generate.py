@@ -135,11 +135,11 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
             return _guided(session.denoise(batch, chunk, text, branches).float(), job.cfg)
 
-        def moved(chunk: Chunk, clean: Tensor, film: Tensor) -> None:
+        def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
             session.note(chunk, clean)
             on_step(chunk)
 
-        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light)
+        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light, session.plan)
     return latents, session.report
 
 

@@ -63,6 +63,11 @@ class RunReport:
         if computed or refreshed is not None:
             self._visit(chunk, refreshed)
 
+    def skipped(self, chunk: Chunk, tokens: int) -> None:
+        """A step that the plan leaves out."""
+        self.tokens += tokens
+        self._count(chunk, REUSED, 0, tokens)
+
     def ran(self, chunk: Chunk, tokens: int) -> None:
         """The whole chunk runs at this step; it had been decided otherwise when a branch has nothing to replay."""
         if self.map[chunk.index, chunk.step] != COMPUTED:

@@ -10,19 +10,39 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .given import CLEAN, GivenNoise
+from .path import Path
+from .plan import Plan
 from .schedule import ChunkSchedule, Row, Window
 from .solvers import Solver
 
 Predict = Callable[[Tensor, Chunk], Tensor]
 """(latents of the chunk [B, C, F, h, w], chunk) -> velocity, same shape; in the commit pass the result is not used."""
-OnStep = Callable[[Chunk, Tensor, Tensor], None]
-"""(chunk, predicted clean latents of the chunk, latents of the whole film) after every step."""
+OnStep = Callable[[Chunk, Tensor | None, Tensor], None]
+"""(chunk, predicted clean latents of the chunk or None where its step was skipped, latents of the whole film) after every step."""
+
+
+class Walk:
+    """One chunk on its way: its path, and how far it has come."""
+
+    def __init__(self, solver: Solver, levels: tuple[float, ...], steps: tuple[int, ...]) -> None:
+        self.path, self.number = Path(levels, steps), 0
+        self.solver = solver if self.path.is_whole else solver.skipping
+        self.memory = self.solver.start()
+
+    def step(self, x: Tensor, velocity: Tensor) -> Tensor:
+        out = self.solver.step(x, velocity, self.number, self.path, self.memory)
+        self.number += 1
+        return out
+
+
+def _walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver) -> dict[int, Walk]:
+    return {index: Walk(solver, levels, plan.computed[index]) for index in range(schedule.given, schedule.chunks)}
 
 
 def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
                   commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None,
-                  given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
-    """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run.
+                  given: GivenNoise = CLEAN, plan: Plan | None = None) -> Tensor:  # fmt: skip
+    """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the `plan` (None: all).
 
     A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
     its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
@@ -30,15 +50,17 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
     shown the prefix once, as `given` has it.
     """
     x, levels, dice = noise.clone(), tuple(sigmas), given.start()
-    memory = {index: solver.start() for index in range(schedule.given, schedule.chunks)}
+    plan = plan or Plan.full(schedule)
+    walks = _walks(schedule, plan, levels, solver)
     for index in range(schedule.given):
         before = schedule.at(index, schedule.steps)
         predict(given.show(_part(x, before), dice), before)
         commit(before)
     for row in schedule.rows:
         for chunk in row.active:
-            part = _part(x, chunk)
-            clean = _move(x, chunk, predict(part, chunk), levels, solver, memory[chunk.index])
+            clean = None
+            if plan.computes(chunk):
+                clean = _move(x, chunk, predict(_part(x, chunk), chunk), levels, walks[chunk.index])
             if on_step:
                 on_step(chunk, clean, x)
         for chunk in row.active:
@@ -47,7 +69,7 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
             if chunk.index < schedule.chunks - 1:
                 predict(_part(x, chunk), replace(chunk, step=chunk.steps))
             commit(chunk)
-            del memory[chunk.index]
+            del walks[chunk.index]
     return x
 
 
@@ -56,12 +78,12 @@ def _part(x: Tensor, chunk: Chunk) -> Tensor:
     return x[:, :, chunk.start : chunk.start + chunk.frames].clone()
 
 
-def _move(x: Tensor, chunk: Chunk, velocity: Tensor, levels: tuple[float, ...], solver: Solver, memory: object) -> Tensor:
+def _move(x: Tensor, chunk: Chunk, velocity: Tensor, levels: tuple[float, ...], walk: Walk) -> Tensor:
     """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; held frames stay."""
     part, moving = _part(x, chunk), chunk.frames - chunk.held
     clean = part - levels[chunk.step] * velocity
     clean[:, :, moving:] = part[:, :, moving:]
-    x[:, :, chunk.start : chunk.start + moving] = solver.step(part, velocity, chunk.step, levels, memory)[:, :, :moving]
+    x[:, :, chunk.start : chunk.start + moving] = walk.step(part, velocity)[:, :, :moving]
     return clean
 
 
@@ -70,16 +92,23 @@ PredictWindow = Callable[[Tensor, tuple[float, ...], Row], Tensor]
 
 
 def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, dice: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """The upstream way: every row runs all chunks of the window, begun or not, and moves the active ones.
+                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, dice: torch.Generator | None = None,
+                  plan: Plan | None = None) -> Tensor:  # fmt: skip
+    """The upstream way: every row of the `plan` (None: all) runs all chunks of the window, begun or not, and moves the active ones.
 
     Frames of prefix and suffix are taken from `noise` and never written; in every row the network is shown the prefix with
     fresh light noise, at that noise level, and the suffix clean.
     """
     x, levels, dice = noise.clone(), tuple(sigmas), dice or given.start()
-    memory = {index: solver.start() for index in range(schedule.given, schedule.chunks)}
-    level_of = (levels[0], *levels)
+    plan = plan or Plan.full(schedule, together=True)
+    walks, level_of = _walks(schedule, plan, levels, solver), (levels[0], *levels)
     for row in schedule.rows:
+        computed = [chunk for chunk in row.active if plan.computes(chunk)]
+        if not computed:
+            for chunk in row.active:
+                if on_step:
+                    on_step(chunk, None, x)
+            continue
         begin, end = schedule.span(row.first)[0], sum(schedule.span(row.last - 1))
         per_frame = [level_of[row.indices[k]] for k in range(row.first, row.last) for _ in range(schedule.span(k)[1])]
         seen = x[:, :, begin:end].clone()
@@ -91,20 +120,22 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
         velocity = predict(seen, tuple(per_frame), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
-            clean = _move(x, chunk, mine, levels, solver, memory[chunk.index])
+            clean = _move(x, chunk, mine, levels, walks[chunk.index]) if plan.computes(chunk) else None
             if on_step:
                 on_step(chunk, clean, x)
     return x
 
 
 def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
-                   on_step: OnStep | None = None, given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+                   on_step: OnStep | None = None, given: GivenNoise = CLEAN, plans: Sequence[Plan | None] = ()) -> Tensor:  # fmt: skip
     """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before.
 
-    `predict` sees a window's frames alone; the chunks that `predict` and `on_step` are told of are numbered over the film.
+    `plans`: one per window; () computes every row. `predict` sees a window's frames alone; the chunks that `predict` and `on_step`
+    are told of are numbered over the film.
     """
     film, dice = noise.clone(), given.start()
-    for window in windows:
+    each = plans or (None,) * len(windows)
+    for window, plan in zip(windows, each, strict=True):
 
         def whole(chunk: Chunk, window: Window = window) -> Chunk:
             return replace(chunk, index=chunk.index + window.index, start=chunk.start + window.start)
@@ -112,11 +143,11 @@ def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Wind
         def told(part: Tensor, levels: tuple[float, ...], row: Row, whole: Callable[[Chunk], Chunk] = whole) -> Tensor:
             return predict(part, levels, replace(row, active=tuple(whole(chunk) for chunk in row.active)))
 
-        def shown(chunk: Chunk, clean: Tensor, x: Tensor, window: Window = window, whole: Callable[[Chunk], Chunk] = whole) -> None:
+        def shown(chunk: Chunk, clean: Tensor | None, x: Tensor, window: Window = window, whole: Callable[[Chunk], Chunk] = whole) -> None:
             film[:, :, window.start : window.end] = x
             if on_step:
                 on_step(whole(chunk), clean, film)
 
         part = film[:, :, window.start : window.end]
-        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, dice)
+        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, dice, plan)
     return film

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Refresh, Replay, Reuse, TokenPolicy
+from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
 from .kernels.tokens import mask_over
 from .kv.cache import Branches, KVSizes, KVStore
 from .kv.compressor import Budget
@@ -22,6 +22,7 @@ from .kv.foresight import foresee_history
 from .kv.keeper import Keeper
 from .models.adapter import Call, ModelAdapter, require_tokens
 from .models.published import time_polynomial
+from .plan import Plan
 from .policies.always import Always
 from .report import RunReport
 from .rows import Rows, capacity
@@ -47,6 +48,7 @@ class Session:
         self.policy: CachePolicy = policy or Always()
         if isinstance(self.policy, Foresees):
             self.policy.check_run(schedule.steps)
+        self.plan = self.policy.plan(schedule) if isinstance(self.policy, PlanPolicy) else Plan.full(schedule)
         self.told: tuple[str, ...] = ()
         """What the policy says when the run is over."""
         self.state = RunState()
@@ -118,9 +120,11 @@ class Session:
                 self._keep(call, state, branches, velocity, residual)
                 return velocity
 
-    def note(self, chunk: Chunk, clean: Tensor) -> None:
-        """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk."""
-        if self._watches == "clean":
+    def note(self, chunk: Chunk, clean: Tensor | None) -> None:
+        """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk, or that the plan skips it."""
+        if clean is None:
+            self.report.skipped(chunk, chunk.frames * self._frame_tokens)
+        elif self._watches == "clean":
             self.state.of(chunk.index).clean = clean
 
     def commit(self, chunk: Chunk) -> None:

@@ -9,16 +9,26 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .path import Path
+
 
 class Solver(Protocol):
-    """Frozen settings; `start` makes the memory of one chunk, `step` moves it from one noise level to the next."""
+    """Frozen settings; `start` makes the memory of one chunk, `step` moves it from one evaluation of its path to the next."""
 
     name: ClassVar[str]
 
+    @property
+    def skipping(self) -> Solver:
+        """What integrates where a plan leaves steps out: itself, if it is right on steps of unequal length."""
+        ...
+
     def start(self) -> object: ...
 
-    def step(self, x: Tensor, velocity: Tensor, index: int, sigmas: tuple[float, ...], memory: object) -> Tensor:
-        """x at sigmas[index] -> x at sigmas[index + 1]; all frames of the chunk at once."""
+    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
+        """x at path.sigmas[number] -> x at path.sigmas[number + 1]; all frames of the chunk at once.
+
+        Where the path begins below the first level of the schedule, the first x comes as it is there, at levels[0].
+        """
         ...
 
 
@@ -28,11 +38,16 @@ class Euler:
 
     name: ClassVar[str] = "euler"
 
+    @property
+    def skipping(self) -> Euler:
+        return self
+
     def start(self) -> None:
         return None
 
-    def step(self, x: Tensor, velocity: Tensor, index: int, sigmas: tuple[float, ...], memory: object) -> Tensor:
-        return x + (sigmas[index + 1] - sigmas[index]) * velocity
+    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
+        x = begun(x, velocity, number, path)
+        return x + (path.sigmas[number + 1] - path.sigmas[number]) * velocity
 
 
 @dataclass(slots=True)
@@ -53,12 +68,18 @@ class UniPC:
 
     name: ClassVar[str] = "unipc"
 
+    @property
+    def skipping(self) -> Multistep:
+        return Multistep()
+
     def start(self) -> UniPCMemory:
         return UniPCMemory()
 
-    def step(self, x: Tensor, velocity: Tensor, index: int, sigmas: tuple[float, ...], memory: object) -> Tensor:
+    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
         assert isinstance(memory, UniPCMemory)
+        index, sigmas = number, path.sigmas
         clean = x - sigmas[index] * velocity
+        x = begun(x, velocity, number, path)
         if memory.x is not None:
             x = self._correct(memory, clean, index, sigmas)
         memory.clean = [*memory.clean[-1:], clean]
@@ -102,6 +123,58 @@ def _first_order(x: Tensor, clean: Tensor, sigma: float, to: float) -> tuple[Ten
     base = ratio * x + ((1 - to) - (1 - sigma) * ratio) * clean
     h = math.inf if to == 0 else _lambda(to) - _lambda(sigma)
     return base, -(1 - to) * math.expm1(-h), h
+
+
+@dataclass(slots=True)
+class MultistepMemory:
+    """The clean latents predicted last, newest last, and the state from which the last step set out."""
+
+    clean: list[Tensor] = field(default_factory=list)
+    x: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Multistep:
+    """Predictor and corrector of second order on a path of unequal steps, predicting the clean latent D = x - sigma * velocity.
+
+    The linear part of dx/dsigma = (x - D) / sigma is exact; D is a line through its last two values in the predictor, a parabola
+    through the last three in the corrector (a line the first time). Every D keeps the value it had at the predicted x, so a step
+    costs one evaluation. As in UniPC (Zhao et al. 2023) the corrector redoes the step before; other than there, D runs along the
+    clock of the schedule (`Path`) and its integral is taken to the end, so neither needs steps of equal length.
+    """
+
+    name: ClassVar[str] = "multistep"
+
+    @property
+    def skipping(self) -> Multistep:
+        return self
+
+    def start(self) -> MultistepMemory:
+        return MultistepMemory()
+
+    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
+        assert isinstance(memory, MultistepMemory)
+        clean = x - path.sigmas[number] * velocity
+        x = begun(x, velocity, number, path) if memory.x is None else _across(memory.x, [*memory.clean, clean], number - 1, number, path)
+        memory.clean, memory.x = [*memory.clean[-1:], clean], x
+        if path.sigmas[number + 1] == 0:
+            return clean
+        return _across(x, memory.clean, number, number, path)
+
+
+def _across(x: Tensor, clean: list[Tensor], number: int, latest: int, path: Path) -> Tensor:
+    """The step from evaluation `number` to the next, with D known at the evaluations up to `latest`."""
+    ratio, weights = path.weights(number, tuple(range(latest + 1 - len(clean), latest + 1)))
+    return ratio * x + sum(w * d for w, d in zip(weights, clean, strict=True))
+
+
+def begun(x: Tensor, velocity: Tensor, number: int, path: Path) -> Tensor:
+    """Where a path begins below the first level: x moved there by the step that is exact for a constant clean latent."""
+    at, start = path.sigmas[number], path.levels[0]
+    if number or at == start:
+        return x
+    clean = x - at * velocity
+    return at / start * x + ((1 - at) - (1 - start) * at / start) * clean
 
 
 SOLVERS: tuple[type[Euler] | type[UniPC], ...] = (UniPC, Euler)

@@ -11,8 +11,10 @@ from types import TracebackType
 
 from torch import Tensor
 
+from .decision import CachePolicy, PlanPolicy
 from .kv.cache import Branches
 from .models.adapter import ModelAdapter
+from .plan import Plan
 from .report import RunReport
 from .schedule import Row, Window
 
@@ -20,11 +22,15 @@ from .schedule import Row, Window
 class WindowSession:
     """One film as `windows` over latents of h x w = `grid`. A context manager, as Session is."""
 
-    def __init__(self, adapter: ModelAdapter, windows: Sequence[Window], grid: tuple[int, int], fps: int = 24) -> None:
+    def __init__(self, adapter: ModelAdapter, windows: Sequence[Window], grid: tuple[int, int], fps: int = 24,
+                 policy: CachePolicy | None = None) -> None:  # fmt: skip
         last = windows[-1]
         self.adapter, self.fps = adapter, fps
         self.report = RunReport(last.index + last.schedule.chunks, last.schedule.steps)
         self._frame_tokens = adapter.tokens_per_frame(*grid)
+        self.plans = [
+            policy.plan(w.schedule, together=True) if isinstance(policy, PlanPolicy) else Plan.full(w.schedule, together=True) for w in windows
+        ]
         self._text: dict[Branches, object] = {}
 
     def __enter__(self) -> WindowSession:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 CORE = ROOT / "flowcache_core"
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CORE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
 IMPORTABLE = [m for m in MODULES if not m.endswith("_triton") or importlib.util.find_spec("triton")]
-LEAVES = ("chunk", "schedule", "given", "decision", "state", "rows", "footprint", "report", "solvers")
+LEAVES = ("chunk", "schedule", "given", "path", "plan", "planner", "decision", "state", "rows", "footprint", "report", "solvers")
 
 
 def imports_of(module: str) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache_core.path import Path
 from flowcache_core.sampler import sample_chunks
 from flowcache_core.schedule import ChunkSchedule, flow_sigmas
 from flowcache_core.solvers import SOLVERS, Euler, Solver, UniPC, require_finite, solver
@@ -20,7 +21,7 @@ Field = Callable[[Tensor, float], Tensor]
 def integrate(kind: Solver, field: Field, x: Tensor, sigmas: tuple[float, ...]) -> Tensor:
     memory = kind.start()
     for i in range(len(sigmas) - 1):
-        x = kind.step(x, field(x, sigmas[i]), i, sigmas, memory)
+        x = kind.step(x, field(x, sigmas[i]), i, Path.whole(sigmas), memory)
     return x
 
 
@@ -112,8 +113,8 @@ def test_chunks_do_not_share_memory(kind: Solver) -> None:
     alone = [integrate(kind, field, x, sigmas) for x in (a, b)]
     memories = kind.start(), kind.start()
     for i in range(5):
-        a = kind.step(a, field(a, sigmas[i]), i, sigmas, memories[0])
-        b = kind.step(b, field(b, sigmas[i]), i, sigmas, memories[1])
+        a = kind.step(a, field(a, sigmas[i]), i, Path.whole(sigmas), memories[0])
+        b = kind.step(b, field(b, sigmas[i]), i, Path.whole(sigmas), memories[1])
     assert torch.equal(a, alone[0])
     assert torch.equal(b, alone[1])
 
@@ -132,7 +133,7 @@ def test_a_solver_leaves_its_arguments_alone(kind: Solver) -> None:
     for i in range(4):
         velocity = torch.randn(3)
         given = x.clone(), velocity.clone()
-        after = kind.step(x, velocity, i, sigmas, memory)
+        after = kind.step(x, velocity, i, Path.whole(sigmas), memory)
         assert torch.equal(x, given[0])
         assert torch.equal(velocity, given[1])
         x = after

@@ -14,8 +14,8 @@ from flowcache_core.decision import Compute, Outlook, Signature
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
-from flowcache_core.policies.plan import Standing, computed_from, decision_table, least_computed, nearest_threshold
 from flowcache_core.policies.target import Found, Pace, Target, straight_changes
+from flowcache_core.policies.thresholds import Standing, computed_from, decision_table, least_computed, nearest_threshold
 from flowcache_core.report import RunReport
 from flowcache_core.sampler import sample_chunks
 from flowcache_core.schedule import ChunkSchedule, flow_sigmas

@@ -3,6 +3,7 @@
 from .always import Always
 from .chunkwise import Chunkwise
 from .motion import Motion
+from .planned import Planned
 from .target import Target
 
-POLICIES = (Always, Chunkwise, Target, Motion)
+POLICIES = (Always, Planned, Chunkwise, Target, Motion)

@@ -14,7 +14,7 @@ from ..chunk import Chunk
 from ..decision import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature, check, setting
 from ..state import ChunkState, RunMemory
 from .foresight import forecast, headroom, on_rescaling
-from .plan import rescaled
+from .thresholds import rescaled
 
 
 @dataclass(frozen=True)

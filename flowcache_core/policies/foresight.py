@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..decision import Outlook
-from .plan import computed_from, least_computed
+from .thresholds import computed_from, least_computed
 
 if TYPE_CHECKING:
     from .chunkwise import Chunkwise

@@ -19,7 +19,7 @@ from ..decision import Compute, Decision, Outlook, Signals, setting
 from ..state import ChunkState, RunMemory
 from .chunkwise import Chunkwise
 from .foresight import headroom, on_rescaling
-from .plan import Standing, computed_from, least_computed, nearest_threshold
+from .thresholds import Standing, computed_from, least_computed, nearest_threshold
 
 
 @dataclass(frozen=True)
