@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import kv, motion, recall, reuse, seam
+from .bench import figures, frontier, kv, motion, recall, reuse, seam
 from .demo import run as demo
+from .demo.bundle import weights_id
 from .device import device_name
 from .plot import line_plot
 
-BENCHES = (reuse, motion, recall, seam, kv)
+BENCHES = (frontier, reuse, motion, recall, seam, kv)
 
 
 def main() -> int:
@@ -25,10 +27,13 @@ def main() -> int:
         one = benches.add_parser(bench.NAME, help=(bench.__doc__ or "").splitlines()[0])
         bench.add_arguments(one)
         one.add_argument("--json", type=Path, help="write the rows here, and a plot of share and PSNR beside it")
+    figures.add_arguments(commands.add_parser("figures", help="write the tables and charts of README and docs from docs/bench"))
     args = parser.parse_args()
     try:
         if args.command == "demo":
             demo.main(args)
+        elif args.command == "figures":
+            figures.main(args)
         else:
             _bench(args)
     except ValueError as error:
@@ -42,7 +47,9 @@ def main() -> int:
 
 def _bench(args: argparse.Namespace) -> None:
     bench = next(b for b in BENCHES if args.bench == b.NAME)
-    result = {"bench": bench.NAME, "device": device_name(), "commit": demo.commit(), **bench.run(args)}
+    result = {
+        "bench": bench.NAME, "device": device_name(), "commit": demo.commit(), "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
+    }  # fmt: skip
     rows = result["rows"]
     print(_table(rows))
     if result.get("summary"):
@@ -54,7 +61,7 @@ def _bench(args: argparse.Namespace) -> None:
             return
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in (r for r in rows if r["psnr"] is not None):
-            lines.setdefault(row.get("rule") or row["policy"], []).append((row["share"], row["psnr"]))
+            lines.setdefault(row.get("rule") or row.get("arm") or row["policy"], []).append((row["share"], row["psnr"]))
         if lines:
             line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
 

@@ -21,7 +21,7 @@ from .report import RunReport
 from .sampler import sample_chunks, sample_windows
 from .schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
 from .session import Session
-from .solvers import solver
+from .solvers import Solver, solver
 from .window import WindowSession
 
 Progress = Callable[[Chunk], None]
@@ -118,10 +118,11 @@ NOTHING = Given()
 @torch.inference_mode()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
              given: Given = NOTHING, adapter: MakeAdapter = lambda network, sigmas: SkyReelsAdapter(network),
-             compressor: Compressor | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+             compressor: Compressor | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in.
 
-    `compressor` bounds the history that chunks look back on; without one it is what lies within the window.
+    `compressor` bounds the history that chunks look back on; without one it is what lies within the window. `integrator` takes the
+    place of the solver that the job names.
     """
     schedule, levels, like = job.schedule(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
@@ -139,7 +140,7 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             session.note(chunk, clean)
             on_step(chunk)
 
-        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light, session.plan)
+        latents = sample_chunks(predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan)
     return latents, session.report
 
 

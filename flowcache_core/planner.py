@@ -8,7 +8,8 @@ while earlier chunks run, only rows in which they are computed are allowed, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,10 @@ from .schedule import ChunkSchedule
 
 LEAST = 2
 """Evaluations of a chunk at least, where it has as many steps."""
+SMALL = 128
+"""Points among which every jump is looked at."""
+TINY = 1e-6
+"""Against a budget that misses a whole number by rounding."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +57,37 @@ def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile()
     if share >= 1:
         return full
     if together:
-        return rows_together(schedule, share * full.frames_computed(schedule), profile)
-    budget = share * full.frames_computed(schedule) - commit_frames(schedule)
+        return rows_together(schedule, share * full.frames_computed(schedule) + TINY, profile)
+    budget = share * full.frames_computed(schedule) - commit_frames(schedule) + TINY
     return best(schedule, budget, profile)
-
-
-def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
-    """`budget`: latent frames that may be computed, clean passes not counted."""
-    chunks = range(schedule.given, schedule.chunks)
-    sizes = [schedule.span(k)[1] for k in chunks]
-    least = min(LEAST, schedule.steps)
-    found: tuple[float, Plan] | None = None
-    for first in range(least, schedule.steps + 1):
-        counts = _counts(sizes, schedule.steps, budget, first, least)
-        if counts is None:
-            break
-        cost, plan = _nested(schedule, tuple(counts), profile)
-        if found is None or cost < found[0]:
-            found = cost, plan
-    if found is None:
-        return _nested(schedule, (least,) * len(sizes), profile)[1]
-    return found[1]
 
 
 def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
     """The smallest share that a plan can have."""
     return plan_for(schedule, 0.0, together=together).share(schedule)
+
+
+def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
+    """`budget`: latent frames that may be computed, clean passes not counted."""
+    sizes = [schedule.span(k)[1] for k in range(schedule.given, schedule.chunks)]
+    least, place = min(LEAST, schedule.steps), _places(schedule)
+    found: tuple[float, Plan] | None = None
+    for first in _candidates(least, schedule.steps):
+        counts = _counts(sizes, schedule.steps, budget, first, least)
+        if counts is None:
+            break
+        cost, plan = _nested(schedule, place, counts, profile)
+        if found is None or cost < found[0]:
+            found = cost, plan
+    return found[1] if found else _nested(schedule, place, (least,) * len(sizes), profile)[1]
+
+
+def _candidates(least: int, most: int) -> Iterator[int]:
+    """Numbers of evaluations of the first chunk that are tried: all of them, and of many those that differ by some percent."""
+    count = least
+    while count <= most:
+        yield count
+        count += max(1, count // 25)
 
 
 def _counts(sizes: Sequence[int], steps: int, budget: float, first: int, least: int) -> list[int] | None:
@@ -96,53 +106,72 @@ def _counts(sizes: Sequence[int], steps: int, budget: float, first: int, least: 
     return [first, *counts]
 
 
-def _nested(schedule: ChunkSchedule, counts: tuple[int, ...], profile: Profile) -> tuple[float, Plan]:
+Places = dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]]
+"""Of every chunk its steps, and with each the (chunk, step) pairs that it attends to in that row."""
+
+
+def _places(schedule: ChunkSchedule) -> Places:
+    out: Places = {}
+    for row in schedule.rows:
+        for chunk in row.active:
+            others = tuple((other.index, other.step) for other in attended(schedule, row, chunk))
+            out.setdefault(chunk.index, []).append((chunk.step, others))
+    return out
+
+
+def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int], profile: Profile) -> tuple[float, Plan]:
+    """Chunk after chunk, at steps at which all that it attends to is computed."""
     computed: list[tuple[int, ...]] = [()] * schedule.given
+    sets: dict[int, set[int]] = {}
     total = 0.0
     for k, count in zip(range(schedule.given, schedule.chunks), counts, strict=True):
         first = k == schedule.given
-        cost, steps = _line(allowed(schedule, computed, k), count, schedule.steps, profile)
+        allowed = tuple(step for step, others in places[k] if all(at in sets[other] for other, at in others))
+        cost, steps = _line(allowed, count, schedule.steps, profile)
         if first:
             steps = (0, *steps[1:])
         computed.append(steps)
+        sets[k] = set(steps)
         total += cost * (profile.first if first else 1.0)
     return total, Plan(schedule.steps, tuple(computed))
 
 
-def allowed(schedule: ChunkSchedule, computed: Sequence[Sequence[int]], index: int) -> tuple[int, ...]:
-    """The steps of a chunk at which all active chunks that it attends to are computed; `computed`: those of the chunks before it."""
-    sets = [set(steps) for steps in computed]
-    out = []
-    for row in schedule.rows:
-        for chunk in row.active:
-            if chunk.index == index and all(other.step in sets[other.index] for other in attended(schedule, row, chunk)):
-                out.append(chunk.step)
-    return tuple(out)
-
-
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile) -> tuple[float, tuple[int, ...]]:
-    """The `count` of the points, the last among them, on the path of least cost."""
-    best, back = _table(points, steps, profile)
-    count = min(count, len(points))
-    at, chosen = len(points) - 1, []
-    for m in range(count - 1, -1, -1):
-        chosen.append(points[at])
-        at = int(back[m][at])
-    return float(best[count - 1][-1]), tuple(reversed(chosen))
+    """The `count` of the points, the last among them, on the path of least cost; all of them where they are fewer.
 
-
-@lru_cache(maxsize=256)
-def _table(points: tuple[int, ...], steps: int, profile: Profile) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Per number of evaluations so far, and point: the least cost of a path that ends there, and the point before it."""
+    Of many points only jumps are looked at that are not far longer than the mean.
+    """
+    total = len(points)
+    count = min(count, total)
+    reach = total if total <= SMALL else min(total, 12 * math.ceil(total / count))
     t = np.array(points) * CLOCK / steps
-    cost = np.where(np.tri(len(t), k=0).T.astype(bool) & ~np.eye(len(t), dtype=bool), profile.step(t[:, None], t[None, :]), np.inf)
-    best, back = [profile.start(t)], [np.zeros(len(t), int)]
-    for _ in range(1, len(t)):
-        through = best[-1][:, None] + cost
-        back.append(through.argmin(0))
-        best.append(through.min(0))
-    return best, back
+    before = np.arange(total)[:, None] - np.arange(1, reach + 1)
+    cost = np.where(before < 0, np.inf, profile.step(t[before], t[:, None]))
+    best, back = profile.start(t), []
+    for _ in range(1, count):
+        through = best[before] + cost
+        jump = through.argmin(1)
+        back.append(jump + 1)
+        best = np.take_along_axis(through, jump[:, None], 1)[:, 0]
+    at, chosen = total - 1, [points[-1]]
+    for jumps in reversed(back):
+        at -= int(jumps[at])
+        chosen.append(points[at])
+    return float(best[-1]), tuple(reversed(chosen))
+
+
+def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
+    """`count` evenly spaced rows per chunk, counted from the first chunk's first: what taking fewer steps comes to on a finer schedule.
+
+    `count` has to divide the schedule's steps.
+    """
+    every = schedule.steps // count
+    computed: list[list[int]] = [[] for _ in range(schedule.chunks)]
+    for row in schedule.rows[::every]:
+        for chunk in row.active:
+            computed[chunk.index].append(chunk.step)
+    return Plan(schedule.steps, tuple(map(tuple, computed)), together)
 
 
 def rows_together(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:

@@ -87,6 +87,7 @@ def cached(net: SkyReelsV2, texts: Tensor) -> Cached:
                 solver or Euler(),
                 session.commit,
                 lambda chunk, clean, film: session.note(chunk, clean),
+                plan=session.plan,
             )
         return out, session.report
 

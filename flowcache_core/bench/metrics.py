@@ -1,6 +1,10 @@
-"""Fidelity of one film to another: PSNR over the whole film, SSIM averaged over its frames."""
+"""Fidelity of one film to another: PSNR over the whole film, SSIM averaged over its frames, LPIPS where its package and weights are there."""
 
 from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,3 +34,24 @@ def ssim(film: Tensor, reference: Tensor) -> float:
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
     return float(score.mean())
+
+
+def perceptual(film: Tensor, reference: Tensor) -> float | None:
+    """LPIPS (Zhang et al. 2018, AlexNet), mean over the frames; None where the lpips package or its weights are not installed."""
+    network = _lpips()
+    if network is None:
+        return None
+    with torch.inference_mode():
+        return float(network(film.float().cpu() * 2 - 1, reference.float().cpu() * 2 - 1).mean())
+
+
+@lru_cache(maxsize=1)
+def _lpips() -> Any:
+    if importlib.util.find_spec("lpips") is None:
+        return None
+    import lpips
+
+    try:
+        return lpips.LPIPS(net="alex", verbose=False).eval()
+    except (OSError, RuntimeError):  # the backbone's weights are a download
+        return None

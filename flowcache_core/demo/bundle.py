@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,3 +39,8 @@ def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str =
     network = load_skyreels(weights, NETWORK.name, dtype, device)
     vae = WanVAE.from_state_dict(read(VAE)[0]).to(device, dtype).requires_grad_(False)
     return Bundle(network, vae, int(metadata["chunk_frames"]), int(metadata["window_chunks"]))
+
+
+def weights_id() -> str:
+    """Names the bundled weights: what was measured on others does not speak of these."""
+    return hashlib.sha256(NETWORK.read_bytes() + VAE.read_bytes()).hexdigest()[:12]

@@ -1,0 +1,326 @@
+"""`bench frontier`: the film that a given compute buys, by every way of spending it, beside simply taking fewer steps.
+
+At every share of the uncached run's network tokens (clean passes and both branches counted) all arms make the same films. Each
+is compared with the uncached film and with the converged one, of at least 200 steps, whose chunks stand equally far apart in noise. A gain
+is the mean of paired differences to the best arm that takes fewer steps, with its standard error.
+
+`steps` takes fewer steps with UniPC; `ar_step` is an integer, so the distance between chunks is only nearly that of the full run.
+`steps-fractional` keeps it exactly, on a finer grid of levels, and `steps-euler` is `steps` with Euler: the best of these three is the rival.
+`even` spaces the computed rows of `steps-fractional` and integrates with this project's multistep solver: what is left of `default`
+without its choice of rows. `default` is Chunkwise Cache with a plan, at exactly the tokens of `steps`. `motion` refines that plan by
+token. `threshold` is the rule of drift with its threshold found for the share, and `published-residual` and `published-increment` are the rules
+published for SkyReels-V2 and MAGI-1 (FlowCache, ICLR 2026, section 3), theirs too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..demo.bundle import Bundle, load_bundle
+from ..device import fast_dtype
+from ..generate import Job, decode, generate, generate_upstream
+from ..plan import Plan
+from ..planner import evenly
+from ..policies.multirate import Multirate
+from ..policies.planned import Planned
+from ..policies.target import Target
+from ..report import RunReport
+from ..schedule import ChunkSchedule
+from ..solvers import UniPC
+from .increment import IncrementAdapter
+from .metrics import perceptual, psnr, ssim
+from .prompts import PROMPTS, seed_of
+from .sweep import over
+
+NAME = "frontier"
+SHARES = (0.56, 0.40, 0.30, 0.20, 0.12)
+CONVERGED = 200
+CAUSAL, BIDIRECTIONAL = "block-causal", "bidirectional"
+RIVALS = ("steps", "steps-fractional", "steps-euler")
+MEASURES = ("psnr", "ssim", "lpips", "psnr_converged", "ssim_converged", "lpips_converged")
+
+Made = tuple[Tensor, RunReport]
+
+
+class EveryGrid(UniPC):
+    """UniPC as it is, on whatever levels it is given: the solver of fewer steps."""
+
+    @property
+    def skipping(self) -> EveryGrid:  # type: ignore[override]
+        return self
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a film is made with. `ar_step` -1: one chunk after the other."""
+
+    frames: int = 33
+    steps: int = 50
+    cfg: float = 3.0
+    shift: float = 8.0
+    ar_step: int = 5
+    attention: str = CAUSAL
+
+    def job(self, prompt: str, seed: int) -> Job:
+        return Job(prompt, self.frames, self.steps, seed, cfg=self.cfg, shift=self.shift, ar_step=self.steps if self.ar_step < 0 else self.ar_step)
+
+
+@dataclass(frozen=True)
+class Film:
+    """One prompt at one setting, through these arms and shares."""
+
+    setting: Setting
+    prompt: str
+    seed: int
+    arms: tuple[str, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def job(self) -> Job:
+        return self.setting.job(self.prompt, self.seed)
+
+
+def make(bundle: Bundle, job: Job, setting: Setting, policy: Any = None, **more: Any) -> Made:
+    if setting.attention == BIDIRECTIONAL:
+        return generate_upstream(bundle, job, policy=policy, **more)
+    return generate(bundle, job, policy, **more)
+
+
+def schedule_of(bundle: Bundle, job: Job, setting: Setting) -> ChunkSchedule:
+    return job.windows(bundle)[0].schedule if setting.attention == BIDIRECTIONAL else job.schedule(bundle)
+
+
+def tokens(bundle: Bundle, job: Job, setting: Setting) -> int:
+    """Latent frames that a run of all steps puts through the network."""
+    together = setting.attention == BIDIRECTIONAL
+    return Plan.full(schedule_of(bundle, job, setting), together).frames_computed(schedule_of(bundle, job, setting))
+
+
+def fewer(job: Job, steps: int) -> Job:
+    """The same film in fewer steps, its chunks as nearly as far apart as integers allow."""
+    return replace(job, steps=steps, ar_step=round(job.ar_step * steps / job.steps))
+
+
+def finer(job: Job, steps: int) -> Job:
+    """The coarsest schedule with `steps` evenly spaced levels among its own on which the distance of chunks is an integer."""
+    return next(replace(job, steps=n, ar_step=n * job.ar_step // job.steps) for n in range(steps, steps * job.steps + 1, steps)
+                if n * job.ar_step % job.steps == 0)  # fmt: skip
+
+
+def steps_for(bundle: Bundle, job: Job, setting: Setting, share: float) -> int:
+    """The fewest steps that compute at least the share: rounded in favour of fewer steps."""
+    wanted = share * tokens(bundle, job, setting) - 1e-6
+    return next(n for n in range(1, job.steps + 1) if n == job.steps or tokens(bundle, fewer(job, n), setting) >= wanted)
+
+
+def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
+    job, setting = film.job, film.setting
+    n = steps_for(bundle, job, setting, share)
+    same = tokens(bundle, fewer(job, n), setting) / tokens(bundle, job, setting)
+    if arm in ("steps", "steps-euler"):
+        return make(bundle, replace(fewer(job, n), solver="euler" if arm == "steps-euler" else "unipc"), setting)
+    if arm in ("steps-fractional", "even"):
+        fine = finer(job, n)
+        plan = evenly(schedule_of(bundle, fine, setting), n, setting.attention == BIDIRECTIONAL)
+        return make(bundle, fine, setting, Planned(exact=plan), integrator=EveryGrid() if arm == "steps-fractional" else None)
+    if arm == "default":
+        return make(bundle, job, setting, Planned(share=same))
+    if arm == "motion":
+        return make(bundle, job, setting, Multirate(share=same))
+    schedule = schedule_of(bundle, job, setting)
+    chunk_share = min(n / job.steps, 1.0)
+    if arm == "threshold":
+        return generate(bundle, job, Target(share=chunk_share, **_reachable(chunk_share, schedule.steps)))
+    published = {"replay": "residual", "order": 0, "max_reuse": 1000, **_reachable(chunk_share, schedule.steps)}
+    if arm == "published-residual":
+        return generate(bundle, job, Target(share=chunk_share, **published))  # type: ignore[arg-type]
+    increment = Target(share=chunk_share, signature="latent", **published)  # type: ignore[arg-type]
+    return generate(bundle, replace(job, solver="euler"), increment, adapter=IncrementAdapter)
+
+
+def _reachable(share: float, steps: int) -> dict[str, Any]:
+    """Warm-up is five steps as published, and shorter where the share leaves no room for it."""
+    return {"warmup_steps": max(1, min(5, round(share * steps) - 1)), "max_reuse": 1000}
+
+
+CAUSAL_ARMS = (*RIVALS, "even", "default", "motion", "threshold", "published-residual", "published-increment")
+BIDIRECTIONAL_ARMS = (*RIVALS, "even", "default")
+
+
+def measure(bundle: Bundle, film: Film) -> list[dict[str, Any]]:
+    """Of one film: an entry per arm and share."""
+    job, setting = film.job, film.setting
+    latents, uncached = make(bundle, job, setting)
+    steps = job.steps * math.ceil(CONVERGED / job.steps)
+    references = decode(bundle, latents), decode(bundle, make(bundle, fewer(job, steps), setting)[0])
+    entry = {"prompt": film.prompt, "seed": film.seed, "setting": setting}
+    out = [{**entry, "arm": "uncached", "share": 1.0, "measured": 1.0, "seconds": uncached.wall_s, "full_s": uncached.wall_s,
+            **_closeness(references[0], references)}]  # fmt: skip
+    made: dict[Any, Any] = {}
+    for share in film.shares:
+        n = steps_for(bundle, job, setting, share)
+        for arm in film.arms:
+            key = ("steps" if arm == "steps-fractional" and finer(job, n) == fewer(job, n) else arm), n
+            if key not in made:
+                latents, report = run_arm(bundle, film, arm, share)
+                made[key] = report.tokens_computed / uncached.tokens, report.wall_s, _closeness(decode(bundle, latents), references)
+            measured, seconds, close = made[key]
+            out.append({**entry, "arm": arm, "share": share, "measured": measured, "seconds": seconds, "full_s": uncached.wall_s, **close})
+    return out
+
+
+def _closeness(film: Tensor, references: tuple[Tensor, Tensor]) -> dict[str, float | None]:
+    values: list[float | None] = []
+    for reference in references:
+        values += [psnr(film, reference), ssim(film, reference), perceptual(film, reference)]
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the prompts of every setting, share and arm, with the gain over the best arm of fewer steps."""
+    groups: dict[Any, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for entry in entries:
+        film = entry["prompt"], entry["seed"]
+        groups.setdefault((entry["setting"], entry["share"], entry["arm"]), {})[film] = entry
+    out = []
+    for (setting, share, arm), films in groups.items():
+        values = {m: _mean([film[m] for film in films.values()]) for m in MEASURES}
+        row: dict[str, Any] = {
+            **asdict(setting), "arm": arm, "share": share,
+            "share_measured": round(_mean([film["measured"] for film in films.values()]) or 0.0, 4),
+            **{m: v if v is None else round(v, 4 if m.startswith(("ssim", "lpips")) else 2) for m, v in values.items()},
+        }  # fmt: skip
+        for reference in ("", "_converged"):
+            rival = max((r for r in RIVALS if (setting, share, r) in groups and r != arm), default=None,
+                        key=lambda r: _mean([f[f"psnr{reference}"] for f in groups[setting, share, r].values()]) or 0.0)  # fmt: skip
+            row[f"gain{reference}"] = row[f"gain{reference}_se"] = None
+            if rival is None:
+                continue
+            differences = [film[f"psnr{reference}"] - groups[setting, share, rival][key][f"psnr{reference}"] for key, film in films.items()]
+            row[f"gain{reference}"] = round(sum(differences) / len(differences), 2)
+            row[f"gain{reference}_se"] = round(_standard_error(differences), 2)
+            row["wins"] = sum(d > 0 for d in differences)
+        seconds = sum(film["seconds"] for film in films.values())
+        row["wins"], row["prompts"] = row.get("wins"), len(films)
+        row["wall_ratio"] = round(sum(film["full_s"] for film in films.values()) / seconds, 3)
+        row["ideal"] = round(row["wall_ratio"] * row["share_measured"], 3)
+        row["each"] = [[round(film[m], 2) for m in ("psnr", "psnr_converged")] for film in films.values()]
+        out.append(row)
+    return out
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    n, mean = len(values), sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+
+
+REDUCED = [Setting(57), Setting(steps=30), Setting(steps=100), Setting(cfg=1.0), Setting(cfg=5.0), Setting(shift=3.0),
+           Setting(ar_step=0), Setting(ar_step=25), Setting(ar_step=-1)]  # fmt: skip
+"""The usual setting with one thing changed at a time."""
+
+
+def films(args: argparse.Namespace) -> list[Film]:
+    """Raises ValueError for arguments that cannot work."""
+    prompts = _prompts(args)
+    shares = tuple(_share(text) for text in args.shares.split(","))
+    usual = Setting(args.frames, args.steps, args.cfg, args.shift, args.ar_step)
+    wanted = tuple(a for a in args.arms.split(",") if a)
+    if unknown := set(wanted) - set(CAUSAL_ARMS):
+        raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {', '.join(CAUSAL_ARMS)}")
+
+    def those(arms: Sequence[str]) -> tuple[str, ...]:
+        return tuple(a for a in arms if not wanted or a in wanted)
+
+    out = [Film(usual, prompt, seed, those(CAUSAL_ARMS), shares) for seed, prompt in prompts]
+    if args.grid == "usual":
+        return out
+    reduced = args.grid == "reduced"
+    both = replace(usual, attention=BIDIRECTIONAL)
+    out += [Film(both, prompt, seed, those(BIDIRECTIONAL_ARMS), shares) for seed, prompt in (prompts[:8] if reduced else prompts)]
+    if reduced:
+        others, some, few, at = REDUCED, prompts[:3], those(("steps", "steps-fractional", "default")), tuple(s for s in shares if s in (0.4, 0.2))
+    else:
+        others = [Setting(f, n, c, s, a) for f in (33, 57) for n in (30, 50, 100) for c in (1.0, 3.0, 5.0) for s in (3.0, 8.0)
+                  for a in (0, 5, 25, -1)]  # fmt: skip
+        some, few, at = prompts, those(CAUSAL_ARMS), shares
+    out += [Film(setting, prompt, seed, few, at or shares) for setting in others if setting != usual for seed, prompt in some]
+    return out
+
+
+def _prompts(args: argparse.Namespace) -> list[tuple[int, str]]:
+    if args.prompts_file is None:
+        if not 1 <= args.prompts <= len(PROMPTS):
+            raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
+        return [(seed_of(i) if args.seed is None else args.seed + i, PROMPTS[i]) for i in range(args.prompts)]
+    out: list[tuple[int, str]] = []
+    try:
+        lines = args.prompts_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the prompts file {args.prompts_file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        seed, tab, prompt = line.partition("\t")
+        if not tab or not seed.strip().isdigit():
+            raise ValueError(f"line {number} of {args.prompts_file} is not a seed, a tab and a prompt: {line[:60]!r}")
+        out.append((int(seed) + (args.seed or 0), prompt.strip()))
+    if not out:
+        raise ValueError(f"the prompts file {args.prompts_file} has no line: write a seed, a tab and a prompt on each")
+    return out
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a share: use numbers between 0 and 1, separated by commas") from error
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of {share} was asked for: use numbers above 0 and up to 1")
+    return share
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", choices=("usual", "reduced", "full"), default="reduced",
+                        help="usual: one setting; reduced: also bidirectional, and other settings on a few prompts, in half an hour on two "
+                        "cores; full: all settings against each other, for many hours (default %(default)s)")  # fmt: skip
+    parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
+    parser.add_argument("--prompts-file", type=Path, help="other films instead: a line each, seed, tab, prompt")
+    parser.add_argument("--seed", type=int, help="the first film's seed in place of the fixed ones; with a prompts file, added to its seeds")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="computed shares of all tokens (default %(default)s)")
+    parser.add_argument("--arms", default="", help=f"which arms, separated by commas, of {', '.join(CAUSAL_ARMS)} (default: all)")
+    parser.add_argument("--frames", type=int, default=Setting.frames, help="pixel frames of the usual setting (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=Setting.steps)
+    parser.add_argument("--cfg", type=float, default=Setting.cfg)
+    parser.add_argument("--shift", type=float, default=Setting.shift)
+    parser.add_argument("--ar-step", type=int, default=Setting.ar_step, help="-1: one chunk after the other (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
+    parser.add_argument("--precision", choices=("fast", "float32"), default="fast", help="what the network computes in (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """-> {"rows"}; `each` in a row has every film's PSNR to the uncached and the converged film.
+
+    Raises ValueError, before any film is made, for what cannot work.
+    """
+    if args.workers < 1:
+        raise ValueError(f"{args.workers} workers were asked for: use 1 or more")
+    todo = films(args)
+    bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
+    for film in dict.fromkeys(replace(film, prompt="", seed=0) for film in todo):
+        schedule_of(bundle, film.job, film.setting)
+    entries = [entry for each in over(todo, measure, args.workers, bundle) for entry in each]
+    settings = {name: getattr(args, name) for name in ("grid", "workers", "precision")}
+    return {**settings, "dtype": str(bundle.network.dtype).removeprefix("torch."), "rows": rows(entries)}
