@@ -31,7 +31,7 @@ function draw(canvas, state) {
   pen.font = "11px sans-serif";
   pen.fillStyle = "#9aa3b2";
   if (!state) {
-    pen.fillText("computed and reused steps appear here", 4, 14);
+    pen.fillText("computed and skipped steps appear here", 4, 14);
     return;
   }
   const plan = state.plan ?? [];
@@ -40,9 +40,9 @@ function draw(canvas, state) {
     pen.fillText(state.note, 4, 12, width - 8);
     return;
   }
-  const computed = Math.round(state.share * 100);
   const left = state.done < state.total ? `, ${Math.ceil(state.eta_s)} s left` : "";
-  pen.fillText(waiting ? state.note : `step ${state.done} of ${state.total}: ${computed}% of tokens computed${left}`, 4, 12, width - 8);
+  const soFar = state.done ? `: ${Math.round(state.share * 100)}% of tokens computed${left}` : "";
+  pen.fillText(waiting ? state.note : `step ${state.done} of ${state.total}${soFar}`, 4, 12, width - 8);
   if (state.history) pen.fillText(`history: ${state.history}`, 4, 26, width - 8);
   const top = state.history ? 32 : 18;
   const rows = state.map.length;
@@ -83,7 +83,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const canvas = document.createElement("canvas");
-    canvas.style.cssText = `width:100%; min-height:${HEIGHT}px; display:block;`;
+    canvas.style.cssText = `width:100%; min-height:${HEIGHT}px; max-height:${HEIGHT}px; display:block;`;
     let state = null;
     node.addDOMWidget("live_map", "flowcache_live_map", canvas, {
       serialize: false,

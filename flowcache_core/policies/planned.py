@@ -111,7 +111,7 @@ def foretell(policy: PlanPolicy, plans: Sequence[Plan], schedules: Sequence[Chun
     if frame_s is not None:
         whole = full_s(schedules, frame_s, together)
         wanted = min(policy.seconds / whole, 1.0)
-        budget = (f"every step takes the network about {whole:.3g} s here, so {policy.seconds:g} s are {wanted:.0%} of all tokens",)
+        budget = (f"all steps would take the network about {whole:.3g} s here, so {policy.seconds:g} s are {wanted:.0%} of all tokens",)
     said = f"{_counted(plans, schedules)} will be computed, {share:.0%} of all tokens"
     if not together and commit_frames(schedules[0]):
         said += " with the clean passes of finished chunks"
