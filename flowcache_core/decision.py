@@ -131,6 +131,15 @@ class PlanPolicy(CachePolicy, Protocol):
 
 
 @runtime_checkable
+class WindowPolicy(PlanPolicy, Protocol):
+    """A policy that can serve attention over whole windows too, where every row computes all of its chunks or none."""
+
+    def plans(self, schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[Plan, ...]:
+        """One plan for each window of a film. `frame_s`: seconds that a latent frame takes, for a budget in seconds. Raises ValueError."""
+        ...
+
+
+@runtime_checkable
 class TokenPolicy(CachePolicy, Protocol):
     """A policy that may decide `Refresh`."""
 

@@ -140,24 +140,34 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             session.note(chunk, clean)
             on_step(chunk)
 
-        latents = sample_chunks(predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan)
+        latents = sample_chunks(
+            predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan or session.settle
+        )
     return latents, session.report
 
 
 @torch.inference_mode()
-def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING) -> tuple[Tensor, RunReport]:
-    """As published: bidirectional over the window, every chunk in every row, the branches one after the other."""
+def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
+                      policy: CachePolicy | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+    """As published: bidirectional over the window, every chunk in every row, the branches one after the other.
+
+    `policy`: one that plans, and so can leave out whole rows; None computes all of them.
+    """
     windows, levels, like = job.windows(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
     branches, text = _text(bundle, job)
-    with WindowSession(SkyReelsAdapter(bundle.network), windows, (x.shape[3], x.shape[4]), job.fps) as session:
+    with WindowSession(SkyReelsAdapter(bundle.network), windows, (x.shape[3], x.shape[4]), job.fps, policy) as session:
+        session.foresee()
 
         def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
-            session.begin(row, part.shape[2])
             each = [session.denoise(part.to(like.dtype), sigmas, text[i : i + 1], branches[i : i + 1]) for i in range(len(branches))]
             return _guided(torch.cat(each).float(), job.cfg)
 
-        latents = sample_windows(predict, x, windows, levels, solver(job.solver), lambda chunk, clean, film: on_step(chunk), light)
+        def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+            session.note(chunk, clean)
+            on_step(chunk)
+
+        latents = sample_windows(predict, x, windows, levels, solver(job.solver), moved, light, session.plans or session.settle)
     return latents, session.report
 
 

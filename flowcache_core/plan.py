@@ -9,6 +9,7 @@ every chunk decide for itself. `planner.py` makes plans.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +100,22 @@ class Plan:
         if type(steps) is not int or steps < 1 or not whole or not isinstance(together, bool):
             raise ValueError('the plan is damaged: "steps" must be a number from 1 on, "computed" a list of lists of whole numbers')
         return cls(steps, tuple(tuple(one) for one in computed or ()), together)
+
+
+def read_plan(text: str) -> Plan | tuple[Plan, ...]:
+    """A plan from JSON, or of bidirectional windows one each: by itself, or within a whole report. Raises ValueError for what is none."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as wrong:
+        raise ValueError(
+            f"the plan is no JSON ({wrong.msg} in line {wrong.lineno}, column {wrong.colno}): give it what Cache Report writes as json, whole or its "
+            'part "plan" alone'
+        ) from None
+    if isinstance(values, Mapping) and "format" not in values and "plan" in values:
+        values = values["plan"]
+        if values is None:
+            raise ValueError("this report is of a run without a plan: take that of a run under a preset which plans, or under target seconds")
+    return tuple(map(Plan.from_dict, values)) if isinstance(values, list) and values else Plan.from_dict(values)
 
 
 def attended(schedule: ChunkSchedule, row: Row, chunk: Chunk, together: bool = False) -> Iterator[Chunk]:

@@ -24,7 +24,8 @@ def font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
-    """Rows are chunks, columns are steps: blue was computed, orange was reused, green was computed in part, the darker the more."""
+    """Rows are chunks, columns are steps: blue was computed, orange was reused or, by a plan, skipped, green was computed in part, the
+    darker the more."""
     chunks, steps = report.map.shape
     left, top = 74, 34
     width = max(left + steps * cell + 16, 460, _width(report.summary()) + 20)
@@ -40,7 +41,7 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
                 shade = between(*REFRESHED_SHADES, float(report.shares[k, j]))
             draw.rectangle((left + j * cell, y, left + (j + 1) * cell - 2, y + cell - 1), shade)
     y = top + chunks * (cell + 3) + 6
-    legend = [(left, SHADES[COMPUTED], "computed"), (left + 110, REUSED_SHADE, "reused")]
+    legend = [(left, SHADES[COMPUTED], "computed"), (left + 110, REUSED_SHADE, "skipped" if report.plans else "reused")]
     if report.chunk_steps_refreshed:
         legend.append((left + 200, between(*REFRESHED_SHADES, 0.5), "some tokens computed"))
     for x, shade, word in legend:

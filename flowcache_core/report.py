@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .footprint import Footprint, readable
+from .plan import Plan
 from .schedule import Row
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
@@ -30,6 +31,9 @@ class RunReport:
     Under a budget `history` has an array per finished chunk: kept tokens of every latent frame so far, mean over layers,
     branches and films; `history_bytes` what they took. `places` is the share of these that keep each token of the film at
     the end, float64 [tokens so far]. `grid`: latent frames of the film, rows and columns of tokens in one.
+
+    `plans`: what was settled before the run, of every bidirectional window one; () where steps are decided as they come.
+    `planned` is uint8 [chunks, steps] of 0 and 1.
     """
 
     def __init__(self, chunks: int, steps: int, grid: tuple[int, int, int] | None = None) -> None:
@@ -39,7 +43,9 @@ class RunReport:
         self.visits: np.ndarray | None = None
         self._visits = None if grid is None else torch.zeros(grid, dtype=torch.int32)
         self.tokens = self.tokens_computed = 0
-        self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = 0
+        self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = self._idle_skipped = 0
+        self.plans: tuple[Plan, ...] = ()
+        self.planned = np.zeros((chunks, steps), np.uint8)
         self.history: list[np.ndarray] = []
         self.history_bytes: list[int] = []
         self.places: np.ndarray | None = None
@@ -49,6 +55,12 @@ class RunReport:
         self._started = time.perf_counter()
         self._events: list[tuple[str, Any, Any]] = []
         self._closed = False
+
+    def follows(self, plan: Plan, first: int = 0) -> None:
+        """What is computed is settled: by `plan`, whose chunks are numbered from `first` on in the film."""
+        self.plans = (*self.plans, plan)
+        for k, steps in enumerate(plan.computed):
+            self.planned[first + k, list(steps)] = 1
 
     def decided(self, chunk: Chunk, computed: bool, tokens: int, drift: float, refreshed: Tensor | None = None) -> None:
         """`refreshed`: int64 [n], the tokens of the chunk that run where not all of its `tokens` do."""
@@ -97,14 +109,16 @@ class RunReport:
         self.tokens += tokens
         self.tokens_computed += tokens
 
-    def whole_row(self, row: Row, tokens: int) -> None:
-        """The upstream way runs every chunk of the window, idle ones too: all of them are counted as computed."""
+    def whole_row(self, row: Row, tokens: int, computed: bool = True) -> None:
+        """The upstream way runs every chunk of the window, idle ones too: all of them are counted. `computed` False: a plan skips the row."""
         for chunk in row.active:
-            self.map[chunk.index, chunk.step] = COMPUTED
-            self.shares[chunk.index, chunk.step] = 1.0
-        self._idle += row.last - row.first - len(row.active)
+            self.map[chunk.index, chunk.step] = COMPUTED if computed else REUSED
+            self.shares[chunk.index, chunk.step] = float(computed)
+        idle = row.last - row.first - len(row.active)
+        self._idle += idle
+        self._idle_skipped += 0 if computed else idle
         self.tokens += tokens
-        self.tokens_computed += tokens
+        self.tokens_computed += tokens if computed else 0
 
     def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int, size: int = 0) -> None:
         """What a budget left of history when `chunk` joined it, `size` bytes.
@@ -169,7 +183,7 @@ class RunReport:
 
     @property
     def chunk_steps_computed(self) -> int:
-        return int((self.map == COMPUTED).sum()) + self._idle
+        return int((self.map == COMPUTED).sum()) + self._idle - self._idle_skipped
 
     @property
     def chunk_steps_refreshed(self) -> int:
@@ -188,8 +202,8 @@ class RunReport:
     def summary(self) -> str:
         """One line for a console."""
         n, m = self.chunk_steps_computed, self.chunk_steps
-        part = f"in part {self.chunk_steps_refreshed} ({self.share:.0%} of all tokens), " if self.chunk_steps_refreshed else ""
-        return (f"computed {n} of {m} chunk-steps ({n / max(m, 1):.0%}), {part}{self.wall_s:.1f} s, "
+        part = f" and {self.chunk_steps_refreshed} in part" if self.chunk_steps_refreshed else ""
+        return (f"computed {n} of {m} chunk-steps{part}, {self.share:.0%} of all tokens, {self.wall_s:.1f} s, "
                 f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB, {self.host_syncs} host syncs")  # fmt: skip
 
     def text(self) -> str:
@@ -198,8 +212,9 @@ class RunReport:
         return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *([history] if history else []), *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused, 2 computed, 3 refreshed in part).
+        """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
 
+        `plan` is what `Plan.from_dict` reads, of bidirectional windows a list; None where nothing was settled before the run.
         `shares` has the share of the chunk's tokens that ran, per chunk and step. `history` has, per finished chunk, tokens per
         layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
         """
@@ -219,9 +234,14 @@ class RunReport:
             "seconds": {"network": round(network, 3), "rest": round(self.wall_s - network, 3)},
             "map": ["".join(map(str, row)) for row in self.map],
             "shares": [[round(float(s), 3) for s in row] for row in self.shares],
+            "plan": self._plan_as_dict(),
             "notes": list(self.notes),
             "history": self._history_as_dict(),
         }
+
+    def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:
+        each = [plan.as_dict() for plan in self.plans]
+        return (each if self.plans[0].together else each[0]) if each else None
 
     def _history_as_dict(self) -> dict[str, Any]:
         if not self.history:

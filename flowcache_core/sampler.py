@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,11 @@ Predict = Callable[[Tensor, Chunk], Tensor]
 """(latents of the chunk [B, C, F, h, w], chunk) -> velocity, same shape; in the commit pass the result is not used."""
 OnStep = Callable[[Chunk, Tensor | None, Tensor], None]
 """(chunk, predicted clean latents of the chunk or None where its step was skipped, latents of the whole film) after every step."""
+
+MakePlan = Callable[[float], Plan]
+"""Seconds that a latent frame takes, on average over the uncached run -> a plan, where the plan depends on that."""
+MakePlans = Callable[[float], Sequence[Plan]]
+"""The same -> one plan for each window."""
 
 
 class Walk:
@@ -41,21 +47,22 @@ def _walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solve
 
 def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
                   commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None,
-                  given: GivenNoise = CLEAN, plan: Plan | None = None) -> Tensor:  # fmt: skip
+                  given: GivenNoise = CLEAN, plan: Plan | MakePlan | None = None) -> Tensor:  # fmt: skip
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the `plan` (None: all).
 
     A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
     its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
     schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
-    shown the prefix once, as `given` has it.
+    shown the prefix once, as `given` has it. A plan that is made from a timing is asked for right before the rows.
     """
     x, levels, dice = noise.clone(), tuple(sigmas), given.start()
-    plan = plan or Plan.full(schedule)
-    walks = _walks(schedule, plan, levels, solver)
     for index in range(schedule.given):
         before = schedule.at(index, schedule.steps)
         predict(given.show(_part(x, before), dice), before)
         commit(before)
+    if not isinstance(plan, Plan):
+        plan = plan(frame_seconds(schedule, lambda chunk: predict(_part(x, chunk), chunk), x.device)) if plan else Plan.full(schedule)
+    walks = _walks(schedule, plan, levels, solver)
     for row in schedule.rows:
         for chunk in row.active:
             clean = None
@@ -71,6 +78,38 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
             commit(chunk)
             del walks[chunk.index]
     return x
+
+
+def frame_seconds(schedule: ChunkSchedule, evaluate: Callable[[Chunk], object], device: torch.device) -> float:
+    """Seconds that a latent frame takes on average over the uncached run, by one warm-up and one or two timed evaluations.
+
+    A frame takes the longer the more frames its chunk sees; how much longer is read off the second chunk, where both are ever
+    denoised at the same time. It counts as no less than nothing, and no more than in proportion.
+    """
+    first = schedule.rows[0].active[0]
+    evaluate(first)
+    mine = seconds_of(evaluate, first, device) / first.frames
+    beside = schedule.at(first.index + 1, 0) if first.index + 1 < schedule.chunks else None
+    if beside is None or not any({first.index, beside.index} <= {chunk.index for chunk in row.active} for row in schedule.rows):
+        return mine
+    theirs = seconds_of(evaluate, beside, device) / beside.frames
+    chunks = range(schedule.given, schedule.chunks)
+    frames, seen = sum(schedule.span(k)[1] for k in chunks), {k: sum(schedule.span(k)) - schedule.span(schedule.oldest(k))[0] for k in chunks}
+    per_seen = min(max((theirs - mine) / max(seen[beside.index] - seen[first.index], 1), 0.0), mine / seen[first.index])
+    return mine + per_seen * (sum(schedule.span(k)[1] * seen[k] for k in chunks) / frames - seen[first.index])
+
+
+def seconds_of(evaluate: Callable[[Chunk], object], chunk: Chunk, device: torch.device) -> float:
+    """What one evaluation takes, to its end on the device."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    begin = now()
+    evaluate(chunk)
+    return now() - begin
 
 
 def _part(x: Tensor, chunk: Chunk) -> Tensor:
@@ -109,15 +148,8 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
                 if on_step:
                     on_step(chunk, None, x)
             continue
-        begin, end = schedule.span(row.first)[0], sum(schedule.span(row.last - 1))
-        per_frame = [level_of[row.indices[k]] for k in range(row.first, row.last) for _ in range(schedule.span(k)[1])]
-        seen = x[:, :, begin:end].clone()
-        if begin < schedule.prefix:
-            per_frame[: schedule.prefix - begin] = [given.sigma] * (schedule.prefix - begin)
-            seen[:, :, : schedule.prefix - begin] = given.show(seen[:, :, : schedule.prefix - begin], dice)
-        if end == schedule.frames and schedule.suffix:
-            per_frame[-schedule.suffix :] = [0.0] * schedule.suffix
-        velocity = predict(seen, tuple(per_frame), row)
+        begin = schedule.span(row.first)[0]
+        velocity = predict(*_window(x, schedule, row, level_of, given, dice), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
             clean = _move(x, chunk, mine, levels, walks[chunk.index]) if plan.computes(chunk) else None
@@ -126,14 +158,37 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
     return x
 
 
+def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, ...], given: GivenNoise,
+            dice: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
+    """What the network is shown in a row: latents [B, C, F, h, w] of the window's frames, and the noise level of every frame.
+
+    `level_of`: by `Row.indices`, the level of a chunk.
+    """
+    begin, end = schedule.span(row.first)[0], sum(schedule.span(row.last - 1))
+    per_frame = [level_of[row.indices[k]] for k in range(row.first, row.last) for _ in range(schedule.span(k)[1])]
+    seen = x[:, :, begin:end].clone()
+    if begin < schedule.prefix:
+        per_frame[: schedule.prefix - begin] = [given.sigma] * (schedule.prefix - begin)
+        seen[:, :, : schedule.prefix - begin] = given.show(seen[:, :, : schedule.prefix - begin], dice)
+    if end == schedule.frames and schedule.suffix:
+        per_frame[-schedule.suffix :] = [0.0] * schedule.suffix
+    return seen, tuple(per_frame)
+
+
 def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
-                   on_step: OnStep | None = None, given: GivenNoise = CLEAN, plans: Sequence[Plan | None] = ()) -> Tensor:  # fmt: skip
+                   on_step: OnStep | None = None, given: GivenNoise = CLEAN, plans: Sequence[Plan] | MakePlans = ()) -> Tensor:  # fmt: skip
     """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before.
 
     `plans`: one per window; () computes every row. `predict` sees a window's frames alone; the chunks that `predict` and `on_step`
     are told of are numbered over the film.
     """
     film, dice = noise.clone(), given.start()
+    if callable(plans):
+        window, levels = windows[0], tuple(sigmas)
+        row, part = window.schedule.rows[0], film[:, :, window.start : window.end]
+        seen, per_frame = _window(part, window.schedule, row, (levels[0], *levels), given, given.start())
+        predict(seen, per_frame, row)
+        plans = plans(seconds_of(lambda chunk: predict(seen, per_frame, row), row.active[0], film.device) / seen.shape[2])
     each = plans or (None,) * len(windows)
     for window, plan in zip(windows, each, strict=True):
 

@@ -24,6 +24,7 @@ from .models.adapter import Call, ModelAdapter, require_tokens
 from .models.published import time_polynomial
 from .plan import Plan
 from .policies.always import Always
+from .policies.planned import foretell
 from .report import RunReport
 from .rows import Rows, capacity
 from .schedule import ChunkSchedule
@@ -48,7 +49,10 @@ class Session:
         self.policy: CachePolicy = policy or Always()
         if isinstance(self.policy, Foresees):
             self.policy.check_run(schedule.steps)
-        self.plan = self.policy.plan(schedule) if isinstance(self.policy, PlanPolicy) else Plan.full(schedule)
+        self.plan: Plan | None = Plan.full(schedule)
+        """Which steps the sampler comes with; None until `settle` where the policy has a budget in seconds."""
+        if isinstance(self.policy, PlanPolicy):
+            self.plan = None if self.policy.seconds else self.policy.plan(schedule)
         self.told: tuple[str, ...] = ()
         """What the policy says when the run is over."""
         self.state = RunState()
@@ -58,6 +62,8 @@ class Session:
         patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
         self._grid = grid[0] // patch, grid[1] // patch
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
+        if self.plan is not None and isinstance(self.policy, PlanPolicy):
+            self.report.follows(self.plan)
         self._budget, self._kv = budget, self._store(budget)
         self._text: dict[Branches, object] = {}
         self._time_changes: list[float] | None = None
@@ -88,10 +94,20 @@ class Session:
     def foresee(self, device: torch.device) -> tuple[str, ...]:
         """What is known before the first step, in sentences that the report repeats. `device`: where the run will be."""
         said = self.policy.foresee(self.outlook(device)) if isinstance(self.policy, Foresees) else ()
+        if isinstance(self.policy, PlanPolicy):
+            said = *foretell(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *said
         if self._budget is not None:
             said = *said, foresee_history(self._budget, self.schedule, self._frame_tokens)
         self.report.notes += said
         return said
+
+    def settle(self, frame_s: float) -> Plan:
+        """The plan of a budget in seconds, once a latent frame has been timed; the report says what follows from it."""
+        assert isinstance(self.policy, PlanPolicy)
+        self.plan = self.policy.timed(self.schedule, frame_s)
+        self.report.follows(self.plan)
+        self.report.notes = *foretell(self.policy, (self.plan,), (self.schedule,), frame_s), *self.report.notes[1:]
+        return self.plan
 
     def outlook(self, device: torch.device) -> Outlook:
         return Outlook(self.schedule.chunks - self.schedule.given, self.sigmas, lambda: self.time_changes(device), time_polynomial(self.adapter))
@@ -100,6 +116,8 @@ class Session:
         """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
         sigma = self.prefix_sigma if chunk.index < self.schedule.given else self.sigmas[chunk.step]
         call = Call(x, sigma, chunk, self._text_of(context, branches), self.fps)
+        if self.plan is None and not chunk.committing:  # an evaluation that is only timed
+            return self._compute(call, branches)[0]
         state = self.state.of(chunk.index)
         if chunk.committing:
             if state.decided_at != chunk.step:

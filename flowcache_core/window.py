@@ -1,37 +1,55 @@
 """A run as SkyReels-V2 was trained: every row runs all chunks of a window, and every frame sees every other.
 
 It is the counterpart of `session.py` without a KV cache: in a bidirectional window the keys and values of every frame
-change in every row, so nothing can be kept, and no policy decides.
+change in every row, so nothing can be kept, and no policy decides as the run goes on. A plan can leave out whole rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .decision import CachePolicy, PlanPolicy
-from .kv.cache import Branches
+from .chunk import Chunk
+from .decision import CachePolicy, WindowPolicy
 from .models.adapter import ModelAdapter
-from .plan import Plan
+from .plan import Plan, row_frames
+from .policies.planned import foretell
 from .report import RunReport
 from .schedule import Row, Window
 
+if TYPE_CHECKING:
+    from .kv.cache import Branches
+
 
 class WindowSession:
-    """One film as `windows` over latents of h x w = `grid`. A context manager, as Session is."""
+    """One film as `windows` over latents of h x w = `grid`. A context manager, as Session is.
+
+    `plans`: one per window, by which rows are skipped; None until `settle` where the policy has a budget in seconds. Raises
+    ValueError for a policy that would decide while the run goes on.
+    """
 
     def __init__(self, adapter: ModelAdapter, windows: Sequence[Window], grid: tuple[int, int], fps: int = 24,
                  policy: CachePolicy | None = None) -> None:  # fmt: skip
         last = windows[-1]
-        self.adapter, self.fps = adapter, fps
+        self.adapter, self.fps, self.windows = adapter, fps, windows
         self.report = RunReport(last.index + last.schedule.chunks, last.schedule.steps)
-        self._frame_tokens = adapter.tokens_per_frame(*grid)
-        self.plans = [
-            policy.plan(w.schedule, together=True) if isinstance(policy, PlanPolicy) else Plan.full(w.schedule, together=True) for w in windows
-        ]
+        self._policy = require_whole_rows(policy)
+        self._schedules = [window.schedule for window in windows]
+        frame_tokens = adapter.tokens_per_frame(*grid)
+        self._rows = {
+            (row.active[0].index + window.index, row.active[0].step): (_over_film(row, window), row_frames(window.schedule, row) * frame_tokens)
+            for window in windows
+            for row in window.schedule.rows
+        }
+        """By first active chunk and its step: a row with its chunks numbered over the film, and its tokens."""
         self._text: dict[Branches, object] = {}
+        self.plans: tuple[Plan, ...] | None = tuple(Plan.full(one, together=True) for one in self._schedules)
+        if self._policy is not None:
+            self.plans = None if self._policy.seconds else self._follow(self._policy.plans(self._schedules))
 
     def __enter__(self) -> WindowSession:
         return self
@@ -40,9 +58,29 @@ class WindowSession:
         self.report.close()
         self._text.clear()
 
-    def begin(self, row: Row, frames: int) -> None:
-        """Counts one row over `frames` latent frames; the branches of guidance follow, together or one by one."""
-        self.report.whole_row(row, frames * self._frame_tokens)
+    def foresee(self) -> tuple[str, ...]:
+        """What is known before the first step, in sentences that the report repeats."""
+        said = foretell(self._policy, self.plans or (), self._schedules) if self._policy else ()
+        self.report.notes += said
+        return said
+
+    def settle(self, frame_s: float) -> tuple[Plan, ...]:
+        """The plans of a budget in seconds, once a latent frame has been timed; the report says what follows from it."""
+        assert self._policy is not None
+        self.plans = self._follow(self._policy.plans(self._schedules, frame_s))
+        self.report.notes = foretell(self._policy, self.plans, self._schedules, frame_s)
+        return self.plans
+
+    def note(self, chunk: Chunk, clean: Tensor | None) -> None:
+        """The sampler tells, after a step, which clean latents it now predicts for a chunk, or that the plan skips the chunk's row."""
+        row = self._rows.get((chunk.index, chunk.step))
+        if row is not None:
+            self.report.whole_row(*row, computed=clean is not None)
+
+    def _follow(self, plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
+        for plan, window in zip(plans, self.windows, strict=True):
+            self.report.follows(plan, window.index)
+        return plans
 
     def denoise(self, x: Tensor, sigmas: Sequence[float], context: Tensor, branches: Branches) -> Tensor:
         """Velocity of a window. x: [len(branches) * batch, C, F, h, w]; sigmas: the noise level of every latent frame."""
@@ -50,3 +88,17 @@ class WindowSession:
             self._text[branches] = self.adapter.text(context)
         with self.report.clock("network", x.device):
             return self.adapter.whole(x, sigmas, self._text[branches], self.fps)
+
+
+def require_whole_rows(policy: CachePolicy | None) -> WindowPolicy | None:
+    """The policy, if it can do without a KV cache. Raises ValueError."""
+    if policy is None or isinstance(policy, WindowPolicy):
+        return policy
+    raise ValueError(
+        f"the policy {policy.name} decides for every chunk by itself, but where every frame sees every other a row is computed whole or not at all: "
+        "use a plan, or block-causal attention"
+    )
+
+
+def _over_film(row: Row, window: Window) -> Row:
+    return replace(row, active=tuple(replace(one, index=one.index + window.index, start=one.start + window.start) for one in row.active))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.decision import Setting
 from ..flowcache_core.models.published import time_polynomial
+from ..flowcache_core.plan import read_plan
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
 from ..flowcache_core.policies.motion import Motion
-from ..flowcache_core.policies.presets import CUSTOM, PRESETS, describe, preset
+from ..flowcache_core.policies.planned import Planned
+from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target
-from .host_model import policy_of, require_ours, with_policy
+from .host_model import CHUNKWISE_NODE, policy_of, require_ours, with_policy
 
-NODE = "Chunkwise Cache"
+NODE = CHUNKWISE_NODE
+DEFAULT = "balanced"
+"""Of a new node. A saved workflow that names no preset was made before there were any, and means custom."""
 NEWER = ("rescale",)
 """Fields that workflows saved before they existed do without."""
-OFF, SHARE, SPEED_UP = "off", "computed share", "speed-up"
+OFF, SHARE, SPEED_UP, SECONDS = "off", "computed share", "speed-up", "seconds"
 
 
 def widgets(policy: type) -> list[Any]:
@@ -48,36 +52,70 @@ class ChunkwiseCache(io.ComfyNode):
             node_id="FlowCacheChunkwise",
             display_name=NODE,
             category="FlowCache",
-            description="Every chunk reuses its last prediction while its input has drifted little. Goes between the model loader and the guider.",
+            description="Computes a part of every chunk's steps: by a plan that spends a budget before the run and integrates over what it skips, "
+            "or by a threshold below which a chunk reuses its last prediction. Goes between the model loader and the guider.",
             search_aliases=["flowcache", "teacache", "speed up", "cache"],
             inputs=[
                 io.Model.Input("model"),
                 *widgets(Chunkwise),
-                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=CUSTOM, optional=True,
-                               tooltip="custom uses the widgets above; any other name replaces all of them, and the node says by what."),
-                io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP], default=OFF, optional=True,
-                               tooltip="Finds the threshold for you: exactly before sampling under signature time, during the run under latent."),
+                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=DEFAULT, optional=True,
+                               tooltip=f"{_listed()} of all tokens are computed, by a plan, at any number of steps and with either attention. "
+                                       "flowcache-...: the published rule. These replace all widgets above; custom decides by their threshold."),
+                io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP, SECONDS], default=OFF, optional=True,
+                               tooltip="A budget of your own. With a preset that plans, the plan spends it; with custom or flowcache-... the "
+                                       "threshold is found for it: exactly before sampling under signature time, during the run under latent."),
                 io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="For target computed share: the share of chunk-steps that the network computes."),
+                               tooltip="For target computed share: the share that the network computes, of all tokens by a plan, of chunk-steps by "
+                                       "a threshold."),
                 io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True, advanced=True,
-                               tooltip="For target speed-up: one in so many chunk-steps is computed. What every run pays comes on top: "
-                                       "commit passes, text, decoding."),
+                               tooltip="For target speed-up: one in so many tokens is computed, clean passes counted; by a threshold one in so many "
+                                       "chunk-steps. Text and decoding come on top."),
+                io.Float.Input("target_seconds", default=60.0, min=0.1, max=1e6, step=1.0, round=False, optional=True, advanced=True,
+                               tooltip="For target seconds: what the network may take in all on this machine. It is timed when the run begins. "
+                                       "Text, decoding and loading come on top."),
+                io.String.Input("plan", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="A plan to follow as it is, in place of preset and target: the json of Cache Report, whole or its part "
+                                        "\"plan\". It belongs to a length, a number of steps, ar_step and attention. Empty: none."),
             ],
             outputs=[io.Model.Output()],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
-                **settings: Any) -> io.NodeOutput:  # fmt: skip
+                target_seconds: float = 60.0, plan: str = "", **settings: Any) -> io.NodeOutput:  # fmt: skip
         inner = require_ours(model, NODE)
         if isinstance(policy_of(model.model_options), Motion):
             raise ValueError(f"{NODE} after Motion Cache would take its place: put it before Motion Cache, which then refines it")
-        policy = rule(preset, settings)
-        if target != OFF:
-            policy = Target.of(policy, target_share if target == SHARE else 1 / target_speedup)
-        said = "\n".join([f"{preset}: {describe(policy)}", *on_rescaling(policy, time_polynomial(inner.adapter()))])
-        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText(said))
+        if plan.strip():
+            if target != OFF:
+                raise ValueError(f"{NODE} was given a plan and target {target}, which contradict each other: empty plan, or set target to {OFF}")
+            policy: Planned | Chunkwise = Planned(exact=read_plan(plan))
+        else:
+            policy = rule(preset, settings)
+            if target != OFF:
+                policy = budgeted(policy, preset, target, {SHARE: target_share, SPEED_UP: 1 / target_speedup, SECONDS: target_seconds}[target])
+        said = [f"{'plan' if plan.strip() else preset}: {describe(policy)}"]
+        if isinstance(policy, Chunkwise):
+            said += [*on_signature(policy), *on_rescaling(policy, time_polynomial(inner.adapter()))]
+        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText("\n".join(said)))
 
 
-def rule(name: str, settings: dict[str, Any]) -> Chunkwise:
+def rule(name: str, settings: dict[str, Any]) -> Planned | Chunkwise:
     return Chunkwise(**settings) if name == CUSTOM else preset(name)
+
+
+def budgeted(policy: Planned | Chunkwise, name: str, target: str, amount: float) -> Planned | Chunkwise:
+    """The policy with another budget. Raises ValueError for seconds under a threshold."""
+    if isinstance(policy, Planned):
+        return replace(policy, seconds=amount) if target == SECONDS else replace(policy, share=amount)
+    if target == SECONDS:
+        raise ValueError(
+            f"{NODE}: a budget in seconds is spent by a plan, but preset {name} decides by threshold: set preset to one of {', '.join(PLANS)}, "
+            f"or target to {SHARE} or {SPEED_UP}"
+        )
+    return Target.of(policy, amount)
+
+
+def _listed() -> str:
+    *others, final = [f"{name} {plan.share:.0%}" for name, plan in PLANS.items()]
+    return f"{', '.join(others)} and {final}"

@@ -31,7 +31,7 @@ from ..flowcache_core.session import Session
 from ..flowcache_core.window import WindowSession
 from .model_files import open_model
 
-KV_NODE = "KV Compressor"
+KV_NODE, CHUNKWISE_NODE, MOTION_NODE = "KV Compressor", "Chunkwise Cache", "Motion Cache"
 OPTIONS = "flowcache"
 """Key in transformer_options under which our settings travel on a MODEL: {"policy": CachePolicy, "kv": Compressor}, both frozen."""
 TURN = "flowcache_turn"
@@ -205,7 +205,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
 
 def node_of(policy: CachePolicy) -> str:
     """The node that put a policy on a MODEL."""
-    return "Motion Cache" if isinstance(policy, TokenPolicy) else "Chunkwise Cache"
+    return MOTION_NODE if isinstance(policy, TokenPolicy) else CHUNKWISE_NODE
 
 
 def nodes_of(model_options: dict[str, Any]) -> str:

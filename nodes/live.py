@@ -1,4 +1,4 @@
-"""Tells the page, at most ten times a second, which chunk-steps were computed and which were reused."""
+"""Tells the page, at most ten times a second, which chunk-steps were computed and which were reused or, by a plan, skipped."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 from server import PromptServer
 
 from ..flowcache_core.footprint import readable
-from ..flowcache_core.report import RunReport
+from ..flowcache_core.report import COMPUTED, RunReport
 
 EVENT = "flowcache.steps"
 PAUSE_S = 0.1
 
 
 class LiveMap:
-    """One run's messages to the tab that queued it: {"node", "map", "share", "done", "total", "eta_s", "note", "history"}."""
+    """One run's messages to the tab that queued it: {"node", "map", "plan", "share", "done", "total", "eta_s", "note", "history"}.
+
+    `map` and `plan` have a row per chunk and a digit per step, of `RunReport.map` and of 1 where the plan computes; `plan` is empty
+    where nothing was settled before the run. `share` is of all tokens so far.
+    """
 
     def __init__(self, node: str | None, total: int) -> None:
         self.node, self.total = node, total
@@ -26,12 +30,13 @@ class LiveMap:
         if server is None or self.node is None or (now - self._sent < PAUSE_S and 1 < done < self.total):
             return
         self._sent = now
-        left = (now - self._began) / max(done, 1) * (self.total - done)
-        rows = ["".join(map(str, row)) for row in report.map]
+        run, all_run = (int((report.map == COMPUTED).sum()), int(report.planned.sum())) if report.plans else (done, self.total)
+        left = (now - self._began) / max(run, 1) * (all_run - run)
+        rows, planned = (["".join(map(str, row)) for row in some] for some in (report.map, report.planned if report.plans else ()))
         note = report.notes[0] if report.notes else ""
         size = f"{report.history_tokens[-1]} tokens per layer, {readable(report.history_bytes[-1])}" if report.history else ""
         message: dict[str, Any] = {
             "node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left, "note": note,
-            "history": size,
+            "history": size, "plan": planned,
         }  # fmt: skip
         server.send_sync(EVENT, message, server.client_id)

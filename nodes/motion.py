@@ -12,12 +12,14 @@ from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.overlay import overlay
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
+from ..flowcache_core.policies.planned import Planned
+from ..flowcache_core.policies.target import Target
 from .chunk_sampler import Mailbox
 from .chunkwise import widgets
-from .host_model import policy_of, require_ours, with_policy
+from .host_model import CHUNKWISE_NODE, MOTION_NODE, policy_of, require_ours, with_policy
 from .sampler import Report
 
-NODE = "Motion Cache"
+NODE = MOTION_NODE
 CUSTOM = "custom"
 
 
@@ -55,12 +57,26 @@ def _policy(preset: str, settings: dict[str, Any], before: Any) -> Motion:
         return PRESETS[preset]
     if isinstance(before, Motion):
         before = before.base
+    if isinstance(before, Planned):
+        before = _threshold_of(before)
     return replace(Motion(**settings), base=before if isinstance(before, Chunkwise) else None)
+
+
+def _threshold_of(plan: Planned) -> Target:
+    """The rule with a threshold that spends the share of a plan: what is refined by token has to be decided while the run goes on."""
+    if plan.exact is not None or plan.seconds:
+        what = "a plan" if plan.exact else "a budget in seconds"
+        raise ValueError(
+            f"{NODE} refines a rule that decides by threshold, and the {CHUNKWISE_NODE} in front of it has {what}: "
+            "set its preset to custom, or bypass one of the two"
+        )
+    return Target(share=plan.share)
 
 
 def _said(policy: Motion) -> str:
     base = policy.chunkwise
-    coarse = f"first {policy.coarse:.0%} of the steps by chunk: threshold {base.threshold:g}, warm-up {base.warmup_steps}"
+    goal = f"target {base.share:.0%} of chunk-steps" if isinstance(base, Target) else f"threshold {base.threshold:g}"
+    coarse = f"first {policy.coarse:.0%} of the steps by chunk: {goal}, warm-up {base.warmup_steps}"
     return f"{coarse}; then by token: threshold {policy.threshold:g}, weights {policy.alpha:g} to 1 by motion in '{policy.measure}'"
 
 

@@ -38,10 +38,11 @@ def windowed(net: SkyReelsV2, texts: Tensor) -> Callable[..., tuple[Tensor, RunR
         with WindowSession(SkyReelsAdapter(net), windows, (noise.shape[3], noise.shape[4])) as session:
 
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
-                session.begin(row, x.shape[2])
                 return session.denoise(x, sigmas, texts[:1], ("cond",))
 
-            film = sample_windows(predict, noise, windows, flow_sigmas(steps), UniPC(), given=given)
+            film = sample_windows(
+                predict, noise, windows, flow_sigmas(steps), UniPC(), lambda chunk, clean, film: session.note(chunk, clean), given=given
+            )
         return film, session.report
 
     return run

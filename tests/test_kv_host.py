@@ -34,7 +34,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 def graph() -> Graph:
     """Three chunks of three latent frames, two steps, behind Chunkwise Cache."""
     whole = json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text())
-    return put(small(whole, 2, 33), "FlowCacheLatent", width=64, height=64)
+    return put(put(small(whole, 2, 33), "FlowCacheLatent", width=64, height=64), "FlowCacheChunkwise", preset="custom")
 
 
 def before(graph: Graph, **settings: Any) -> Graph:
@@ -61,6 +61,18 @@ def test_saved_workflows_keep_their_inputs_in_order(host: Host) -> None:
 
 def test_a_budget_for_all_of_history_equals_the_graph_without_the_node_bit_for_bit(host: Host, graph: Graph) -> None:
     assert torch.equal(host.latents(before(graph, budget=100)), host.latents(graph))
+
+
+def test_a_plan_chains_with_it_and_a_budget_for_all_of_history_changes_nothing(host: Host, graph: Graph) -> None:
+    made = put(put(graph, "BasicScheduler", steps=6), "FlowCacheChunkwise", preset="balanced")
+    film = host.latents(made)
+    assert torch.equal(host.latents(before(made, budget=100)), film)
+    assert not torch.equal(host.latents(before(made)), film)
+
+
+def test_under_bidirectional_attention_it_is_refused_beside_a_plan_too_and_alone_to_blame(host: Host, graph: Graph) -> None:
+    both = put(put(before(graph), "FlowCacheChunkwise", preset="balanced"), "FlowCacheSampler", attention=BIDIRECTIONAL)
+    refused(host, both, "^KV Compressor cannot work with .* there is no KV cache; .*or bypass KV Compressor$")
 
 
 def test_it_chains_with_chunkwise_cache_in_either_order(host: Host, graph: Graph) -> None:

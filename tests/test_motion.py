@@ -475,7 +475,7 @@ def test_a_run_refreshes_in_part_and_its_report_adds_up(cached: Cached, noise_of
     said = report.as_dict()
     assert "3" in said["map"][0]
     assert said["shares"][0][0] == 1.0
-    assert f"in part {report.chunk_steps_refreshed} (" in report.summary()
+    assert f" and {report.chunk_steps_refreshed} in part, {report.share:.0%} of all tokens" in report.summary()
     assert report.host_syncs <= report.chunk_steps
 
 

@@ -16,9 +16,11 @@ from flowcache_core.decision import CachePolicy, Compute, Foresees, Outlook, Sig
 from flowcache_core.models.published import POLYNOMIALS, time_polynomial
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.planner import least_share
 from flowcache_core.policies import Always, Chunkwise
 from flowcache_core.policies.foresight import free_steps, headroom
-from flowcache_core.policies.presets import CUSTOM, PRESETS, describe, preset
+from flowcache_core.policies.planned import Planned
+from flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, RULES, describe, on_signature, preset
 from flowcache_core.policies.target import Target
 from flowcache_core.report import RunReport
 from flowcache_core.sampler import sample_chunks
@@ -161,9 +163,10 @@ def test_another_network_of_that_size_has_no_polynomial() -> None:
 def test_without_a_polynomial_changes_are_added_up_as_they_are_and_that_is_said() -> None:
     changes = [0.0] * 5 + [0.03] * 45
     assert decisions(preset("flowcache-slow"), changes) == decisions(Chunkwise(0.1, max_reuse=1000, signature="time"), changes)
-    said = preset("flowcache-slow").foresee(Known(changes, ()).outlook)
+    slow = RULES["flowcache-slow"]
+    said = slow.foresee(Known(changes, ()).outlook)
     assert "no polynomial was published for this model" in " ".join(said)
-    assert "polynomial published for a model of this size, clamped" in " ".join(preset("flowcache-slow").foresee(Known(changes, SMALL).outlook))
+    assert "polynomial published for a model of this size, clamped" in " ".join(slow.foresee(Known(changes, SMALL).outlook))
 
 
 def test_a_polynomial_belongs_to_the_time_signature() -> None:
@@ -189,7 +192,8 @@ def test_a_whole_run_with_a_polynomial_follows_the_published_rule(
 
 def test_every_preset_has_a_name_of_its_own_and_is_described() -> None:
     assert CUSTOM not in PRESETS
-    assert {"safe", "balanced", "fast", "flowcache-slow", "flowcache-fast"} <= PRESETS.keys()
+    assert [(name, plan.share) for name, plan in PLANS.items()] == [("safe", 0.55), ("balanced", 0.4), ("fast", 0.3), ("turbo", 0.13)]
+    assert {*PLANS, "flowcache-slow", "flowcache-fast"} <= PRESETS.keys()
     assert len(set(PRESETS.values())) == len(PRESETS)
     assert describe(preset("flowcache-slow-exact")) == (
         "threshold 0.1, warmup_steps 5, max_reuse 1000, signature time, rescale unclamped, replay residual, order 0"
@@ -198,8 +202,37 @@ def test_every_preset_has_a_name_of_its_own_and_is_described() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match="there is no preset 'turbo': use one of safe, balanced, fast, flowcache-slow"):
-        preset("turbo")
+    with pytest.raises(ValueError, match="there is no preset 'quick': use one of safe, balanced, fast, turbo, flowcache-slow"):
+        preset("quick")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 16, 20, 24])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_preset_that_plans_serves_any_number_of_steps(name: str, steps: int) -> None:
+    """In step, within its budget where that allows two steps of every chunk, and with the last step always computed."""
+    for ar_step in (0, 1, 5):
+        for together in (False, True):
+            schedule, rule = ChunkSchedule(11, 3, steps, ar_step, prefix=1), preset(name)
+            assert isinstance(rule, Planned)
+            rule.check_run(steps)
+            plan = rule.plan(schedule, together).check(schedule)
+            assert plan.share(schedule) <= max(rule.share, least_share(schedule, together)) + 1e-9
+            assert all(done[-1] == steps - 1 for done in plan.computed if done)
+
+
+def test_a_larger_budget_never_plans_less() -> None:
+    schedule = ChunkSchedule(11, 3, 20, 5)
+    for together in (False, True):
+        shares = [Planned(share=budget / 20).plan(schedule, together).share(schedule) for budget in range(1, 21)]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+
+
+def test_a_rule_under_the_time_signature_is_told_to_be_a_plan_too() -> None:
+    for rule in (Chunkwise(), Target(share=0.4), *RULES.values()):
+        assert "is a plan too" in " ".join(on_signature(rule))
+    for rule in (Chunkwise(signature="latent"), Chunkwise(threshold=0)):
+        assert on_signature(rule) == ()
 
 
 # what is foretold

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowcache_core.chunk import Chunk
+from flowcache_core.plan import Plan
 from flowcache_core.plot import chunk_map, line_plot
 from flowcache_core.report import RunReport
 from flowcache_core.schedule import ChunkSchedule
@@ -55,6 +56,30 @@ def test_whole_rows_count_idle_chunks_as_computed() -> None:
     assert report.share == 1.0
 
 
+def test_whole_rows_that_a_plan_skips_count_their_window_as_not_computed() -> None:
+    schedule, report = ChunkSchedule(15, 3, 10, 5), RunReport(5, 10)
+    for number, row in enumerate(schedule.rows):
+        report.whole_row(row, 5 * 3 * 4, computed=number % 3 == 0)
+    rows, run = len(schedule.rows), -(-len(schedule.rows) // 3)
+    assert (report.chunk_steps, report.chunk_steps_computed) == (5 * rows, 5 * run)
+    assert (report.tokens, report.tokens_computed) == (5 * rows * 12, 5 * run * 12)
+    assert report.as_dict()["map"][0] == "2112112112"
+
+
+def test_the_picture_of_a_plan_calls_skipped_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, at, text, *rest: words.append(text))
+    report = RunReport(1, 4)
+    chunk_map(report)
+    assert "reused" in words
+    words.clear()
+    report.follows(Plan(4, ((0, 2, 3),)))
+    chunk_map(report)
+    assert "skipped" in words
+    assert "reused" not in words
+    assert report.planned.tolist() == [[1, 0, 1, 1]]
+
+
 def test_the_peak_is_the_largest_size_seen() -> None:
     report = RunReport(1, 1)
     for size in (3, 7, 5):
@@ -74,7 +99,7 @@ def test_time_stands_still_after_closing_and_parts_add_up(report: RunReport) -> 
 
 
 def test_the_summary_names_the_counts(report: RunReport) -> None:
-    assert "computed 2 of 3 chunk-steps (67%)" in report.summary()
+    assert "computed 2 of 3 chunk-steps, 71% of all tokens" in report.summary()
 
 
 def test_the_picture_shows_computed_reused_and_not_run(report: RunReport) -> None:

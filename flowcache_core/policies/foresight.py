@@ -25,9 +25,9 @@ def forecast(rule: Chunkwise, outlook: Outlook) -> tuple[str, ...]:
         return (f"all {total} chunk-steps will be computed: threshold is 0",)
     if rule.signature == "time":
         n = chunks * computed_from(rule, rule.threshold, rule.known_changes(outlook))
-        return (f"{n} of {total} chunk-steps will be computed ({n / total:.0%})",)
+        return (f"{n} of {total} chunk-steps will be computed",)
     least = chunks * least_computed(rule, steps)
-    return (f"at least {least} of {total} chunk-steps will be computed ({least / total:.0%}); how many more shows as the latents drift",)
+    return (f"at least {least} of {total} chunk-steps will be computed; how many more shows as the latents drift",)
 
 
 def on_rescaling(rule: Chunkwise, polynomial: Sequence[float]) -> tuple[str, ...]:

@@ -7,13 +7,14 @@ chooses for itself (`plan.py` says what that costs).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..chunk import Chunk
-from ..decision import Compute, Decision, Outlook, Signals, check, setting
-from ..plan import Plan
-from ..planner import Profile, least_share, plan_for
+from ..decision import Compute, Decision, Outlook, PlanPolicy, Signals, check, setting
+from ..plan import Plan, commit_frames
+from ..planner import Profile, plan_for
 from ..schedule import ChunkSchedule
 from ..state import ChunkState, RunMemory
 
@@ -23,7 +24,7 @@ class Planned:
     """A budget, in one of three forms. Raises ValueError for values that contradict each other.
 
     `share`: of all network tokens, clean passes included, the part that is computed. `seconds`: what the network may take in all; one
-    evaluation is timed when the run begins. `exact`: a plan that was made elsewhere.
+    evaluation is timed when the run begins. `exact`: a plan that was made elsewhere; for bidirectional windows one of each.
     """
 
     name: ClassVar[str] = "planned"
@@ -31,7 +32,7 @@ class Planned:
 
     share: float = setting(0.4, "The share of all network tokens that is computed; 1 computes every step.", low=0.01, high=1.0, step=0.01)
     seconds: float = setting(0.0, "Instead of a share: what the network may take in all. 0: the share counts.", low=0.0, high=1e6, step=1.0)
-    exact: Plan | None = None
+    exact: Plan | tuple[Plan, ...] | None = None
     profile: Profile = Profile()
 
     def __post_init__(self) -> None:
@@ -46,14 +47,32 @@ class Planned:
         """Raises ValueError for an `exact` plan of another schedule."""
         if self.exact is None:
             return plan_for(schedule, self.share, self.profile, together)
-        if self.exact.together != together:
-            one, other = ("bidirectional", "block-causal") if self.exact.together else ("block-causal", "bidirectional")
-            raise ValueError(f"the plan is for {one} attention, and this run is {other}: make a plan for this run, or set attention to {one}")
-        return self.exact.check(schedule)
+        (plan,) = self._given(1, together)
+        return plan.check(schedule)
+
+    def plans(self, schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[Plan, ...]:
+        """One plan for each bidirectional window. `frame_s`: see `timed`. Raises ValueError for `exact` plans of other windows."""
+        if self.exact is not None:
+            return tuple(plan.check(one) for plan, one in zip(self._given(len(schedules), True), schedules, strict=True))
+        share = self.share if frame_s is None else self.seconds / full_s(schedules, frame_s, True)
+        return tuple(plan_for(one, share, self.profile, True) for one in schedules)
 
     def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
-        """The plan for the budget in seconds, where one latent frame takes `frame_s` of them."""
-        return plan_for(schedule, self.seconds / frame_s / Plan.full(schedule, together).frames_computed(schedule), self.profile, together)
+        """The plan for the budget in seconds, where a latent frame takes `frame_s` of them."""
+        return plan_for(schedule, self.seconds / full_s([schedule], frame_s, together), self.profile, together)
+
+    def _given(self, windows: int, together: bool) -> tuple[Plan, ...]:
+        """The exact plans, of as many windows and for this attention."""
+        plans = self.exact if isinstance(self.exact, tuple) else (self.exact,) if self.exact else ()
+        if wrong := [plan for plan in plans if plan.together != together]:
+            one, other = ("bidirectional", "block-causal") if wrong[0].together else ("block-causal", "bidirectional")
+            raise ValueError(f"the plan is for {one} attention, and this run is {other}: make a plan for this run, or set attention to {one}")
+        if len(plans) != windows:
+            raise ValueError(
+                f"the plan is for {len(plans)} window{'s' if len(plans) != 1 else ''}, and this film has {windows}: "
+                "make a plan for this run, or set the film's length to that of the plan"
+            )
+        return plans
 
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""
@@ -65,14 +84,48 @@ class Planned:
         return ()
 
 
-def foretell(plan: Plan, schedule: ChunkSchedule, wanted: float | None = None) -> tuple[str, ...]:
-    """What a plan will do, in sentences. `wanted`: the share that was asked for."""
-    counts = [len(steps) for steps in plan.computed if steps]
-    total = len(counts) * plan.steps
-    share = plan.share(schedule)
-    said = f"{sum(counts)} of {total} chunk-steps will be computed, {share:.0%} of all tokens with the clean passes of finished chunks"
-    if plan.is_full:
-        return (f"all {total} chunk-steps will be computed",)
-    if wanted is not None and share > wanted + 0.5 / plan.steps:
-        return (f"{said}: {wanted:.0%} cannot be reached, {least_share(schedule, plan.together):.0%} is the least (two steps of every chunk)",)
-    return (said,)
+def full_s(schedules: Sequence[ChunkSchedule], frame_s: float, together: bool) -> float:
+    """Seconds that the network takes in the uncached run."""
+    return frame_s * sum(Plan.full(one, together).frames_computed(one) for one in schedules)
+
+
+def share_of(plans: Sequence[Plan], schedules: Sequence[ChunkSchedule]) -> float:
+    """Of all network tokens of an uncached film, clean passes included, the part that its plans compute."""
+    computed, full = (
+        sum(plan.frames_computed(one) for plan, one in zip(which, schedules, strict=True))
+        for which in (plans, [Plan.full(one, plan.together) for plan, one in zip(plans, schedules, strict=True)])
+    )
+    return computed / full
+
+
+def foretell(policy: PlanPolicy, plans: Sequence[Plan], schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[str, ...]:
+    """What plans will do, in sentences: one of a run with a KV cache, or one of each bidirectional window; () before a timing.
+
+    `frame_s`: seconds that a latent frame takes, where that has been timed.
+    """
+    if not plans:
+        return (f"the network may take {policy.seconds:g} s: one evaluation will be timed, then it is settled what is computed",)
+    together, share = plans[0].together, share_of(plans, schedules)
+    budget: tuple[str, ...] = ()
+    wanted = policy.share if isinstance(policy, Planned) and policy.exact is None else None
+    if frame_s is not None:
+        whole = full_s(schedules, frame_s, together)
+        wanted = min(policy.seconds / whole, 1.0)
+        budget = (f"all steps would take the network about {whole:.3g} s here, so {policy.seconds:g} s are {wanted:.0%} of all tokens",)
+    said = f"{_counted(plans, schedules)} will be computed, {share:.0%} of all tokens"
+    if not together and commit_frames(schedules[0]):
+        said += " with the clean passes of finished chunks"
+    if wanted is not None and share > wanted + 0.5 / plans[0].steps:
+        said += f": {wanted:.0%} cannot be reached, this is the least"
+    return (said, *budget)
+
+
+def _counted(plans: Sequence[Plan], schedules: Sequence[ChunkSchedule]) -> str:
+    """What is computed and of how much, counted as `RunReport` does: in a bidirectional row idle chunks run too."""
+    if not plans[0].together:
+        n, total = sum(map(len, plans[0].computed)), schedules[0].chunk_steps
+        return f"all {total} chunk-steps" if n == total else f"{n} of {total} chunk-steps"
+    rows = [(row, any(plan.computes(chunk) for chunk in row.active)) for plan, one in zip(plans, schedules, strict=True) for row in one.rows]
+    run = [row for row, computed in rows if computed]
+    n, total = (sum(row.last - row.first for row in some) for some in (run, [row for row, _ in rows]))
+    return f"all {len(rows)} rows ({total} chunk-steps)" if n == total else f"{len(run)} of {len(rows)} rows ({n} of {total} chunk-steps)"

@@ -70,10 +70,10 @@ class Target(Chunkwise):
         if self.signature == "time":
             threshold = self.find(outlook).threshold
             n = outlook.chunks * computed_from(self, threshold, self.known_changes(outlook))
-            said = f"{n} of {total} chunk-steps will be computed ({n / total:.0%}), target {self.share:.0%}: threshold {threshold:.4g} was found"
+            said = f"{n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: threshold {threshold:.4g} was found"
         else:
             n = round(self.share * total)
-            said = f"about {n} of {total} chunk-steps will be computed ({n / total:.0%}): the threshold follows the target"
+            said = f"about {n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: the threshold follows the target"
         return (said, *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
 
     def retell(self, memory: RunMemory) -> tuple[str, ...]:
