@@ -36,8 +36,12 @@ class Profile:
     exponent: float = 4.0
     late_start: float = 0.5
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
-    first: float = 5.0
+    first: float = 3.0
     """Weight of the first chunk, which all others look back on; theirs is 1."""
+    ratio: float = 1.35
+    """Evaluations of the first chunk at least, for one of the others."""
+    whole_from: float = 0.3
+    """The first chunk is computed whole where that leaves all others at least this share of their steps."""
 
     def step(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cost of the step between evaluations at times a and b."""
@@ -70,40 +74,42 @@ def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
 def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
     """`budget`: latent frames that may be computed, clean passes not counted."""
     sizes = [schedule.span(k)[1] for k in range(schedule.given, schedule.chunks)]
-    least, place = min(LEAST, schedule.steps), _places(schedule)
+    least, places = min(LEAST, schedule.steps), _places(schedule)
     found: tuple[float, Plan] | None = None
-    for first in _candidates(least, schedule.steps):
-        counts = _counts(sizes, schedule.steps, budget, first, least)
-        if counts is None:
+    for others in _candidates(least, schedule.steps):
+        counts = _counts(sizes, schedule.steps, budget, others)
+        if counts[0] < least:
             break
-        cost, plan = _nested(schedule, place, counts, profile)
-        if found is None or cost < found[0]:
+        if counts[0] < min(profile.ratio * others, schedule.steps) and others > least and len(sizes) > 1:
+            continue
+        cost, plan = _nested(schedule, places, counts, profile)
+        if counts[0] == schedule.steps and others >= profile.whole_from * schedule.steps:
+            cost = 0.0
+        if found is None or cost <= found[0]:
             found = cost, plan
-    return found[1] if found else _nested(schedule, place, (least,) * len(sizes), profile)[1]
+    return found[1] if found else _nested(schedule, places, (least,) * len(sizes), profile)[1]
 
 
 def _candidates(least: int, most: int) -> Iterator[int]:
-    """Numbers of evaluations of the first chunk that are tried: all of them, and of many those that differ by some percent."""
+    """Numbers of evaluations that are tried: all of them, and of many those that differ by some percent."""
     count = least
     while count <= most:
         yield count
         count += max(1, count // 25)
 
 
-def _counts(sizes: Sequence[int], steps: int, budget: float, first: int, least: int) -> list[int] | None:
-    """Evaluations per chunk: `first` of the first one, the rest of the budget spread evenly over the others; None when it does not suffice."""
-    left = budget - first * sizes[0]
-    others = sizes[1:]
-    if left < least * sum(others):
-        return None
-    even = min(int(left // sum(others)), steps) if others else 0
-    counts = [even] * len(others)
-    left -= even * sum(others)
-    for k, size in enumerate(others):
-        if left >= size and counts[k] < steps:
-            counts[k] += 1
-            left -= size
-    return [first, *counts]
+def _counts(sizes: Sequence[int], steps: int, budget: float, others: int) -> list[int]:
+    """Evaluations per chunk: what is left by `others` for every later chunk is the first one's; what is too much for it, theirs again."""
+    left = budget - others * sum(sizes[1:])
+    first = min(math.floor(left / sizes[0]), steps)
+    counts = [first] + [others] * (len(sizes) - 1)
+    left -= first * sizes[0]
+    while first == steps and any(left >= size and count < steps for size, count in zip(sizes[1:], counts[1:], strict=True)):
+        for k, size in enumerate(sizes):
+            if k and left >= size and counts[k] < steps:
+                counts[k] += 1
+                left -= size
+    return counts
 
 
 Places = dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]]
@@ -127,9 +133,7 @@ def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int], prof
     for k, count in zip(range(schedule.given, schedule.chunks), counts, strict=True):
         first = k == schedule.given
         allowed = tuple(step for step, others in places[k] if all(at in sets[other] for other, at in others))
-        cost, steps = _line(allowed, count, schedule.steps, profile)
-        if first:
-            steps = (0, *steps[1:])
+        cost, steps = _line(allowed, count, schedule.steps, profile, first)
         computed.append(steps)
         sets[k] = set(steps)
         total += cost * (profile.first if first else 1.0)
@@ -137,10 +141,11 @@ def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int], prof
 
 
 @lru_cache(maxsize=1024)
-def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile) -> tuple[float, tuple[int, ...]]:
+def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, from_first: bool) -> tuple[float, tuple[int, ...]]:
     """The `count` of the points, the last among them, on the path of least cost; all of them where they are fewer.
 
-    Of many points only jumps are looked at that are not far longer than the mean.
+    `from_first`: the path begins at the first of the points, else where it costs least. Of many points only jumps are looked at
+    that are not far longer than the mean.
     """
     total = len(points)
     count = min(count, total)
@@ -149,6 +154,8 @@ def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile) -> 
     before = np.arange(total)[:, None] - np.arange(1, reach + 1)
     cost = np.where(before < 0, np.inf, profile.step(t[before], t[:, None]))
     best, back = profile.start(t), []
+    if from_first and count > 1:
+        best[1:] = np.inf
     for _ in range(1, count):
         through = best[before] + cost
         jump = through.argmin(1)
@@ -187,15 +194,14 @@ def rows_together(schedule: ChunkSchedule, budget: float, profile: Profile) -> P
             time[chunk.index - schedule.given, number] = chunk.step * CLOCK / schedule.steps
     cost = np.zeros((len(rows), len(rows)))
     start = np.zeros(len(rows))
-    for k, t in enumerate(time):
+    for t in time:
         begin, end = np.flatnonzero(~np.isnan(t))[[0, -1]]
-        weight = profile.first if k == 0 else 1.0
         inside = np.where(np.isnan(t), 0.0, t)
         here = np.arange(begin, end + 1)
-        cost[np.ix_(here, here)] += weight * profile.step(inside[here][:, None], inside[here][None, :])
-        cost[np.ix_(np.arange(begin), here)] += weight * profile.start(inside[here])[None, :]
+        cost[np.ix_(here, here)] += profile.step(inside[here][:, None], inside[here][None, :])
+        cost[np.ix_(np.arange(begin), here)] += profile.start(inside[here])[None, :]
         cost[:end, end + 1 :] = np.inf
-        start[here] += weight * profile.start(inside[here])
+        start[here] += profile.start(inside[here])
         start[end + 1 :] = np.inf
     cost[np.tri(len(rows), dtype=bool)] = np.inf
     frames = row_frames(schedule, rows[0])

@@ -128,6 +128,10 @@ def _first_order(x: Tensor, clean: Tensor, sigma: float, to: float) -> tuple[Ten
     return base, -(1 - to) * math.expm1(-h), h
 
 
+NEAR_ZERO = 0.25
+"""Up to this noise level the clean latent is taken to go with the square of the level."""
+
+
 @dataclass(slots=True)
 class MultistepMemory:
     """The clean latents predicted last, newest last, and the state from which the last step set out."""
@@ -161,7 +165,7 @@ class Multistep:
         x = begun(x, velocity, number, path) if memory.x is None else _across(memory.x, [*memory.clean, clean], number - 1, number, path)
         memory.clean, memory.x = [*memory.clean[-1:], clean], x
         if path.sigmas[number + 1] == 0:
-            return clean
+            return _at_zero(memory.clean, number, path)
         return _across(x, memory.clean, number, number, path)
 
 
@@ -169,6 +173,14 @@ def _across(x: Tensor, clean: list[Tensor], number: int, latest: int, path: Path
     """The step from evaluation `number` to the next, with D known at the evaluations up to `latest`."""
     ratio, weights = path.weights(number, tuple(range(latest + 1 - len(clean), latest + 1)))
     return ratio * x + sum(w * d for w, d in zip(weights, clean, strict=True))
+
+
+def _at_zero(clean: list[Tensor], number: int, path: Path) -> Tensor:
+    """D at noise level 0 from its last values: noise has no preferred sign, so D is even in sigma there, D(0) + c sigma^2."""
+    if len(clean) < 2 or path.sigmas[number] > NEAR_ZERO:
+        return clean[-1]
+    before, now = (path.sigmas[i] ** 2 for i in (number - 1, number))
+    return clean[-1] + now / (before - now) * (clean[-1] - clean[-2])
 
 
 def begun(x: Tensor, velocity: Tensor, number: int, path: Path) -> Tensor:
