@@ -139,7 +139,7 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             session.note(chunk, clean)
             on_step(chunk)
 
-        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light, session.plan)
+        latents = sample_chunks(predict, x, schedule, levels, solver(job.solver), session.commit, moved, light, session.plan, session.choose)
     return latents, session.report
 
 

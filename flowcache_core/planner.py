@@ -9,7 +9,7 @@ while earlier chunks run, only rows in which they are computed are allowed, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -55,6 +55,29 @@ def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile()
         return rows_together(schedule, share * full.frames_computed(schedule), profile)
     budget = share * full.frames_computed(schedule) - commit_frames(schedule)
     return best(schedule, budget, profile)
+
+
+def plan_in_part(schedule: ChunkSchedule, share: float, part: float, profile: Profile = Profile()) -> Plan:
+    """The finest plan within `share` of which some steps compute only `part` of a chunk's tokens: see `steps_in_part`.
+
+    With part 1 it is `plan_for`, and so where the share leaves no step to be computed in part.
+    """
+    if part >= 1 or share >= 1:
+        return plan_for(schedule, share, profile)
+    budget = share * Plan.full(schedule).frames_computed(schedule)
+    commits, size = commit_frames(schedule), schedule.chunk_frames
+    most = int((budget - commits) * 2 / (1 + part) / size) + 2 * (schedule.chunks - schedule.given)
+    for evaluations in range(most, 0, -1):
+        fine = best(schedule, evaluations * size, profile)
+        plan = replace(fine, partial=tuple(map(steps_in_part, fine.computed)), part=part)
+        if plan.frames_computed(schedule) <= budget:
+            return plan if any(plan.partial) else plan_for(schedule, share, profile)
+    return plan_for(schedule, share, profile)
+
+
+def steps_in_part(computed: Sequence[int]) -> tuple[int, ...]:
+    """Every second computed step of a chunk, counted back from its last, which is whole; its first two are whole too."""
+    return tuple(computed[at] for at in range(2, len(computed)) if (len(computed) - at) % 2 == 0)
 
 
 def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:

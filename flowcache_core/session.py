@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
-from .kernels.tokens import mask_over
+from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Part, PartPolicy, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
+from .kernels.tokens import mask_over, pooled, spread
 from .kv.cache import Branches, KVSizes, KVStore
 from .kv.compressor import Budget
 from .kv.foresight import foresee_history
@@ -54,9 +54,10 @@ class Session:
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
-        self._tokens = require_tokens(adapter, schedule.chunk_frames) if self._watches else None
-        patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
-        self._grid = grid[0] // patch, grid[1] // patch
+        partly = self._watches or any(self.plan.partial)
+        self._tokens = require_tokens(adapter, schedule.chunk_frames if self._watches else None) if partly else None
+        self._patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
+        self._grid = grid[0] // self._patch, grid[1] // self._patch
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         self._budget, self._kv = budget, self._store(budget)
         self._text: dict[Branches, object] = {}
@@ -66,9 +67,9 @@ class Session:
         adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
         sizes = KVSizes.of(adapter, self.batch, capacity(self.schedule, self._frame_tokens, rows.budget))
         if budget is None:
-            return KVStore(sizes, rows)
+            return KVStore(sizes, rows, waits=self.plan.is_partial)
         keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
-        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows))
+        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows), self.plan.is_partial)
 
     def __enter__(self) -> Session:
         return self
@@ -114,11 +115,27 @@ class Session:
             case Refresh(tokens, what, order) if branches in state.predictions:
                 self._keep(call, state, branches, *self._compute(call, branches, tokens), tokens)
                 return self._replay(call, state, branches, what, order)
+            case Part(tokens) if self._kv.can_wait(branches, chunk):
+                return self._compute(call, branches, tokens)[0]
             case _:
                 self.report.ran(chunk, chunk.frames * self._frame_tokens)
                 velocity, residual = self._compute(call, branches)
                 self._keep(call, state, branches, velocity, residual)
                 return velocity
+
+    def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
+        """The plan computes part of the chunk at this step, and the policy says which: latent cells, bool [F, h, w]. `rate`: as in `walk.Choose`."""
+        assert isinstance(self.policy, PartPolicy)
+        state, total = self.state.of(chunk.index), chunk.frames * self._frame_tokens
+        tokens = self.policy.choose(pooled(rate, self._patch), self.plan.tokens_of(total))
+        state.decision, state.decided_at = Part(tokens), chunk.step
+        self.report.decided(chunk, False, total, 0.0, tokens)
+        return self._chosen(chunk, tokens)
+
+    def _chosen(self, chunk: Chunk, tokens: Tensor) -> Tensor:
+        grid = (chunk.frames, *self._grid)
+        chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tokens.device).index_fill_(0, tokens, True)
+        return spread(chosen.view(grid), self._patch)
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:
         """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk, or that the plan skips it."""
@@ -130,6 +147,7 @@ class Session:
     def commit(self, chunk: Chunk) -> None:
         """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
         self.state.drop(chunk.index)
+        self._kv.forget(chunk.index)
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:

@@ -97,11 +97,11 @@ class TokenAdapter(ModelAdapter, Protocol):
         ...
 
 
-def require_tokens(adapter: ModelAdapter, chunk_frames: int) -> TokenAdapter:
-    """Raises ValueError where a model cannot refresh single tokens, or where a chunk has no neighbouring frames to compare."""
+def require_tokens(adapter: ModelAdapter, chunk_frames: int | None = None) -> TokenAdapter:
+    """Raises ValueError where a model cannot refresh single tokens, or where chunks of `chunk_frames` have no neighbouring frames to compare."""
     if not isinstance(adapter, TokenAdapter):
         raise ValueError(f"Motion Cache refreshes single tokens, which {adapter.name} cannot do here: use Chunkwise Cache with this model")
-    if chunk_frames < 2:
+    if chunk_frames is not None and chunk_frames < 2:
         raise ValueError(
             f"Motion Cache compares neighbouring frames of a chunk, and chunks of {chunk_frames} latent frame have none: "
             "use chunk_frames 2 or more, or Chunkwise Cache"
