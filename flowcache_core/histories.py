@@ -19,7 +19,7 @@ REACH = 2
 
 class Histories:
     """`known`: the distinct pasts, each the last two computed steps at most, the latest last. Of which kind every place is, is
-    `which`, uint8 in the shape of the places; None while all are alike."""
+    `which`, int16 in the shape of the places; None while all are alike."""
 
     def __init__(self) -> None:
         self.known: tuple[tuple[int, ...], ...] = ((),)
@@ -32,7 +32,7 @@ class Histories:
             self.known = tuple(dict.fromkeys(after))
             self.which = self._moved(after, self.which)
             return
-        which = torch.zeros_like(chosen, dtype=torch.uint8) if self.which is None else self.which
+        which = torch.zeros_like(chosen, dtype=torch.int16) if self.which is None else self.which
         self.known = tuple(dict.fromkeys((*self.known, *after)))
         moved = self._moved(after, which)
         self.which = None if moved is None else torch.where(chosen, moved, which)

@@ -58,21 +58,15 @@ def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile()
 
 
 def plan_in_part(schedule: ChunkSchedule, share: float, part: float, profile: Profile = Profile()) -> Plan:
-    """The finest plan within `share` of which some steps compute only `part` of a chunk's tokens: see `steps_in_part`.
+    """The plan of least cost within `share` of which some steps, `steps_in_part`, compute only `part` of a chunk's tokens: a finer one.
 
     With part 1 it is `plan_for`, and so where the share leaves no step to be computed in part.
     """
     if part >= 1 or share >= 1:
         return plan_for(schedule, share, profile)
-    budget = share * Plan.full(schedule).frames_computed(schedule)
-    commits, size = commit_frames(schedule), schedule.chunk_frames
-    most = int((budget - commits) * 2 / (1 + part) / size) + 2 * (schedule.chunks - schedule.given)
-    for evaluations in range(most, 0, -1):
-        fine = best(schedule, evaluations * size, profile)
-        plan = replace(fine, partial=tuple(map(steps_in_part, fine.computed)), part=part)
-        if plan.frames_computed(schedule) <= budget:
-            return plan if any(plan.partial) else plan_for(schedule, share, profile)
-    return plan_for(schedule, share, profile)
+    budget = share * Plan.full(schedule).frames_computed(schedule) - commit_frames(schedule)
+    fine = best(schedule, budget, profile, part)
+    return replace(fine, partial=tuple(map(steps_in_part, fine.computed)), part=part)
 
 
 def steps_in_part(computed: Sequence[int]) -> tuple[int, ...]:
@@ -80,14 +74,14 @@ def steps_in_part(computed: Sequence[int]) -> tuple[int, ...]:
     return tuple(computed[at] for at in range(2, len(computed)) if (len(computed) - at) % 2 == 0)
 
 
-def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
-    """`budget`: latent frames that may be computed, clean passes not counted."""
+def best(schedule: ChunkSchedule, budget: float, profile: Profile, part: float = 1.0) -> Plan:
+    """`budget`: latent frames that may be computed, clean passes not counted. `part`: how much of a chunk `steps_in_part` compute."""
     chunks = range(schedule.given, schedule.chunks)
     sizes = [schedule.span(k)[1] for k in chunks]
     least = min(LEAST, schedule.steps)
     found: tuple[float, Plan] | None = None
     for first in range(least, schedule.steps + 1):
-        counts = _counts(sizes, schedule.steps, budget, first, least)
+        counts = _counts(sizes, schedule.steps, budget, first, least, part)
         if counts is None:
             break
         cost, plan = _nested(schedule, tuple(counts), profile)
@@ -103,19 +97,19 @@ def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
     return plan_for(schedule, 0.0, together=together).share(schedule)
 
 
-def _counts(sizes: Sequence[int], steps: int, budget: float, first: int, least: int) -> list[int] | None:
+def _counts(sizes: Sequence[int], steps: int, budget: float, first: int, least: int, part: float) -> list[int] | None:
     """Evaluations per chunk: `first` of the first one, the rest of the budget spread evenly over the others; None when it does not suffice."""
-    left = budget - first * sizes[0]
-    others = sizes[1:]
-    if left < least * sum(others):
+    price = [n - len(steps_in_part(range(n))) * (1 - part) for n in range(steps + 1)]
+    left, others = budget - price[first] * sizes[0], sizes[1:]
+    if left < price[least] * sum(others):
         return None
-    even = min(int(left // sum(others)), steps) if others else 0
+    even = max(n for n in range(least, steps + 1) if price[n] * sum(others) <= left) if others else 0
     counts = [even] * len(others)
-    left -= even * sum(others)
+    left -= price[even] * sum(others)
     for k, size in enumerate(others):
-        if left >= size and counts[k] < steps:
+        if counts[k] < steps and left >= (more := (price[even + 1] - price[even]) * size):
             counts[k] += 1
-            left -= size
+            left -= more
     return [first, *counts]
 
 

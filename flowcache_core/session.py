@@ -166,7 +166,7 @@ class Session:
         return state.decision
 
     def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Velocity and residual of the chunk, or of `only` some of its tokens."""
+        """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
         attend = self._kv.attention(branches, call.chunk, only)
         with self.report.clock("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
@@ -174,6 +174,9 @@ class Session:
         return out
 
     def _keep(self, call: Call, state: ChunkState, branches: Branches, velocity: Tensor, residual: Tensor, only: Tensor | None = None) -> None:
+        if only is not None and (self.policy.keeps == "residual" or self._watches == "output"):
+            whole = residual.new_zeros(len(residual), call.chunk.frames * self._frame_tokens, residual.shape[2])
+            residual = whole.index_copy_(1, only, residual)
         if self.policy.keeps:
             value = velocity if self.policy.keeps == "velocity" else residual
             state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))

@@ -49,8 +49,11 @@ class Euler:
         return None
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
-        x = begun(x, velocity, number, path)
-        return x + (path.sigmas[number + 1] - path.sigmas[number]) * velocity
+        now, to = path.sigmas[number], path.sigmas[number + 1]
+        if number == 0 and now != path.levels[0]:
+            clean, x = x - now * velocity, begun(x, velocity, number, path)
+            velocity = (x - clean) / now
+        return x + (to - now) * velocity
 
 
 @dataclass(slots=True)

@@ -87,6 +87,11 @@ class KVCache:
             else:
                 buffer[rows].index_copy_(2, at, fresh)
 
+    def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of an active chunk, to be written in place."""
+        keys, values = self.layer(layer, like)
+        return keys[rows, :, at], values[rows, :, at]
+
     def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers[layer]
         return keys[rows, :, first:end], values[rows, :, first:end]
@@ -144,9 +149,10 @@ class CachedAttention:
         self.keeper, self.chunk, self.recent = keeper, chunk, recent
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        if self.recent:
-            k, v = self.recent.whole(layer, k, v)
-        self.cache.write(layer, self.rows, self.at, k, v)
+        if self.recent and isinstance(self.at, slice):
+            self.recent.write(layer, (k, v), self.cache.own(layer, self.rows, self.at, k))
+        else:
+            self.cache.write(layer, self.rows, self.at, k, v)
         keys, values = self.cache.read(layer, self.rows, self.first, self.end)
         if self.keeper is None or self.chunk is None:
             return attention(q, keys, values)

@@ -12,7 +12,7 @@ from ..histories import Histories
 
 
 class Recent:
-    """Of one chunk, all layers, for branches that run together. `begin` a step, then hand every layer's fresh rows to `whole`."""
+    """Of one chunk, all layers, for branches that run together. `begin` a step, then `write` every layer."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -41,20 +41,16 @@ class Recent:
             chosen = torch.zeros(self.tokens, dtype=torch.bool, device=only.device).index_fill_(0, only, True)
         self.histories.computed(step, chosen)
 
-    def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Fresh rows of one layer, of the tokens of this step -> those of all tokens, linear in the clock where a token waits."""
-        kept = self._pairs.setdefault(layer, [])
-        if self._only is None:
-            self._pairs[layer] = [*kept[-1:], (k, v)]
-            return k, v
-        (k0, v0), (k1, v1) = kept
-        return self._one(k0, k1, k), self._one(v0, v1, v)
-
-    def _one(self, before: Tensor, last: Tensor, fresh: Tensor) -> Tensor:
-        only = self._only
-        assert only is not None
-        ahead = self._ahead.to(last.dtype) if isinstance(self._ahead, Tensor) else self._ahead
-        out = torch.lerp(before, last, ahead).index_copy_(2, only, fresh)
-        before.index_copy_(2, only, last.index_select(2, only))
-        last.index_copy_(2, only, fresh)
-        return out
+    def write(self, layer: int, fresh: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
+        """`fresh`: keys and values of the tokens of this step; `out`: the rows of all. Those that wait get their line."""
+        kept, only = self._pairs.setdefault(layer, []), self._only
+        if only is None:
+            self._pairs[layer] = [*kept[-1:], fresh]
+            for rows, new in zip(out, fresh, strict=True):
+                rows.copy_(new)
+            return
+        for before, last, new, rows in zip(*kept, fresh, out, strict=True):
+            torch.lerp(before, last, self._ahead.to(last.dtype) if isinstance(self._ahead, Tensor) else self._ahead, out=rows)
+            rows.index_copy_(2, only, new)
+            before.index_copy_(2, only, last.index_select(2, only))
+            last.index_copy_(2, only, new)

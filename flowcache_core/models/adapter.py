@@ -86,7 +86,7 @@ class TokenAdapter(ModelAdapter, Protocol):
     """An adapter that can run single tokens. A token is a square patch of latent cells of one frame."""
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """`forward` for the listed tokens [n] of the chunk alone; same shapes, zero at all other tokens.
+        """`forward` for the listed tokens [n] of the chunk alone: velocity in the same shape, zero at all other tokens; residual [B, n, d].
 
         `attend` writes the keys and values of these tokens and sees those of the whole chunk.
         """
