@@ -50,7 +50,7 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
 
     `latent`: C, h, w; `rows`: branches x batch; `text_tokens`: of all rows together; `itemsize`: bytes of one number in the
     dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored;
-    `plan`: where it computes steps in part, what tokens that wait need (`kv/recent.py`) lies beside the KV cache and counts as its.
+    `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) lies beside the KV cache and counts as its.
 
     The KV cache holds two numbers per layer, channel and token of all chunks that are seen at once, or `bounded` bytes under a
     budget. A chunk keeps predictions only while it is being denoised, so the busiest row counts.

@@ -18,8 +18,8 @@ from flowcache_core.histories import Histories
 from flowcache_core.kernels.tokens import pooled
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.compressor import Compressor
-from flowcache_core.kv.recent import Recent
 from flowcache_core.kv.scores.even import Even
+from flowcache_core.kv.waiting import Waiting
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.path import Path
@@ -173,16 +173,16 @@ def test_the_rate_is_the_last_change_carried_on_over_the_time_waited() -> None:
 def test_keys_and_values_that_wait_go_on_along_a_line() -> None:
     """Exact where they are linear in the step, whatever was computed when; what is attended to is the cache."""
     torch.manual_seed(2)
-    (at, slope), recent = torch.randn(2, 2, 2, 3, 6, 4, dtype=torch.float64).unbind(0), Recent(6)
+    (at, slope), waiting = torch.randn(2, 2, 2, 3, 6, 4, dtype=torch.float64).unbind(0), Waiting(6)
     cache = KVCache((0, 1), KVSizes(1, 2, 3, 4, 9))
     for step, only in ((0, None), (3, None), (5, [1, 4]), (8, [0, 1]), (9, None), (13, [5])):
         tokens = None if only is None else torch.tensor(only)
-        recent.begin(step, tokens)
+        waiting.begin(step, tokens)
         for layer in range(2):
             true = torch.stack([at[layer] + step * slope[layer], -step * slope[layer]])
             fresh = true if tokens is None else true[:, :, :, tokens]
             q = torch.randn(2, 3, fresh.shape[3], 4, dtype=torch.float64)
-            out = CachedAttention(cache, slice(None), 0, 3, 9, tokens, recent=recent)(layer, q, *fresh, q)
+            out = CachedAttention(cache, slice(None), 0, 3, 9, tokens, waiting=waiting)(layer, q, *fresh, q)
             keys, values = cache.read(layer, slice(None), 0, 9)
             torch.testing.assert_close(torch.stack([keys[:, :, 3:], values[:, :, 3:]]), true)
             torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, keys, values))
@@ -219,7 +219,7 @@ def test_a_run_computes_what_its_plan_says_within_its_share_and_waits_for_nothin
         assert {s for s in range(schedule.steps) if report.map[k, s] == REFRESHED} == set(some)
         assert {s for s in range(schedule.steps) if report.map[k, s] == COMPUTED} == set(steps) - set(some)
         tokens = schedule.span(k)[1] * TOKENS
-        assert all(report.shares[k, s] == pytest.approx(int(tokens / 3) / tokens) for s in some)
+        assert all(report.shares[k, s] == pytest.approx(int(tokens / 4) / tokens) for s in some)
     start, end = schedule.prefix, schedule.frames - schedule.suffix
     assert torch.equal(out[:, :, :start], noise[:, :, :start])
     assert torch.equal(out[:, :, end:], noise[:, :, end:])
@@ -260,7 +260,7 @@ def test_nothing_that_waits_outlives_its_chunk_or_its_run(net: SkyReelsV2, texts
 
         def predict(x: Tensor, chunk: Chunk) -> Tensor:
             out = session.denoise(x, chunk, texts[:1], (0,))
-            assert {index for index, _ in session._kv._recent} <= active.get((chunk.index, chunk.step), {0, 1, 2})
+            assert {index for index, _ in session._kv._waiting} <= active.get((chunk.index, chunk.step), {0, 1, 2})
             if stop and session.report.chunk_steps_refreshed == 3:
                 raise Stopped
             return out
@@ -269,9 +269,9 @@ def test_nothing_that_waits_outlives_its_chunk_or_its_run(net: SkyReelsV2, texts
             sample_chunks(predict, noise_of(9, side=SIDE), schedule, levels, UniPC(), session.commit, None, plan=session.plan, choose=session.choose)
         except Stopped:
             assert stop
-            assert session._kv._recent
+            assert session._kv._waiting
         else:
-            assert not session._kv._recent
+            assert not session._kv._waiting
     assert len(session.state) == session._kv.bytes == 0
 
 
@@ -309,16 +309,16 @@ def test_the_tokens_of_largest_rate_are_chosen_without_a_wait() -> None:
 def test_nothing_in_a_step_reads_a_number_back() -> None:
     """It runs on the meta device, where there is none."""
     levels, policy = flow_sigmas(20), Multirate()
-    walk, recent, x = CellWalk(2, levels), Recent(12), torch.zeros(1, 4, 3, 4, 4, device="meta")
+    walk, waiting, x = CellWalk(2, levels), Waiting(12), torch.zeros(1, 4, 3, 4, 4, device="meta")
     cache = KVCache((0,), KVSizes(1, 1, 2, 8, 12))
     for step, count in ((0, 12), (2, 12), (5, 4), (9, 4), (12, 12), (15, 3), (19, 12)):
         tokens, chosen = None, None
         if count < 12:
             tokens = policy.choose(pooled(walk.rate(step), 2), count)
             chosen = torch.zeros(3, 4, 4, dtype=torch.bool, device="meta")
-        recent.begin(step, tokens)
+        waiting.begin(step, tokens)
         q = torch.zeros(1, 2, count, 8, device="meta")
-        CachedAttention(cache, slice(None), 0, 0, 12, tokens, recent=recent)(0, q, q, q, q)
+        CachedAttention(cache, slice(None), 0, 0, 12, tokens, waiting=waiting)(0, q, q, q, q)
         x, _ = walk.step(x, walk.arrive(x, step), torch.zeros_like(x), step, chosen)
     assert len(walk.histories.known) <= 6
 

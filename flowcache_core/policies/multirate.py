@@ -2,7 +2,7 @@
 
 Multirate integration: every token has steps of its own, and its own history in the solver (`walk.py`). A token that waits is not
 replayed; it is moved over its own gap when it is next computed, and until then its keys and values go on along a line
-(`kv/recent.py`). Who waits is decided by what the token itself did: the change of its predicted clean latent between its last
+(`kv/waiting.py`). Who waits is decided by what the token itself did: the change of its predicted clean latent between its last
 two computed steps, carried on over the time it has waited. MotionCache's rule (`motion.py`) weighs by motion between frames, and
 replays.
 """
@@ -37,7 +37,7 @@ class Multirate:
 
     share: float = setting(0.13, "The share of all network tokens that is computed.", low=0.01, high=1.0, step=0.01)
     partial: float = setting(
-        1 / 3, "The share of a chunk's tokens that every other of its steps computes. 1 is Chunkwise Cache by a plan.", low=0.05, high=1.0, step=0.01
+        0.25, "The share of a chunk's tokens that every other of its steps computes. 1 is Chunkwise Cache by a plan.", low=0.05, high=1.0, step=0.01
     )
     seconds: float = setting(0.0, "Instead of a share: what the network may take in all. 0: the share counts.", low=0.0, high=1e6, step=1.0)
     profile: Profile = Profile()

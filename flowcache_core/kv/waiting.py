@@ -11,7 +11,7 @@ from torch import Tensor
 from ..histories import Histories
 
 
-class Recent:
+class Waiting:
     """Of one chunk, all layers, for branches that run together. `begin` a step, then `write` every layer."""
 
     def __init__(self, tokens: int) -> None:
