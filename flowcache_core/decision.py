@@ -46,7 +46,14 @@ class Refresh:
     order: int = 0
 
 
-Decision = Compute | Reuse | Refresh
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Run the network for some tokens of the chunk; the others wait at their own noise level (`walk.py`). `tokens`: as in `Refresh`."""
+
+    tokens: Tensor
+
+
+Decision = Compute | Reuse | Refresh | Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,19 @@ class WindowPolicy(PlanPolicy, Protocol):
 
     def plans(self, schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[Plan, ...]:
         """One plan for each window of a film. `frame_s`: seconds that a latent frame takes, for a budget in seconds. Raises ValueError."""
+        ...
+
+
+@runtime_checkable
+class PartPolicy(PlanPolicy, Protocol):
+    """A plan policy that at some steps of its plan computes only part of a chunk's tokens."""
+
+    def choose(self, rate: Tensor, count: int) -> Tensor:
+        """The `count` tokens that are computed, int64 ascending, flat. No host sync.
+
+        rate: [frames, rows, columns], how much the clean latent of every token is likely to have changed since the token was computed,
+        squared.
+        """
         ...
 
 

@@ -11,9 +11,10 @@ from .schedule import ChunkSchedule
 if TYPE_CHECKING:
     from .decision import Replay
     from .models.adapter import ModelAdapter
+    from .plan import Plan
 
 KEPT = 2
-"""Computed steps that a chunk remembers per branch at most."""
+"""Computed steps that a chunk remembers per branch at most, and a token that may wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,12 @@ class Footprint:
 
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
-              keeps: Replay | None, weights: int = 0, bounded: int | None = None) -> Footprint:  # fmt: skip
+              keeps: Replay | None, weights: int = 0, bounded: int | None = None, plan: Plan | None = None) -> Footprint:  # fmt: skip
     """Of a run over latents [batch, C, frames, h, w].
 
     `latent`: C, h, w; `rows`: branches x batch; `text_tokens`: of all rows together; `itemsize`: bytes of one number in the
-    dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored.
+    dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored;
+    `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) lies beside the KV cache and counts as its.
 
     The KV cache holds two numbers per layer, channel and token of all chunks that are seen at once, or `bounded` bytes under a
     budget. A chunk keeps predictions only while it is being denoised, so the busiest row counts.
@@ -58,11 +60,22 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     token = 2 * adapter.layers * channels_inside * itemsize
     kept = {None: 0, "velocity": channels * height * width, "residual": frame_tokens * channels_inside}[keeps]
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
-    kv = rows * capacity(schedule, frame_tokens).total * token
+    waiting = rows * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
+    kv = rows * capacity(schedule, frame_tokens).total * token + waiting
     predictions = KEPT * rows * frames * kept * itemsize
     if bounded is None:
         return Footprint(weights, kv, text_tokens * token, predictions)
-    return Footprint(weights, bounded, text_tokens * token, predictions, kv)
+    return Footprint(weights, bounded + waiting, text_tokens * token, predictions, kv)
+
+
+def waiting_frames(schedule: ChunkSchedule, plan: Plan) -> int:
+    """Latent frames of which keys and values are kept for tokens that wait, once per computed step up to two, in the busiest row."""
+    most, computed = 0, [0] * schedule.chunks
+    for row in schedule.rows:
+        for chunk in row.active:
+            computed[chunk.index] += plan.computes(chunk)
+        most = max(most, sum(chunk.frames * min(computed[chunk.index], KEPT) for chunk in row.active if plan.is_partial(chunk.index)))
+    return most
 
 
 def readable(size: float) -> str:

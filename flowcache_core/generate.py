@@ -141,8 +141,9 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
             on_step(chunk)
 
         latents = sample_chunks(
-            predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan or session.settle
-        )
+            predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan or session.settle,
+            session.choose,
+        )  # fmt: skip
     return latents, session.report
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 from .chunk import Chunk
 from .schedule import ChunkSchedule, Row
@@ -25,12 +25,15 @@ FORMAT = "flowcache-plan-1"
 class Plan:
     """`computed[k]`: the steps of chunk k at which the network runs, ascending; () for a chunk of given frames.
 
-    `together`: every row computes all of its active chunks or none, as attention over the whole window needs it.
+    `together`: every row computes all of its active chunks or none, as attention over the whole window needs it. `partial[k]`: of the
+    steps of chunk k, those at which only the share `part` of its tokens is computed; () where there are none at all. The others wait.
     """
 
     steps: int
     computed: tuple[tuple[int, ...], ...]
     together: bool = False
+    partial: tuple[tuple[int, ...], ...] = ()
+    part: float = 1.0
 
     @classmethod
     def full(cls, schedule: ChunkSchedule, together: bool = False) -> Plan:
@@ -40,10 +43,22 @@ class Plan:
 
     @property
     def is_full(self) -> bool:
-        return all(len(steps) in (0, self.steps) for steps in self.computed)
+        return all(len(steps) in (0, self.steps) for steps in self.computed) and not any(self.partial)
 
     def computes(self, chunk: Chunk) -> bool:
+        """Whether the chunk, or part of it, is computed at this step."""
         return chunk.step in self._sets[chunk.index]
+
+    def computes_part(self, chunk: Chunk) -> bool:
+        return self.is_partial(chunk.index) and chunk.step in self.partial[chunk.index]
+
+    def is_partial(self, index: int) -> bool:
+        """Whether any step of the chunk is computed in part."""
+        return bool(self.partial and self.partial[index])
+
+    def tokens_of(self, tokens: int) -> int:
+        """Of `tokens`, those that a step in part computes."""
+        return max(int(self.part * tokens + 1e-6), 1)
 
     def check(self, schedule: ChunkSchedule) -> Plan:
         """The plan itself. Raises ValueError, with the place, where it does not belong to the schedule or is not in step."""
@@ -59,6 +74,7 @@ class Plan:
                     raise ValueError(f"the plan computes chunk {k + 1}, but its frames are given: a plan for this run leaves the first {given} empty")
             elif not steps or list(steps) != sorted({s for s in steps if 0 <= s < self.steps}):
                 raise ValueError(f"the plan's steps of chunk {k + 1} must rise from 0 or more to at most {self.steps - 1}: they are {list(steps)}")
+        self._check_partial()
         for number, row in enumerate(schedule.rows):
             for chunk in row.active:
                 if not self.computes(chunk):
@@ -71,12 +87,27 @@ class Plan:
                         )
         return self
 
-    def frames_computed(self, schedule: ChunkSchedule) -> int:
-        """Latent frames that run through the network, clean passes of finished chunks included."""
+    def _check_partial(self) -> None:
+        if not any(self.partial):
+            return
+        if self.together:
+            raise ValueError("the plan computes steps in part, which attention over the whole window cannot: use block-causal attention")
+        if not 0 < self.part <= 1 or len(self.partial) != len(self.computed):
+            raise ValueError(f"a plan that computes steps in part needs a part above 0 and at most 1 (it is {self.part}), and a list per chunk")
+        for k, (steps, some) in enumerate(zip(self.computed, self.partial, strict=True)):
+            if wrong := sorted(set(some) - set(steps[2:-1])):
+                raise ValueError(
+                    f"the plan computes chunk {k + 1} in part at steps {wrong}, counted from 0: only computed steps can be in part, and neither the "
+                    "first two of a chunk nor its last"
+                )
+
+    def frames_computed(self, schedule: ChunkSchedule) -> float:
+        """Latent frames that run through the network, clean passes of finished chunks included; of a step in part, that part."""
         if self.together:
             rows = (row for row in schedule.rows if any(self.computes(chunk) for chunk in row.active))
             return sum(row_frames(schedule, row) for row in rows)
-        return commit_frames(schedule) + sum(len(steps) * schedule.span(k)[1] for k, steps in enumerate(self.computed))
+        spared = sum(len(some) * schedule.span(k)[1] for k, some in enumerate(self.partial)) * (1 - self.part)
+        return commit_frames(schedule) + sum(len(steps) * schedule.span(k)[1] for k, steps in enumerate(self.computed)) - spared
 
     def share(self, schedule: ChunkSchedule) -> float:
         """Of all network tokens of the uncached run, clean passes included, the part that is computed."""
@@ -88,7 +119,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {"format": FORMAT, "steps": self.steps, "together": self.together, "computed": [list(steps) for steps in self.computed]}
+        whole = {"format": FORMAT, "steps": self.steps, "together": self.together, "computed": [list(steps) for steps in self.computed]}
+        return whole | {"partial": [list(some) for some in self.partial], "part": self.part} if any(self.partial) else whole
 
     @classmethod
     def from_dict(cls, values: object) -> Plan:
@@ -96,10 +128,16 @@ class Plan:
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ValueError(f'this is no plan: a plan is a JSON object with "format": "{FORMAT}", as Cache Report writes it')
         steps, computed, together = values.get("steps"), values.get("computed"), values.get("together", False)
-        whole = isinstance(computed, list) and all(isinstance(one, list) and all(type(s) is int for s in one) for one in computed)
-        if type(steps) is not int or steps < 1 or not whole or not isinstance(together, bool):
+        partial, part = values.get("partial", []), values.get("part", 1.0)
+        if type(steps) is not int or steps < 1 or not isinstance(together, bool) or not _is_lists(computed):
             raise ValueError('the plan is damaged: "steps" must be a number from 1 on, "computed" a list of lists of whole numbers')
-        return cls(steps, tuple(tuple(one) for one in computed or ()), together)
+        if not _is_lists(partial) or type(part) not in (int, float):
+            raise ValueError('the plan is damaged: "partial" must be a list of lists of whole numbers, and "part" a number')
+        return cls(steps, tuple(map(tuple, computed)), together, tuple(map(tuple, partial)), float(part))
+
+
+def _is_lists(value: object) -> TypeGuard[list[list[int]]]:
+    return isinstance(value, list) and all(isinstance(one, list) and all(type(s) is int for s in one) for one in value)
 
 
 def read_plan(text: str) -> Plan | tuple[Plan, ...]:

@@ -9,8 +9,9 @@ while earlier chunks run, only rows in which they are computed are allowed, so t
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -66,24 +67,42 @@ def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile()
     return best(schedule, budget, profile)
 
 
+def plan_in_part(schedule: ChunkSchedule, share: float, part: float, profile: Profile = Profile()) -> Plan:
+    """The plan of least cost within `share` of which some steps, `steps_in_part`, compute only `part` of a chunk's tokens: a finer one.
+
+    With part 1 it is `plan_for`, and so where the share leaves no step to be computed in part.
+    """
+    if part >= 1 or share >= 1:
+        return plan_for(schedule, share, profile)
+    budget = share * Plan.full(schedule).frames_computed(schedule) - commit_frames(schedule) + TINY
+    fine = best(schedule, budget, profile, part)
+    return replace(fine, partial=tuple(map(steps_in_part, fine.computed)), part=part)
+
+
+def steps_in_part(computed: Sequence[int]) -> tuple[int, ...]:
+    """Every second computed step of a chunk, counted back from its last, which is whole; its first two are whole too."""
+    return tuple(computed[at] for at in range(2, len(computed)) if (len(computed) - at) % 2 == 0)
+
+
 def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
     """The smallest share that a plan can have."""
     return plan_for(schedule, 0.0, together=together).share(schedule)
 
 
-def best(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
-    """`budget`: latent frames that may be computed, clean passes not counted."""
+def best(schedule: ChunkSchedule, budget: float, profile: Profile, part: float = 1.0) -> Plan:
+    """`budget`: latent frames that may be computed, clean passes not counted. `part`: how much of a chunk `steps_in_part` compute."""
     sizes = [schedule.span(k)[1] for k in range(schedule.given, schedule.chunks)]
     least, places = min(LEAST, schedule.steps), _places(schedule)
+    price = [n - len(steps_in_part(range(n))) * (1 - part) for n in range(schedule.steps + 1)]
     found: tuple[float, Plan] | None = None
     for others in _candidates(least, schedule.steps):
-        counts = _counts(sizes, schedule.steps, budget, others)
+        counts = _counts(sizes, price, budget, others)
         if counts[0] < least:
             break
         if counts[0] < min(profile.ratio * others, schedule.steps) and others > least and len(sizes) > 1:
             continue
         cost, plan = _nested(schedule, places, counts, profile)
-        if counts[0] == schedule.steps and others >= profile.whole_from * schedule.steps:
+        if part == 1 and counts[0] == schedule.steps and others >= profile.whole_from * schedule.steps:
             cost = 0.0
         if found is None or cost <= found[0]:
             found = cost, plan
@@ -98,17 +117,24 @@ def _candidates(least: int, most: int) -> Iterator[int]:
         count += max(1, count // 25)
 
 
-def _counts(sizes: Sequence[int], steps: int, budget: float, others: int) -> list[int]:
-    """Evaluations per chunk: what is left by `others` for every later chunk is the first one's; what is too much for it, theirs again."""
-    left = budget - others * sum(sizes[1:])
-    first = min(math.floor(left / sizes[0]), steps)
+def _counts(sizes: Sequence[int], price: Sequence[float], budget: float, others: int) -> list[int]:
+    """Evaluations per chunk: what is left by `others` for every later chunk is the first one's; what is too much for it, theirs again.
+
+    `price`: what a number of evaluations costs.
+    """
+    steps, left = len(price) - 1, budget - price[others] * sum(sizes[1:])
+    first = bisect_right(price, left / sizes[0]) - 1
     counts = [first] + [others] * (len(sizes) - 1)
-    left -= first * sizes[0]
-    while first == steps and any(left >= size and count < steps for size, count in zip(sizes[1:], counts[1:], strict=True)):
+    left -= price[first] * sizes[0]
+    while first == steps:
+        before = left
         for k, size in enumerate(sizes):
-            if k and left >= size and counts[k] < steps:
+            more = (price[min(counts[k] + 1, steps)] - price[counts[k]]) * size
+            if k and counts[k] < steps and left >= more:
                 counts[k] += 1
-                left -= size
+                left -= more
+        if left == before:
+            break
     return counts
 
 

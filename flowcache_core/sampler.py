@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .given import CLEAN, GivenNoise
-from .path import Path
 from .plan import Plan
 from .schedule import ChunkSchedule, Row, Window
 from .solvers import Solver
+from .walk import Choose, Walk, walks
 
 Predict = Callable[[Tensor, Chunk], Tensor]
 """(latents of the chunk [B, C, F, h, w], chunk) -> velocity, same shape; in the commit pass the result is not used."""
@@ -27,28 +27,13 @@ MakePlans = Callable[[float], Sequence[Plan]]
 """The same -> one plan for each window."""
 
 
-class Walk:
-    """One chunk on its way: its path, and how far it has come."""
-
-    def __init__(self, solver: Solver, levels: tuple[float, ...], steps: tuple[int, ...]) -> None:
-        self.path, self.number = Path(levels, steps), 0
-        self.solver = solver if self.path.is_whole else solver.skipping
-        self.memory = self.solver.start()
-
-    def step(self, x: Tensor, velocity: Tensor) -> Tensor:
-        out = self.solver.step(x, velocity, self.number, self.path, self.memory)
-        self.number += 1
-        return out
-
-
-def _walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver) -> dict[int, Walk]:
-    return {index: Walk(solver, levels, plan.computed[index]) for index in range(schedule.given, schedule.chunks)}
-
-
 def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
                   commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None,
-                  given: GivenNoise = CLEAN, plan: Plan | MakePlan | None = None) -> Tensor:  # fmt: skip
+                  given: GivenNoise = CLEAN, plan: Plan | MakePlan | None = None, choose: Choose | None = None) -> Tensor:  # fmt: skip
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the `plan` (None: all).
+
+    At the steps that the plan computes in part, `choose` is asked for the latent cells before `predict` is, whose velocity then
+    counts at these cells alone; the others wait (`walk.py`).
 
     A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
     its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
@@ -62,12 +47,17 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
         commit(before)
     if not isinstance(plan, Plan):
         plan = plan(frame_seconds(schedule, lambda chunk: predict(_part(x, chunk), chunk), x.device)) if plan else Plan.full(schedule)
-    walks = _walks(schedule, plan, levels, solver)
+    if choose is None and any(plan.partial):
+        raise ValueError("the plan computes some steps in part, and nothing chooses the part: hand over Session.choose")
+    on_way = walks(schedule, plan, levels, solver)
     for row in schedule.rows:
         for chunk in row.active:
             clean = None
             if plan.computes(chunk):
-                clean = _move(x, chunk, predict(_part(x, chunk), chunk), levels, walks[chunk.index])
+                walk = on_way[chunk.index]
+                chosen = choose(chunk, walk.rate(chunk.step)) if choose and plan.computes_part(chunk) else None
+                arrived = _arrive(x, chunk, walk)
+                clean = _move(x, chunk, arrived, predict(arrived, chunk), walk, chosen)
             if on_step:
                 on_step(chunk, clean, x)
         for chunk in row.active:
@@ -76,7 +66,7 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
             if chunk.index < schedule.chunks - 1:
                 predict(_part(x, chunk), replace(chunk, step=chunk.steps))
             commit(chunk)
-            del walks[chunk.index]
+            del on_way[chunk.index]
     return x
 
 
@@ -117,12 +107,21 @@ def _part(x: Tensor, chunk: Chunk) -> Tensor:
     return x[:, :, chunk.start : chunk.start + chunk.frames].clone()
 
 
-def _move(x: Tensor, chunk: Chunk, velocity: Tensor, levels: tuple[float, ...], walk: Walk) -> Tensor:
-    """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; held frames stay."""
+def _arrive(x: Tensor, chunk: Chunk, walk: Walk) -> Tensor:
+    """The chunk's latents at the noise level of its step; held frames as they are."""
     part, moving = _part(x, chunk), chunk.frames - chunk.held
-    clean = part - levels[chunk.step] * velocity
-    clean[:, :, moving:] = part[:, :, moving:]
-    x[:, :, chunk.start : chunk.start + moving] = walk.step(part, velocity)[:, :, :moving]
+    arrived = walk.arrive(part, chunk.step)
+    return torch.cat([arrived[:, :, :moving], part[:, :, moving:]], 2) if chunk.held else arrived
+
+
+def _move(x: Tensor, chunk: Chunk, arrived: Tensor, velocity: Tensor, walk: Walk, chosen: Tensor | None = None) -> Tensor:
+    """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; held frames stay."""
+    moving = chunk.frames - chunk.held
+    if chunk.held:
+        velocity = velocity.clone()
+        velocity[:, :, moving:] = 0
+    moved, clean = walk.step(_part(x, chunk), arrived, velocity, chunk.step, chosen)
+    x[:, :, chunk.start : chunk.start + moving] = moved[:, :, :moving]
     return clean
 
 
@@ -140,7 +139,7 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
     """
     x, levels, dice = noise.clone(), tuple(sigmas), dice or given.start()
     plan = plan or Plan.full(schedule, together=True)
-    walks, level_of = _walks(schedule, plan, levels, solver), (levels[0], *levels)
+    on_way, level_of = walks(schedule, plan, levels, solver), (levels[0], *levels)
     for row in schedule.rows:
         computed = [chunk for chunk in row.active if plan.computes(chunk)]
         if not computed:
@@ -152,7 +151,7 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
         velocity = predict(*_window(x, schedule, row, level_of, given, dice), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
-            clean = _move(x, chunk, mine, levels, walks[chunk.index]) if plan.computes(chunk) else None
+            clean = _move(x, chunk, _part(x, chunk), mine, on_way[chunk.index]) if plan.computes(chunk) else None
             if on_step:
                 on_step(chunk, clean, x)
     return x

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
-from .kernels.tokens import mask_over
+from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Part, PartPolicy, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
+from .kernels.tokens import mask_over, pooled, spread
 from .kv.cache import Branches, KVSizes, KVStore
 from .kv.compressor import Budget
 from .kv.foresight import foresee_history
@@ -58,9 +58,10 @@ class Session:
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
-        self._tokens = require_tokens(adapter, schedule.chunk_frames) if self._watches else None
-        patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
-        self._grid = grid[0] // patch, grid[1] // patch
+        partly = self._watches or isinstance(self.policy, PartPolicy)
+        self._tokens = require_tokens(adapter, schedule.chunk_frames if self._watches else None) if partly else None
+        self._patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
+        self._grid = grid[0] // self._patch, grid[1] // self._patch
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
@@ -72,9 +73,13 @@ class Session:
         adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
         sizes = KVSizes.of(adapter, self.batch, capacity(self.schedule, self._frame_tokens, rows.budget))
         if budget is None:
-            return KVStore(sizes, rows)
+            return KVStore(sizes, rows, waits=self._in_part)
         keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
-        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows))
+        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows), self._in_part)
+
+    def _in_part(self, index: int) -> bool:
+        """Whether the plan computes some steps of a chunk in part."""
+        return self.plan is not None and self.plan.is_partial(index)
 
     def __enter__(self) -> Session:
         return self
@@ -132,11 +137,28 @@ class Session:
             case Refresh(tokens, what, order) if branches in state.predictions:
                 self._keep(call, state, branches, *self._compute(call, branches, tokens), tokens)
                 return self._replay(call, state, branches, what, order)
+            case Part(tokens) if self._kv.can_wait(branches, chunk):
+                return self._compute(call, branches, tokens)[0]
             case _:
                 self.report.ran(chunk, chunk.frames * self._frame_tokens)
                 velocity, residual = self._compute(call, branches)
                 self._keep(call, state, branches, velocity, residual)
                 return velocity
+
+    def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
+        """The plan computes part of the chunk at this step, and the policy says which: latent cells, bool [F, h, w]. `rate`: as in `walk.Choose`."""
+        assert isinstance(self.policy, PartPolicy)
+        assert self.plan is not None
+        state, total = self.state.of(chunk.index), chunk.frames * self._frame_tokens
+        tokens = self.policy.choose(pooled(rate, self._patch), self.plan.tokens_of(total))
+        state.decision, state.decided_at = Part(tokens), chunk.step
+        self.report.decided(chunk, False, total, 0.0, tokens)
+        return self._chosen(chunk, tokens)
+
+    def _chosen(self, chunk: Chunk, tokens: Tensor) -> Tensor:
+        grid = (chunk.frames, *self._grid)
+        chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tokens.device).index_fill_(0, tokens, True)
+        return spread(chosen.view(grid), self._patch)
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:
         """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk, or that the plan skips it."""
@@ -148,6 +170,7 @@ class Session:
     def commit(self, chunk: Chunk) -> None:
         """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
         self.state.drop(chunk.index)
+        self._kv.forget(chunk.index)
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:
@@ -166,7 +189,7 @@ class Session:
         return state.decision
 
     def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Velocity and residual of the chunk, or of `only` some of its tokens."""
+        """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
         attend = self._kv.attention(branches, call.chunk, only)
         with self.report.clock("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
@@ -174,6 +197,9 @@ class Session:
         return out
 
     def _keep(self, call: Call, state: ChunkState, branches: Branches, velocity: Tensor, residual: Tensor, only: Tensor | None = None) -> None:
+        if only is not None and (self.policy.keeps == "residual" or self._watches == "output"):
+            whole = residual.new_zeros(len(residual), call.chunk.frames * self._frame_tokens, residual.shape[2])
+            residual = whole.index_copy_(1, only, residual)
         if self.policy.keeps:
             value = velocity if self.policy.keeps == "velocity" else residual
             state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))

@@ -16,6 +16,8 @@ class Solver(Protocol):
     """Frozen settings; `start` makes the memory of one chunk, `step` moves it from one evaluation of its path to the next."""
 
     name: ClassVar[str]
+    order: ClassVar[int]
+    """How many of its latest evaluations a step is made from, 1 or 2."""
 
     @property
     def skipping(self) -> Solver:
@@ -37,6 +39,7 @@ class Euler:
     """x += (next - now) * velocity."""
 
     name: ClassVar[str] = "euler"
+    order: ClassVar[int] = 1
 
     @property
     def skipping(self) -> Euler:
@@ -70,6 +73,7 @@ class UniPC:
     """
 
     name: ClassVar[str] = "unipc"
+    order: ClassVar[int] = 2
 
     @property
     def skipping(self) -> Multistep:
@@ -151,6 +155,7 @@ class Multistep:
     """
 
     name: ClassVar[str] = "multistep"
+    order: ClassVar[int] = 2
 
     @property
     def skipping(self) -> Multistep:

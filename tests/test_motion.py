@@ -330,8 +330,7 @@ def test_refreshed_rows_equal_the_rows_of_a_full_forward(
         again, part = adapter.refresh(call, tokens, CachedAttention(cache, slice(None), *place, tokens))
         chosen = mask_over(velocity, tokens, (count, 4, 4))
         torch.testing.assert_close(again, torch.where(chosen, velocity, 0), **CLOSE)
-        torch.testing.assert_close(part[:, tokens], residual[:, tokens], **CLOSE)
-        assert part.count_nonzero() <= part[:, tokens].numel()
+        torch.testing.assert_close(part, residual[:, tokens], **CLOSE)
 
 
 def test_a_refresh_writes_its_rows_only_and_sees_the_whole_span() -> None:
@@ -420,7 +419,7 @@ class Fields:
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         velocity, residual = self.forward(call, attend)
-        return torch.where(mask_over(velocity, tokens, GRID), velocity, 0), residual
+        return torch.where(mask_over(velocity, tokens, GRID), velocity, 0), residual[:, tokens]
 
     def output(self, call: Call, residual: Tensor) -> Tensor:
         return residual

@@ -98,7 +98,7 @@ def schedule_of(bundle: Bundle, job: Job, setting: Setting) -> ChunkSchedule:
     return job.windows(bundle)[0].schedule if setting.attention == BIDIRECTIONAL else job.schedule(bundle)
 
 
-def tokens(bundle: Bundle, job: Job, setting: Setting) -> int:
+def tokens(bundle: Bundle, job: Job, setting: Setting) -> float:
     """Latent frames that a run of all steps puts through the network."""
     together = setting.attention == BIDIRECTIONAL
     return Plan.full(schedule_of(bundle, job, setting), together).frames_computed(schedule_of(bundle, job, setting))
@@ -141,8 +141,8 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
         return generate(bundle, job, Target(share=chunk_share, **_reachable(chunk_share, schedule.steps)))
     published = {"replay": "residual", "order": 0, "max_reuse": 1000, **_reachable(chunk_share, schedule.steps)}
     if arm == "published-residual":
-        return generate(bundle, job, Target(share=chunk_share, **published))  # type: ignore[arg-type]
-    increment = Target(share=chunk_share, signature="latent", **published)  # type: ignore[arg-type]
+        return generate(bundle, job, Target(share=chunk_share, **published))
+    increment = Target(share=chunk_share, signature="latent", **published)
     return generate(bundle, replace(job, solver="euler"), increment, adapter=IncrementAdapter)
 
 

@@ -20,6 +20,7 @@ from ..kernels.attention import attention
 from ..kernels.segments import attention_with_lse, merge
 from ..rows import Capacity, Rows
 from .keeper import Choice, Keeper, Segment
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from ..models.adapter import ModelAdapter
@@ -86,6 +87,11 @@ class KVCache:
             else:
                 buffer[rows].index_copy_(2, at, fresh)
 
+    def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of an active chunk, to be written in place."""
+        keys, values = self.layer(layer, like)
+        return keys[rows, :, at], values[rows, :, at]
+
     def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers[layer]
         return keys[rows, :, first:end], values[rows, :, first:end]
@@ -132,17 +138,21 @@ class CachedAttention:
 
     With `tokens`, int64 [n] counted from `start`, it writes these rows only; what it sees stays the same, so the queries of
     refreshed tokens meet the fresh rows and the old ones of their own chunk. With a `keeper` and the `chunk`, rows beyond
-    the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper.
+    the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the rows
+    of its other tokens are written too, as they would be by now.
     """
 
     def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
-                 keeper: Keeper | None = None, chunk: Chunk | None = None) -> None:  # fmt: skip
+                 keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None) -> None:  # fmt: skip
         self.cache, self.rows, self.first, self.end = cache, rows, first, end
-        self.at = slice(start, end) if tokens is None else tokens + start
-        self.keeper, self.chunk = keeper, chunk
+        self.at = slice(start, end) if tokens is None or waiting else tokens + start
+        self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        self.cache.write(layer, self.rows, self.at, k, v)
+        if self.waiting and isinstance(self.at, slice):
+            self.waiting.write(layer, (k, v), self.cache.own(layer, self.rows, self.at, k))
+        else:
+            self.cache.write(layer, self.rows, self.at, k, v)
         keys, values = self.cache.read(layer, self.rows, self.first, self.end)
         if self.keeper is None or self.chunk is None:
             return attention(q, keys, values)
@@ -201,14 +211,17 @@ def _grouped(beyond: list[list[Segment]]) -> list[tuple[list[Segment], slice]]:
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None) -> None:
-        self.sizes, self.lie, self.keeper = sizes, rows, keeper
+    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
+                 waits: Callable[[int], bool] = lambda index: False) -> None:  # fmt: skip
+        """`waits`: whether tokens of a chunk may wait while others of it are computed."""
+        self.sizes, self.lie, self.keeper, self.waits = sizes, rows, keeper, waits
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
+        self._waiting: dict[tuple[int, Branches], Waiting] = {}
 
     @property
     def bytes(self) -> int:
-        return sum(cache.bytes for cache in self._caches)
+        return sum(cache.bytes for cache in self._caches) + sum(one.bytes for one in self._waiting.values())
 
     @property
     def history_bytes(self) -> int:
@@ -217,8 +230,21 @@ class KVStore:
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""
-        cache, rows = self.of(branches)
-        return CachedAttention(cache, rows, *self.lie.begin(chunk.index), tokens, self.keeper, chunk)
+        (cache, rows), place = self.of(branches), self.lie.begin(chunk.index)
+        waiting = None
+        if self.waits(chunk.index) and not chunk.committing:
+            waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.lie.spans[chunk.index][1]))
+            waiting.begin(chunk.step, tokens)
+        return CachedAttention(cache, rows, *place, tokens, self.keeper, chunk, waiting)
+
+    def can_wait(self, branches: Branches, chunk: Chunk) -> bool:
+        """Whether the keys and values of tokens that are not computed can be drawn on for these branches."""
+        waiting = self._waiting.get((chunk.index, branches))
+        return waiting is not None and waiting.drawn
+
+    def forget(self, index: int) -> None:
+        """A chunk is finished: nothing of it waits any more."""
+        self._waiting = {key: waiting for key, waiting in self._waiting.items() if key[0] != index}
 
     def settle(self, chunk: Chunk) -> None:
         """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
@@ -258,5 +284,6 @@ class KVStore:
         for cache in self._caches:
             cache.free()
         self._caches.clear()
+        self._waiting.clear()
         if self.keeper:
             self.keeper.free()

@@ -52,6 +52,10 @@ class PackedCache(KVCache):
         kept = self.lie.kept
         super().write(layer, rows, slice(at.start - kept, at.stop - kept) if isinstance(at, slice) else at - kept, k, v)
 
+    def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.lie.kept
+        return super().own(layer, rows, slice(at.start - kept, at.stop - kept), like)
+
     def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         assert self._scratch is not None
         kept, state = self.lie.kept, self._of(layer, rows)

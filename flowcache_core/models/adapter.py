@@ -86,7 +86,7 @@ class TokenAdapter(ModelAdapter, Protocol):
     """An adapter that can run single tokens. A token is a square patch of latent cells of one frame."""
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """`forward` for the listed tokens [n] of the chunk alone; same shapes, zero at all other tokens.
+        """`forward` for the listed tokens [n] of the chunk alone: velocity in the same shape, zero at all other tokens; residual [B, n, d].
 
         `attend` writes the keys and values of these tokens and sees those of the whole chunk.
         """
@@ -97,11 +97,11 @@ class TokenAdapter(ModelAdapter, Protocol):
         ...
 
 
-def require_tokens(adapter: ModelAdapter, chunk_frames: int) -> TokenAdapter:
-    """Raises ValueError where a model cannot refresh single tokens, or where a chunk has no neighbouring frames to compare."""
+def require_tokens(adapter: ModelAdapter, chunk_frames: int | None = None) -> TokenAdapter:
+    """Raises ValueError where a model cannot refresh single tokens, or where chunks of `chunk_frames` have no neighbouring frames to compare."""
     if not isinstance(adapter, TokenAdapter):
         raise ValueError(f"Motion Cache refreshes single tokens, which {adapter.name} cannot do here: use Chunkwise Cache with this model")
-    if chunk_frames < 2:
+    if chunk_frames is not None and chunk_frames < 2:
         raise ValueError(
             f"Motion Cache compares neighbouring frames of a chunk, and chunks of {chunk_frames} latent frame have none: "
             "use chunk_frames 2 or more, or Chunkwise Cache"

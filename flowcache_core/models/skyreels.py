@@ -211,6 +211,11 @@ class SkyReelsV2(nn.Module):
         tokens: Tensor = self.patch_embedding(x)
         return tokens.flatten(2).transpose(1, 2)
 
+    def embed_some(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The same for the listed tokens [n] alone -> [B, n, d]: their patches pass through as so many frames of one patch."""
+        patches = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).transpose(4, 5).flatten(2, 4)
+        return self.embed(patches[:, :, tokens])
+
     def modulation(self, t: Tensor, fps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Timesteps [B, F] (0..1000; F may be 1 for one level all over) -> for the head [B, F, d], for the blocks [B, F, 6, d]."""
         e: Tensor = self.time_embedding(sinusoid(t).to(dtype))

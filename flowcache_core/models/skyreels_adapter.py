@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -44,14 +45,13 @@ class SkyReelsAdapter:
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         e, e0 = self._modulation(call)
-        embedded, grid = self.network.embed(call.x), self._grid(call)
-        frame = tokens // (grid[1] * grid[2])
-        short = embedded[:, tokens]
+        grid = self._grid(call)
+        frame = None if e.shape[1] == 1 else tokens // (grid[1] * grid[2])
+        short = self.network.embed_some(call.x, tokens)
         out = self.network.stack(short, _per_token(e0, frame), call.text, self._rope(call)[tokens], attend)
         said: Tensor = self.network.head(out, _per_token(e, frame))
-        velocity = said.new_zeros(len(said), embedded.shape[1], said.shape[2]).index_copy_(1, tokens, said)
-        residual = torch.zeros_like(embedded).index_copy_(1, tokens, out - short)
-        return self.network.unfold(velocity, grid), residual
+        velocity = said.new_zeros(len(said), math.prod(grid), said.shape[2]).index_copy_(1, tokens, said)
+        return self.network.unfold(velocity, grid), out - short
 
     def replay(self, call: Call, residual: Tensor) -> Tensor:
         e, _ = self._modulation(call)
@@ -91,6 +91,6 @@ class SkyReelsAdapter:
         return self._ropes[key]
 
 
-def _per_token(modulation: Tensor, frame: Tensor) -> Tensor:
-    """[B, F, ...] -> the row of every token's own frame [B, n, ...]; one level for all frames stays one row."""
-    return modulation if modulation.shape[1] == 1 else modulation[:, frame]
+def _per_token(modulation: Tensor, frame: Tensor | None) -> Tensor:
+    """[B, F, ...] -> the row of every token's own `frame` [B, n, ...]; one level for all frames (None) stays one row."""
+    return modulation if frame is None else modulation[:, frame]

@@ -3,7 +3,8 @@
 from .always import Always
 from .chunkwise import Chunkwise
 from .motion import Motion
+from .multirate import Multirate
 from .planned import Planned
 from .target import Target
 
-POLICIES = (Always, Planned, Chunkwise, Target, Motion)
+POLICIES = (Always, Planned, Chunkwise, Target, Motion, Multirate)

@@ -1,0 +1,77 @@
+"""Motion Cache by a plan: a finer plan than the budget allows for whole chunks, of which every other step computes only what changes fastest.
+
+Multirate integration: every token has steps of its own, and its own history in the solver (`walk.py`). A token that waits is not
+replayed; it is moved over its own gap when it is next computed, and until then its keys and values go on along a line
+(`kv/waiting.py`). Who waits is decided by what the token itself did: the change of its predicted clean latent between its last
+two computed steps, carried on over the time it has waited. MotionCache's rule (`motion.py`) weighs by motion between frames, and
+replays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..chunk import Chunk
+from ..decision import Compute, Decision, Outlook, Signals, check, setting
+from ..plan import Plan
+from ..planner import Profile, plan_in_part
+from ..schedule import ChunkSchedule
+from ..state import ChunkState, RunMemory
+
+WORTH_BELOW = 0.17
+"""Above this share a plan for whole chunks has done as well on every set of prompts that was measured."""
+
+
+@dataclass(frozen=True)
+class Multirate:
+    """Raises ValueError for a value outside its range.
+
+    `seconds`: what the network may take in all, instead of a share; one evaluation is timed when the run begins.
+    """
+
+    name: ClassVar[str] = "motion-plan"
+    keeps: ClassVar[None] = None
+
+    share: float = setting(0.13, "The share of all network tokens that is computed.", low=0.01, high=1.0, step=0.01)
+    partial: float = setting(
+        0.25, "The share of a chunk's tokens that every other of its steps computes. 1 is Chunkwise Cache by a plan.", low=0.05, high=1.0, step=0.01
+    )
+    seconds: float = setting(0.0, "Instead of a share: what the network may take in all. 0: the share counts.", low=0.0, high=1e6, step=1.0)
+    profile: Profile = Profile()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+        return Compute()
+
+    def choose(self, rate: Tensor, count: int) -> Tensor:
+        return rate.flatten().topk(count, sorted=False).indices.sort().values
+
+    def plan(self, schedule: ChunkSchedule, together: bool = False) -> Plan:
+        """Raises ValueError for attention over the whole window."""
+        if together:
+            raise ValueError(
+                "Motion Cache computes part of a chunk, which attention over the whole window cannot: set attention to block-causal, "
+                "or use Chunkwise Cache"
+            )
+        return plan_in_part(schedule, self.share, self.partial, self.profile)
+
+    def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
+        """The plan for the budget in seconds, where one latent frame takes `frame_s` of them."""
+        share = self.seconds / frame_s / Plan.full(schedule).frames_computed(schedule)
+        return plan_in_part(schedule, min(share, 1.0), self.partial, self.profile)
+
+    def check_run(self, steps: int) -> None:
+        """Any number of steps will do."""
+
+    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+        if self.share <= WORTH_BELOW or self.seconds:
+            return ()
+        return (f"with {self.share:.0%} of the tokens Chunkwise Cache does as well: Motion Cache is for shares below {WORTH_BELOW:.0%}",)
+
+    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+        return ()
