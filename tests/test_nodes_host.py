@@ -588,8 +588,9 @@ def test_a_preset_that_plans_serves_any_number_of_steps_and_says_what_it_does(ho
         made = put(put(planned, "BasicScheduler", steps=steps), CHUNKWISE, preset=name)
         done = host.run(put(made, "FlowCacheSampler", ar_step=1))
         assert done["status"]["status_str"] == "success", error_of(done)
-        shown = "\n".join(done["outputs"][node(made, CHUNKWISE)]["text"])
-        assert re.match(rf"{name}: \d\d% of all tokens are computed; in which steps is settled before the run", shown)
+        if steps == 1:  # later runs take the node from the host's cache
+            shown = "\n".join(done["outputs"][node(made, CHUNKWISE)]["text"])
+            assert re.match(rf"{name}: \d\d% of all tokens are computed; in which steps is settled before the run", shown)
         _, summary, foretold = "\n".join(done["outputs"][node(made, "FlowCacheReport")]["text"]).splitlines()
         told, did = (re.findall(r"(\d+) of (\d+) chunk-steps|all (\d+) chunk-steps", line) for line in (foretold, summary))
         assert told == did or told == [("", "", did[0][1])]
@@ -642,8 +643,8 @@ def test_a_plan_goes_out_by_cache_report_and_comes_back(host: Host, planned: Gra
     assert isinstance(report["plan"], list) == (attention == BIDIRECTIONAL)
     for text in (json.dumps(report), json.dumps(report["plan"])):
         again = put(made, CHUNKWISE, preset="custom", plan=text)
-        assert torch.equal(host.latents(again), film)
         assert "plan: the given plan says what is computed" in said(host, again, CHUNKWISE)
+        assert torch.equal(host.latents(again), film)
 
 
 @pytest.mark.parametrize(
