@@ -34,6 +34,8 @@ class Profile:
 
     knots: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.5))
     """(time, H): the length of a step of unit cost, on a broken line."""
+    knots_together: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.7))
+    """The same where whole rows are computed or skipped, which serve chunks at different times."""
     exponent: float = 4.0
     late_start: float = 0.5
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
@@ -212,6 +214,7 @@ def rows_together(schedule: ChunkSchedule, budget: float, profile: Profile) -> P
 
     The last step of every chunk is computed.
     """
+    profile = replace(profile, knots=profile.knots_together)
     rows = schedule.rows
     chunks = range(schedule.given, schedule.chunks)
     time = np.full((len(chunks), len(rows)), np.nan)
