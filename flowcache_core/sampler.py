@@ -71,8 +71,8 @@ def _part(x: Tensor, chunk: Chunk) -> Tensor:
 def _arrive(x: Tensor, chunk: Chunk, walk: Walk) -> Tensor:
     """The chunk's latents at the noise level of its step; held frames as they are."""
     part, moving = _part(x, chunk), chunk.frames - chunk.held
-    part[:, :, :moving] = walk.arrive(_part(x, chunk), chunk.step)[:, :, :moving]
-    return part
+    arrived = walk.arrive(part, chunk.step)
+    return torch.cat([arrived[:, :, :moving], part[:, :, moving:]], 2) if chunk.held else arrived
 
 
 def _move(x: Tensor, chunk: Chunk, arrived: Tensor, velocity: Tensor, walk: Walk, chosen: Tensor | None = None) -> Tensor:
