@@ -232,7 +232,7 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-CONTROLS, BOTH_WAYS, OTHERS = 4, 6, 2
+CONTROLS, BOTH_WAYS, OTHERS = 2, 4, 1
 """In the reduced grid: films that all arms make, films in bidirectional attention, films at each of the other settings."""
 REDUCED = [Setting(57), Setting(steps=30), Setting(steps=100), Setting(cfg=1.0), Setting(cfg=5.0), Setting(shift=3.0),
            Setting(ar_step=0), Setting(ar_step=25), Setting(ar_step=-1)]  # fmt: skip
