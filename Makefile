@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test lint format train clean
+.PHONY: help demo bench figures test lint format train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -22,9 +22,12 @@ help: ## list the targets
 demo: $(VENV)/.run ## make a film with the bundled model, cached and uncached, in out/demo
 	$(BIN)/python -m flowcache_core demo --out out/demo $(ARGS)
 
-bench: $(VENV)/.run ## measure reuse against quality, into out/reuse.json
+bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, into out/frontier.json (half an hour)
 	@mkdir -p out
-	$(BIN)/python -m flowcache_core bench reuse --json out/reuse.json $(ARGS)
+	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
+
+figures: $(VENV)/.run ## write the tables and charts of README and docs from docs/bench
+	$(BIN)/python -m flowcache_core figures $(ARGS)
 
 test: lint ## lint, types and all tests
 	$(BIN)/python -m pytest -q

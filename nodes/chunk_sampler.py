@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import Foresees, WindowPolicy
+from ..flowcache_core.decision import Foresees, PartPolicy, WindowPolicy
 from ..flowcache_core.footprint import footprint
 from ..flowcache_core.given import GivenNoise, given_frames
 from ..flowcache_core.kv.cache import KVSizes
@@ -78,6 +78,7 @@ def expects(guider: Any, model: HostModel, film: Schedules, noise: torch.Tensor,
     held = footprint(
         adapter, schedules[0], (noise.shape[1], *grid), rows, tokens * batch, itemsize,
         policy.keeps if policy else None, guider.model_patcher.model_size(), bounded,
+        policy.plan(film) if isinstance(policy, PartPolicy) and isinstance(film, ChunkSchedule) else None,
     )  # fmt: skip
     if isinstance(film, ChunkSchedule):
         return Expected(max(frames for _, frames in (film.span(k) for k in range(film.chunks))), held, budget)
@@ -236,8 +237,9 @@ class ChunkSampler(comfy.samplers.Sampler):
                 progress.begin(session.report, (line for line in session.report.notes if line not in before))
                 return plan
 
-            plan = session.plan or settle
-            return sample_chunks(predict, x, schedule, levels, solver(self.solver), session.commit, on_step, light, plan), session.report
+            plan, steps_on = session.plan or settle, solver(self.solver)
+            samples = sample_chunks(predict, x, schedule, levels, steps_on, session.commit, on_step, light, plan, session.choose)
+            return samples, session.report
 
     def _bidirectional(self, windows, model, model_wrap, sigmas, extra_args, x, light, callback, hide):  # type: ignore[no-untyped-def]
         levels, options = sigmas.tolist(), extra_args["model_options"]["transformer_options"]

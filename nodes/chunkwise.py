@@ -13,6 +13,7 @@ from ..flowcache_core.plan import read_plan
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
 from ..flowcache_core.policies.motion import Motion
+from ..flowcache_core.policies.multirate import Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target
@@ -84,7 +85,7 @@ class ChunkwiseCache(io.ComfyNode):
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
                 target_seconds: float = 60.0, plan: str = "", **settings: Any) -> io.NodeOutput:  # fmt: skip
         inner = require_ours(model, NODE)
-        if isinstance(policy_of(model.model_options), Motion):
+        if isinstance(policy_of(model.model_options), Motion | Multirate):
             raise ValueError(f"{NODE} after Motion Cache would take its place: put it before Motion Cache, which then refines it")
         if plan.strip():
             if target != OFF:

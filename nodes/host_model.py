@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 
 from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import CachePolicy, TokenPolicy
+from ..flowcache_core.decision import CachePolicy, PartPolicy, TokenPolicy
 from ..flowcache_core.footprint import Footprint
 from ..flowcache_core.kv.compressor import Budget, Compressor
 from ..flowcache_core.models.attention import bidirectional
@@ -205,7 +205,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
 
 def node_of(policy: CachePolicy) -> str:
     """The node that put a policy on a MODEL."""
-    return MOTION_NODE if isinstance(policy, TokenPolicy) else CHUNKWISE_NODE
+    return MOTION_NODE if isinstance(policy, TokenPolicy | PartPolicy) else CHUNKWISE_NODE
 
 
 def nodes_of(model_options: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.overlay import overlay
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
+from ..flowcache_core.policies.multirate import WORTH_BELOW, Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.target import Target
 from .chunk_sampler import Mailbox
@@ -20,7 +21,7 @@ from .host_model import CHUNKWISE_NODE, MOTION_NODE, policy_of, require_ours, wi
 from .sampler import Report
 
 NODE = MOTION_NODE
-CUSTOM = "custom"
+CUSTOM, PLAN = "custom", "turbo"
 
 
 class MotionCache(io.ComfyNode):
@@ -30,14 +31,15 @@ class MotionCache(io.ComfyNode):
             node_id="FlowCacheMotion",
             display_name=NODE,
             category="FlowCache",
-            description="Within a chunk, what moves is computed again more often than what stands still. Goes between the model loader, or Chunkwise "
-            "Cache, and the guider.",
+            description="Within a chunk, what changes fast is computed more often than what does not: for budgets so small that whole chunks would "
+            "have too few steps. Goes between the model loader, or Chunkwise Cache, and the guider.",
             search_aliases=["motioncache", "flowcache", "token cache", "speed up"],
             inputs=[
                 io.Model.Input("model"),
-                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=CUSTOM,
-                               tooltip="custom takes the settings below; the others are published constants and take their place, and that of a "
-                               "Chunkwise Cache in front."),
+                io.Combo.Input("preset", options=[CUSTOM, *PRESETS, PLAN], default=PLAN,
+                               tooltip=f"{PLAN}: a plan by token, of {Multirate().share:.0%} of all tokens, or of what a Chunkwise Cache with a "
+                               "plan in front may spend. custom: MotionCache's rule with the settings below. The others are its published constants "
+                               "and take their place, and that of a Chunkwise Cache in front."),
                 *widgets(Motion),
             ],
             outputs=[io.Model.Output()],
@@ -51,15 +53,32 @@ class MotionCache(io.ComfyNode):
         return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText(_said(policy)))
 
 
-def _policy(preset: str, settings: dict[str, Any], before: Any) -> Motion:
+def _policy(preset: str, settings: dict[str, Any], before: Any) -> Motion | Multirate:
     """The settings of the node, on top of those of a Chunkwise Cache in front of it."""
+    if preset == PLAN:
+        return _refined(before)
     if preset != CUSTOM:
         return PRESETS[preset]
+    if isinstance(before, Multirate):
+        before = None
     if isinstance(before, Motion):
         before = before.base
     if isinstance(before, Planned):
         before = _threshold_of(before)
     return replace(Motion(**settings), base=before if isinstance(before, Chunkwise) else None)
+
+
+def _refined(before: Any) -> Multirate:
+    """A plan by token with the budget of the plan in front. Raises ValueError where what is in front decides otherwise."""
+    if before is None or isinstance(before, Multirate):
+        return before or Multirate()
+    if isinstance(before, Planned) and before.exact is None:
+        return Multirate(share=before.share, seconds=before.seconds)
+    what = "follows a given plan" if isinstance(before, Planned) else "decides while the run goes on"
+    raise ValueError(
+        f"{NODE} with preset {PLAN} makes a plan of its own, and the cache node in front of it {what}: set that one to safe, balanced, fast or "
+        f"turbo, whose budget is then spent by token, or bypass it"
+    )
 
 
 def _threshold_of(plan: Planned) -> Target:
@@ -73,7 +92,11 @@ def _threshold_of(plan: Planned) -> Target:
     return Target(share=plan.share)
 
 
-def _said(policy: Motion) -> str:
+def _said(policy: Motion | Multirate) -> str:
+    if isinstance(policy, Multirate):
+        spent = f"in {policy.seconds:g} s of the network" if policy.seconds else f"within {policy.share:.0%} of all tokens"
+        said = f"a plan {spent}; every other step of a chunk computes the {policy.partial:.0%} of its tokens that change fastest"
+        return f"{said}; above {WORTH_BELOW:.0%} Chunkwise Cache does as well" if policy.share > WORTH_BELOW and not policy.seconds else said
     base = policy.chunkwise
     goal = f"target {base.share:.0%} of chunk-steps" if isinstance(base, Target) else f"threshold {base.threshold:g}"
     coarse = f"first {policy.coarse:.0%} of the steps by chunk: {goal}, warm-up {base.warmup_steps}"

@@ -28,6 +28,7 @@ from torch import Tensor
 from flowcache_core.demo.bundle import load_bundle
 from flowcache_core.generate import Job, generate, generate_upstream
 from flowcache_core.models.wan_vae import normalise
+from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import PLANS, preset
 from flowcache_core.schedule import ChunkSchedule
@@ -689,8 +690,49 @@ def test_a_rule_that_depends_on_nothing_but_time_is_told_to_be_a_plan_too(host: 
 
 
 @pytest.fixture
+def by_token() -> Graph:
+    return small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=20, length=33)
+
+
+def test_motion_cache_spends_its_share_by_token_and_repeats_bit_for_bit(host: Host, by_token: Graph) -> None:
+    made = put(by_token, "RandomNoise", noise_seed=61)
+    report = report_of(host, made)
+    assert 0.1 < report["share"] <= 0.13 + 1e-6
+    assert report["chunk_steps_refreshed"] > 0
+    assert report["host_syncs"] == 0
+    assert torch.equal(host.latents(made), host.latents(put(made, "FlowCacheSampler", fps="24")))
+
+
+def test_motion_cache_by_a_plan_is_the_film_of_the_core(host: Host, by_token: Graph) -> None:
+    job = HostJob("red circle moves right, blue square moves down", frames=33, steps=20, seed=62, size=64)
+    ours, report = generate(load_bundle(), job, Multirate())
+    text = by_token[node(by_token, "CFGGuider")]["inputs"]["positive"][0]
+    made = put(put(by_token, "RandomNoise", noise_seed=62), "FlowCacheLatent", width=64, height=64)
+    made[text]["inputs"]["text"] = job.prompt
+    assert report.chunk_steps_refreshed
+    theirs = normalise(host.latents(made))
+    assert float((theirs - ours).square().mean()) < 1e-3, "a token whose rank is decided by rounding may be another one"
+
+
+@pytest.mark.parametrize("preset", ["balanced", "turbo"])
+def test_motion_cache_spends_by_token_what_the_plan_in_front_may_spend(host: Host, by_token: Graph, preset: str) -> None:
+    graph = after_loader(put(by_token, "RandomNoise", noise_seed=63), CHUNKWISE, preset=preset, **THRESHOLD)
+    assert report_of(host, graph)["share"] == pytest.approx({"balanced": 0.4, "turbo": 0.13}[preset], abs=0.03)
+    assert ("Chunkwise Cache does as well" in said(host, put(graph, "RandomNoise", noise_seed=64), "FlowCacheMotion")) == (preset == "balanced")
+
+
+def test_motion_cache_by_a_plan_behind_a_threshold_is_refused(host: Host, by_token: Graph) -> None:
+    refused(host, after_loader(by_token, CHUNKWISE, preset="custom", **THRESHOLD), "decides while the run goes on")
+
+
+THRESHOLD = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
+             "end_percent": 1.0}  # fmt: skip
+
+
+@pytest.fixture
 def motion() -> Graph:
-    return small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=10)
+    graph = small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=10)
+    return put(graph, "FlowCacheMotion", preset="custom")
 
 
 def test_motion_cache_threshold_zero_equals_the_graph_without_the_node(host: Host, motion: Graph) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcache_core.path import Path
 from flowcache_core.plan import FORMAT, Plan, attended
-from flowcache_core.planner import Profile, evenly, least_share, plan_for
+from flowcache_core.planner import evenly, least_share, plan_for
 from flowcache_core.policies.planned import Planned
 from flowcache_core.report import RunReport
 from flowcache_core.sampler import sample_chunks, sample_window

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..demo.bundle import weights_id
 from ..plot import line_plot
+from .frontier import standard_error
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
@@ -142,6 +143,28 @@ def frontier(attention: str = "block-causal", motion: bool = True) -> str:
     return table(head, lines) + "\n" + said
 
 
+def motion() -> str:
+    """Motion Cache by a plan beside the plan by chunk, where it was made for all films."""
+    lines = []
+    for arms in arms_at(usual()).values():
+        if arms["default"]["prompts"] != arms.get("motion", {}).get("prompts"):
+            continue
+        chunk, token = arms["default"], arms["motion"]
+        lines.append((
+            f"{chunk['share_measured']:.1%}", f"{rival(arms, 'psnr_converged'):.1f} dB", f"{chunk['psnr_converged']:.1f} dB",
+            f"{token['psnr_converged']:.1f} dB", f"{_paired(token, chunk)} dB", f"{chunk['wall_ratio']:.2f}x", f"{token['wall_ratio']:.2f}x",
+        ))  # fmt: skip
+    return table(
+        ["computed", "fewer steps", "Chunkwise Cache", "Motion Cache", "Motion against Chunkwise", "speed, Chunkwise", "speed, Motion"], lines
+    )
+
+
+def _paired(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """The mean difference to the converged film, film by film, with its standard error."""
+    differences = [a[1] - b[1] for a, b in zip(row["each"], other["each"], strict=True)]
+    return f"{sum(differences) / len(differences):+.1f} ± {standard_error(differences):.1f}"
+
+
 def all_arms() -> str:
     return _arms(usual())
 
@@ -199,13 +222,33 @@ def drawn() -> str:
     return table(["attention", "computed", "fewer steps", "Chunkwise Cache", "gain", "nearer in"], lines)
 
 
+def demo() -> str:
+    d = data("demo")
+    base = next(run for run in d["runs"] if run["arm"] == "uncached")
+    names = {
+        "upstream": "upstream-like: bidirectional, every chunk in every row",
+        "uncached": "block-causal with KV cache, uncached",
+        "chunkwise": "the same with Chunkwise Cache, `balanced`",
+        "motion": "the same with Motion Cache, `turbo`",
+    }
+    lines = []
+    for run in d["runs"]:
+        close = ("—", "—") if run["psnr"] is None else (f"{run['psnr']:.1f} dB", f"{run['ssim']:.3f}")
+        steps, share = f"{run['chunk_steps_computed']} of {run['chunk_steps']}", f"{run['tokens_computed'] / run['tokens']:.0%}"
+        lines.append((names[run["arm"]], f"{run['wall_s']:.1f} s", f"{base['wall_s'] / run['wall_s']:.2f}x", steps, share, *close))
+    head = ["arm", "seconds", "speed against uncached", "chunk-steps computed", "tokens computed", "PSNR to uncached", "SSIM"]
+    return table(head, lines) + "\n" + origin("demo", "make demo")
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
+    "frontier-motion": motion,
     "frontier-bidirectional": lambda: frontier("bidirectional", motion=False),
     "frontier-arms": all_arms,
     "frontier-arms-bidirectional": all_arms_bidirectional,
     "frontier-settings": settings,
     "frontier-drawn": drawn,
+    "demo": demo,
     "frontier-origin": lambda: origin("frontier", "python -m flowcache_core bench frontier --workers 2 --json docs/bench/frontier.json"),
 }
 

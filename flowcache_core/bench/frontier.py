@@ -211,7 +211,7 @@ def rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             differences = [film[f"psnr{reference}"] - others[rival][key][f"psnr{reference}"] for key, film in films.items()]
             row[f"gain{reference}"] = round(sum(differences) / len(differences), 2)
-            row[f"gain{reference}_se"] = round(_standard_error(differences), 2)
+            row[f"gain{reference}_se"] = round(standard_error(differences), 2)
             row["wins"] = sum(d > 0 for d in differences)
         seconds = sum(film["seconds"] for film in films.values())
         row["wins"], row["prompts"] = row.get("wins"), len(films)
@@ -227,7 +227,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
     n, mean = len(values), sum(values) / len(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from ..film import frames_of, side_by_side, write_film
 from ..generate import Job, decode, generate, generate_upstream
 from ..overlay import overlay
 from ..plot import chunk_map
-from ..policies.chunkwise import Chunkwise
-from ..policies.motion import Motion
+from ..policies.multirate import Multirate
+from ..policies.planned import Planned
 from ..report import RunReport
-from .bundle import NAME, Bundle, load_bundle
+from .bundle import NAME, Bundle, load_bundle, weights_id
 
 ARMS = ("upstream", "uncached", "chunkwise", "motion")
 USUAL = ARMS[:3]
@@ -67,7 +68,8 @@ def main(args: argparse.Namespace) -> None:
             write_film(out / "motion_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
-        "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "model": NAME, "prompt": job.prompt,
+        "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "date": f"{date.today()}",
+        "weights": weights_id(), "model": NAME, "prompt": job.prompt,
         "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
     }  # fmt: skip
     (out / "report.json").write_text(json.dumps(text, indent=1) + "\n")
@@ -80,7 +82,7 @@ def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
     with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == "upstream":
             return generate_upstream(bundle, job, lambda chunk: bar.update())
-        policies: dict[str, CachePolicy] = {"chunkwise": Chunkwise(), "motion": Motion()}
+        policies: dict[str, CachePolicy] = {"chunkwise": Planned(), "motion": Multirate()}
         return generate(bundle, job, policies.get(arm), lambda chunk: bar.update())
 
 
