@@ -17,6 +17,7 @@ from flowcache_core.given import CLEAN, GivenNoise
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.plan import read_plan
+from flowcache_core.planner import plan_in_part
 from flowcache_core.policies import Chunkwise, Motion
 from flowcache_core.policies.planned import Planned, share_of
 from flowcache_core.report import RunReport
@@ -268,3 +269,11 @@ def test_a_policy_that_decides_for_every_chunk_is_refused_in_a_window(net: SkyRe
 def test_nothing_is_said_of_plans_where_there_is_none(runs: Runs, noise_of: Noise) -> None:
     for _, report in (runs.causal(noise_of(9), SCHEDULES[0]), runs.windows(noise_of(9), FILMS[0])):
         assert (report.notes, report.as_dict()["plan"]) == ((), None)
+
+
+def test_a_plan_in_part_is_refused_as_a_plan_by_chunk() -> None:
+    schedule = ChunkSchedule(9, 3, 50, 5)
+    plan = plan_in_part(schedule, 0.13, 0.25)
+    assert any(plan.partial)
+    with pytest.raises(ValueError, match="which Motion Cache chooses"):
+        Planned(exact=plan).plan(schedule)

@@ -67,6 +67,11 @@ class Planned:
         if wrong := [plan for plan in plans if plan.together != together]:
             one, other = ("bidirectional", "block-causal") if wrong[0].together else ("block-causal", "bidirectional")
             raise ValueError(f"the plan is for {one} attention, and this run is {other}: make a plan for this run, or set attention to {one}")
+        if any(any(plan.partial) for plan in plans):
+            raise ValueError(
+                "the plan computes some steps in part, which Motion Cache chooses while the run goes on: use Motion Cache with the same budget, "
+                "or the plan of a run of Chunkwise Cache"
+            )
         if len(plans) != windows:
             raise ValueError(
                 f"the plan is for {len(plans)} window{'s' if len(plans) != 1 else ''}, and this film has {windows}: "
