@@ -16,7 +16,9 @@ REFRESHED_SHADES = (196, 232, 204), (30, 120, 72)
 KEPT_SHADES = (228, 232, 240), (22, 64, 140)
 PLACES_AT_MOST = 48
 """Latent frames whose places are drawn one by one."""
-LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120), (190, 30, 60), (0, 150, 170))
+LINES = ((38, 84, 164), (214, 96, 40), (40, 140, 90), (150, 70, 160), (120, 120, 120), (190, 30, 60), (0, 150, 170), (140, 100, 20), (90, 160, 30))
+MANY = 4
+"""Lines above which the legend stands beside the plot."""
 
 
 def font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -142,9 +144,10 @@ def between(a: Shade, b: Shade, share: float) -> Shade:
 def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Image.Image:
     """Named lists of (x, y) -> a picture with axes, marks and a legend."""
     width, height, left, bottom = 640, 420, 62, 52
+    many = len(series) > MANY
     points = [p for line in series.values() for p in line]
     (x0, x1), (y0, y1) = (_range([p[axis] for p in points]) for axis in (0, 1))
-    picture = Image.new("RGB", (width, height), PAPER)
+    picture = Image.new("RGB", (width + many * (20 + max(map(_width, series), default=0)), height), PAPER)
     draw = ImageDraw.Draw(picture)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -165,7 +168,7 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str,
             draw.line(where, shade, 2)
         for x, y in where:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), shade)
-        draw.text((width - 230, height - bottom - 22 - 18 * n), name, shade, font())
+        draw.text((width - 8, 30 + 20 * n) if many else (width - 230, height - bottom - 22 - 18 * n), name, shade, font())
     return picture
 
 

@@ -254,9 +254,12 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def _chart(path: Path) -> None:
+    """Of the arms through which all films went: means over other films are no comparison."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for share, arms in arms_at(usual()).items():
-        for arm, row in arms.items():
+        for arm, row in sorted(arms.items(), key=lambda one: one[0] != "default"):
+            if row["prompts"] != arms["default"]["prompts"]:
+                continue
             lines.setdefault(NAMES[arm].replace("*", ""), []).append((row["share_measured"] or share, row["psnr_converged"]))
     info = PngInfo()
     info.add_text("source", _digest("frontier"))
