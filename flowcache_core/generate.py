@@ -149,10 +149,10 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
 
 @torch.inference_mode()
 def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
-                      policy: CachePolicy | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+                      policy: CachePolicy | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     """As published: bidirectional over the window, every chunk in every row, the branches one after the other.
 
-    `policy`: one that plans, and so can leave out whole rows; None computes all of them.
+    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`: as in `generate`.
     """
     windows, levels, like = job.windows(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
     x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
@@ -168,7 +168,7 @@ def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk
             session.note(chunk, clean)
             on_step(chunk)
 
-        latents = sample_windows(predict, x, windows, levels, solver(job.solver), moved, light, session.plans or session.settle)
+        latents = sample_windows(predict, x, windows, levels, integrator or solver(job.solver), moved, light, session.plans or session.settle)
     return latents, session.report
 
 

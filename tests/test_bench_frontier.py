@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flowcache_core.bench import figures, frontier
-from flowcache_core.bench.frontier import CAUSAL_ARMS, Film, Setting, fewer, films, finer, rows, run_arm, steps_for, tokens
+from flowcache_core.bench.frontier import BIDIRECTIONAL_ARMS, CAUSAL_ARMS, Film, Kept, Setting, fewer, films, finer, rows, run_arm, steps_for, tokens
 from flowcache_core.demo.bundle import Bundle, load_bundle
 from flowcache_core.plan import Plan
 from flowcache_core.planner import evenly
@@ -57,6 +57,15 @@ def test_every_arm_spends_what_fewer_steps_spend(bundle: Bundle, arm: str) -> No
     assert abs(report.tokens_computed - base.tokens_computed) <= bound
     assert arm != "default" or base.tokens_computed - 3 * 64 < report.tokens_computed <= base.tokens_computed
     assert report.tokens_computed < full
+
+
+@pytest.mark.parametrize("arm", BIDIRECTIONAL_ARMS)
+def test_every_arm_of_a_bidirectional_window_spends_what_fewer_steps_spend(bundle: Bundle, arm: str) -> None:
+    """Within a row of the window."""
+    film = Film(Setting(frames=33, steps=10, ar_step=1, cfg=1.0, attention="bidirectional"), "red circle moves right", 3, BIDIRECTIONAL_ARMS, (0.5,))
+    _, base = run_arm(bundle, film, "steps", 0.5)
+    _, report = run_arm(bundle, film, arm, 0.5)
+    assert abs(report.tokens_computed - base.tokens_computed) <= 9 * 64
 
 
 def entry(setting: Setting, arm: str, prompt: str, psnr: float, converged: float, share: float = 0.4) -> dict[str, Any]:
@@ -112,6 +121,14 @@ def test_bad_arguments_are_refused(texts: list[str], said: str) -> None:
         films(arguments(*texts))
 
 
+def test_finished_films_are_kept_and_found_again(tmp_path: Path) -> None:
+    film, path = Film(Setting(), "red circle moves left", 1, ("steps",), (0.4, 0.2)), tmp_path / "films.jsonl"
+    made = [entry(Setting(), "steps", film.prompt, 30, 40)]
+    Kept(path, "float32").add(film, made)
+    assert Kept(path, "float32").films == {film: made}
+    assert not Kept(path, "fast").films, "films of another precision are others"
+
+
 def test_the_reduced_grid_changes_one_thing_at_a_time() -> None:
     first, *others = dict.fromkeys(film.setting for film in films(arguments()))
     assert first == Setting()
@@ -128,6 +145,29 @@ def test_an_even_plan_of_all_steps_is_the_full_plan(bundle: Bundle) -> None:
 def test_the_pages_say_what_was_measured() -> None:
     """README, docs and chart are those of docs/bench, and docs/bench is of the bundled weights."""
     figures.main(argparse.Namespace(check=True))
+
+
+def test_every_figure_is_written_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = ("uncached", *CAUSAL_ARMS)
+    settings = (Setting(), Setting(attention="bidirectional"), Setting(cfg=1.0))
+    entries = [entry(s, arm, prompt, 30, 40, 1.0 if arm == "uncached" else 0.4) for s in settings for arm in arms for prompt in "ab"]
+    origin = {"device": "a processor", "dtype": "float32", "commit": "abc", "date": "2026-01-01"}
+    run = {
+        "arm": "uncached",
+        "psnr": None,
+        "ssim": None,
+        "wall_s": 5.0,
+        "chunk_steps": 9,
+        "chunk_steps_computed": 9,
+        "tokens": 9,
+        "tokens_computed": 9,
+    }
+    monkeypatch.setattr(figures, "data", lambda name: {**origin, "rows": rows(entries), "runs": [run]})
+    for name in figures.FIGURES:
+        text = figures.figure(name)
+        assert text.endswith("\n")
+        assert "None" not in text, name
+    assert "cfg 1.0" in figures.figure("frontier-settings")
 
 
 def test_an_unknown_figure_is_refused() -> None:

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
 CHART = "docs/frontier.png"
 DATA = "docs/bench"
+MAIN = "frontier-drawn"
+"""The run of `bench frontier` that the pages show; a second one, of the same films in bidirectional attention, stands beside it."""
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Rows = Sequence[dict[str, Any]]
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
             if not args.check:
                 path.write_text(after)
     chart = ROOT / CHART
-    if not chart.exists() or Image.open(chart).info.get("source") != _digest("frontier"):
+    if not chart.exists() or Image.open(chart).info.get("source") != _digest(MAIN):
         stale.append(CHART)
         if not args.check:
             _chart(chart)
@@ -102,9 +104,10 @@ def origin(name: str, command: str) -> str:
 
 def usual(attention: str = "block-causal") -> Rows:
     """The rows of the usual setting: that of the first row, with this attention."""
-    rows: Rows = data("frontier")["rows"]
+    rows: Rows = data(MAIN)["rows"]
     first = {**{key: rows[0][key] for key in SETTING}, "attention": attention}
-    return [row for row in rows if all(row[key] == first[key] for key in SETTING)]
+    both = [row for row in rows if all(row[key] == first[key] for key in SETTING)]
+    return both or data(f"{MAIN}-{attention}")["rows"]
 
 
 def arms_at(rows: Rows) -> dict[float, dict[str, dict[str, Any]]]:
@@ -125,19 +128,18 @@ def signed(row: dict[str, Any], key: str) -> str:
     return f"{row[key]:+.1f} ± {row[key + '_se']:.1f}"
 
 
-def frontier(attention: str = "block-causal", motion: bool = True) -> str:
+def frontier(attention: str = "block-causal") -> str:
     rows = usual(attention)
     whole = next(row for row in rows if row["arm"] == "uncached")
     lines = []
     for arms in arms_at(rows).values():
         ours = arms["default"]
-        by_token = [f"{arms['motion']['psnr_converged']:.1f}" if "motion" in arms else "—"] if motion else []
         lines.append((
             f"{ours['share_measured']:.0%}", f"{ours['wall_ratio']:.2f}x", f"{rival(arms, 'psnr_converged'):.1f} dB",
-            f"**{ours['psnr_converged']:.1f} dB**", f"{signed(ours, 'gain_converged')} dB", f"{ours['wins']} of {ours['prompts']}", *by_token,
+            f"**{ours['psnr_converged']:.1f} dB**", f"{signed(ours, 'gain_converged')} dB", f"{ours['wins']} of {ours['prompts']}",
             f"{rival(arms, 'psnr'):.1f}", f"{ours['psnr']:.1f}", f"{ours['ssim']:.3f}",
         ))  # fmt: skip
-    head = ["computed", "speed", "fewer steps", "Chunkwise Cache", "gain", "nearer in", *(["Motion Cache"] if motion else []),
+    head = ["computed", "speed", "fewer steps", "Chunkwise Cache", "gain", "nearer in",
             "fewer steps, to uncached", "Chunkwise, to uncached", "SSIM"]  # fmt: skip
     said = f"The uncached film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
     return table(head, lines) + "\n" + said
@@ -192,7 +194,7 @@ def settings() -> str:
     """One thing changed at a time: fewer steps and ours, to the converged film."""
     first = usual()[0]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in data("frontier")["rows"]:
+    for row in data(MAIN)["rows"]:
         groups.setdefault(tuple(row[key] for key in SETTING), []).append(row)
     lines = []
     for setting, rows in groups.items():
@@ -205,21 +207,6 @@ def settings() -> str:
             lines.append((what, f"{ours['share_measured']:.0%}", f"{rival(arms, 'psnr_converged'):.1f}", f"{ours['psnr_converged']:.1f}",
                           signed(ours, "gain_converged"), signed(ours, "gain"), f"{ours['wins']} of {ours['prompts']}"))  # fmt: skip
     return table(["changed", "computed", "fewer steps", "Chunkwise Cache", "gain, to converged", "gain, to uncached", "nearer in"], lines)
-
-
-def drawn() -> str:
-    """Films that were drawn once, after everything was fixed."""
-    d = data("frontier-drawn")
-    first = {key: d["rows"][0][key] for key in SETTING}
-    lines = []
-    for attention in ("block-causal", "bidirectional"):
-        rows = [row for row in d["rows"] if all(row[key] == {**first, "attention": attention}[key] for key in SETTING)]
-        for arms in arms_at(rows).values():
-            ours = arms["default"]
-            lines.append((attention, f"{ours['share_measured']:.0%}", f"{rival(arms, 'psnr'):.1f} / {rival(arms, 'psnr_converged'):.1f}",
-                          f"{ours['psnr']:.1f} / {ours['psnr_converged']:.1f}", f"{signed(ours, 'gain')} / {signed(ours, 'gain_converged')}",
-                          f"{ours['wins']} of {ours['prompts']}"))  # fmt: skip
-    return table(["attention", "computed", "fewer steps", "Chunkwise Cache", "gain", "nearer in"], lines)
 
 
 def demo() -> str:
@@ -243,13 +230,12 @@ def demo() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "frontier-motion": motion,
-    "frontier-bidirectional": lambda: frontier("bidirectional", motion=False),
+    "frontier-bidirectional": lambda: frontier("bidirectional"),
     "frontier-arms": all_arms,
     "frontier-arms-bidirectional": all_arms_bidirectional,
     "frontier-settings": settings,
-    "frontier-drawn": drawn,
     "demo": demo,
-    "frontier-origin": lambda: origin("frontier", "python -m flowcache_core bench frontier --workers 2 --json docs/bench/frontier.json"),
+    "frontier-origin": lambda: origin(MAIN, f"python -m flowcache_core bench frontier --grid usual --prompts-file {DATA}/drawn.tsv --workers 2"),
 }
 
 
@@ -262,7 +248,7 @@ def _chart(path: Path) -> None:
                 continue
             lines.setdefault(NAMES[arm].replace("*", ""), []).append((row["share_measured"] or share, row["psnr_converged"]))
     info = PngInfo()
-    info.add_text("source", _digest("frontier"))
+    info.add_text("source", _digest(MAIN))
     line_plot(lines, "computed share of tokens", "PSNR to the converged film, dB").save(path, pnginfo=info)
 
 

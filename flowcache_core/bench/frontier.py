@@ -15,6 +15,7 @@ published for SkyReels-V2 and MAGI-1 (FlowCache, ICLR 2026, section 3), theirs t
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..demo.bundle import Bundle, load_bundle
+from ..demo.run import commit
 from ..device import fast_dtype
 from ..generate import Job, decode, generate, generate_upstream
 from ..plan import Plan
@@ -243,13 +245,16 @@ def films(args: argparse.Namespace) -> list[Film]:
     """Raises ValueError for arguments that cannot work."""
     prompts = _prompts(args)
     shares = tuple(_share(text) for text in args.shares.split(","))
-    usual = Setting(args.frames, args.steps, args.cfg, args.shift, args.ar_step)
+    usual = Setting(args.frames, args.steps, args.cfg, args.shift, args.ar_step, args.attention)
     wanted = tuple(a for a in args.arms.split(",") if a)
     if unknown := set(wanted) - set(CAUSAL_ARMS):
         raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {', '.join(CAUSAL_ARMS)}")
 
     def those(arms: Sequence[str]) -> tuple[str, ...]:
         return tuple(a for a in arms if not wanted or a in wanted)
+
+    if args.attention == BIDIRECTIONAL:
+        return [Film(usual, prompt, seed, those(BIDIRECTIONAL_ARMS), shares) for seed, prompt in prompts]
 
     if args.grid != "reduced":
         out = [Film(usual, prompt, seed, those(CAUSAL_ARMS), shares) for seed, prompt in prompts]
@@ -302,6 +307,32 @@ def _share(text: str) -> float:
     return share
 
 
+class Kept:
+    """Finished films, in a file that grows with them: a bench that was stopped goes on where it was, at the same commit."""
+
+    def __init__(self, path: Path | None, precision: str) -> None:
+        self.path, self.made_by = path, f"{commit()} {precision}"
+        self.films: dict[Film, list[dict[str, Any]]] = {}
+        if path is None or not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            values = json.loads(line)
+            if values["made_by"] != self.made_by:
+                continue
+            parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values["film"].items()}
+            film = Film(**{**parts, "setting": Setting(**parts["setting"])})
+            self.films[film] = [{**entry, "setting": film.setting} for entry in values["entries"]]
+
+    def add(self, film: Film, entries: list[dict[str, Any]]) -> None:
+        self.films[film] = entries
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"made_by": self.made_by, "film": asdict(film), "entries": [{**entry, "setting": None} for entry in entries]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=("usual", "reduced", "full"), default="reduced",
                         help="usual: one setting; reduced: also bidirectional, and other settings, and arms that are no rivals, on a few prompts, in "
@@ -316,6 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", type=float, default=Setting.cfg)
     parser.add_argument("--shift", type=float, default=Setting.shift)
     parser.add_argument("--ar-step", type=int, default=Setting.ar_step, help="-1: one chunk after the other (default %(default)s)")
+    parser.add_argument("--attention", choices=(CAUSAL, BIDIRECTIONAL), default=CAUSAL, help="of the usual setting (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
     parser.add_argument("--precision", choices=("float32", "fast"), default="float32",
                         help="what the network computes in. Rounding to 16 bits alone moves films of this model by 36 to 53 dB, so closeness is "
@@ -333,6 +365,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
     for film in dict.fromkeys(replace(film, prompt="", seed=0) for film in todo):
         schedule_of(bundle, film.job, film.setting)
-    entries = [entry for each in over(todo, measure, args.workers, bundle) for entry in each]
+    kept = Kept(args.json.with_suffix(".films.jsonl") if args.json else None, args.precision)
+    over([film for film in todo if film not in kept.films], measure, args.workers, bundle, kept.add)
+    entries = [entry for film in todo for entry in kept.films[film]]
     settings = {name: getattr(args, name) for name in ("grid", "workers", "precision")}
     return {**settings, "dtype": str(bundle.network.dtype).removeprefix("torch."), "rows": rows(entries)}

@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -103,20 +103,27 @@ def between(points: Sequence[tuple[float, float]], x: float) -> float | None:
     return None
 
 
-def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle: Bundle) -> list[T]:
-    """`work` for every job, in this process with `bundle` or in several, each with the bundled model and its share of the cores."""
+def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle: Bundle,
+         done: Callable[[J, T], None] = lambda job, result: None) -> list[T]:  # fmt: skip
+    """`work` for every job, in this process with `bundle` or in several, each with the bundled model and its share of the cores.
+
+    `done` is told of every result as soon as it is there.
+    """
     with tqdm(total=len(jobs), unit="prompt") as bar:
         if workers == 1:
             _warm_up(bundle)
             out = []
             for job in jobs:
                 out.append(work(bundle, job))
+                done(job, out[-1])
                 bar.update()
             return out
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers, bundle.network.dtype)) as pool:
-            todo = [pool.submit(_work_there, work, job) for job in jobs]
-            for one in todo:
-                one.add_done_callback(lambda done: bar.update())
+            todo = {pool.submit(_work_there, work, job): job for job in jobs}
+            for one in as_completed(todo):
+                if one.exception() is None:
+                    done(todo[one], one.result())
+                bar.update()
             return [one.result() for one in todo]
 
 
