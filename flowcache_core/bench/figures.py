@@ -235,7 +235,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "frontier-arms-bidirectional": all_arms_bidirectional,
     "frontier-settings": settings,
     "demo": demo,
-    "frontier-origin": lambda: origin(MAIN, f"python -m flowcache_core bench frontier --grid usual --prompts-file {DATA}/drawn.tsv --workers 2"),
+    "frontier-origin": lambda: origin(
+        MAIN,
+        f"python -m flowcache_core bench frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
+    ),
 }
 
 
