@@ -22,7 +22,7 @@ help: ## list the targets
 demo: $(VENV)/.run ## make a film with the bundled model, cached and uncached, in out/demo
 	$(BIN)/python -m flowcache_core demo --out out/demo $(ARGS)
 
-bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, into out/frontier.json (half an hour)
+bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, into out/frontier.json (about an hour)
 	@mkdir -p out
 	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
 

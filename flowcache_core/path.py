@@ -61,7 +61,7 @@ def _weights(path: Path, number: int, nodes: tuple[int, ...]) -> tuple[float, tu
         raise ValueError("the last step ends at noise level 0, where 1 / sigma has no value: it takes the clean latent as it is")
     at, length, y = _between(path, number)
     if path.clock(number) < LAMBDA_UNTIL:
-        y, where = np.array([_lambda(s) for s in at]), [_lambda(path.sigmas[i]) for i in nodes]
+        y, where = np.array([log_snr(s) for s in at]), [log_snr(path.sigmas[i]) for i in nodes]
     else:
         where = [path.clock(i) for i in nodes]
     basis = [math.prod((y - where[j]) / (where[i] - where[j]) for j in range(len(nodes)) if j != i) for i in range(len(nodes))]
@@ -81,5 +81,6 @@ def _between(path: Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return np.exp(-at).ravel(), (np.exp(at) * half[:, None] * WEIGHTS).ravel(), (clock * CLOCK / (len(path.levels) - 1)).ravel()
 
 
-def _lambda(sigma: float) -> float:
+def log_snr(sigma: float) -> float:
+    """lambda = log((1 - sigma) / sigma), kept finite at pure noise."""
     return math.log(max(1 - sigma, 1e-6) / sigma)

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .path import Path
+from .path import Path, log_snr
 
 
 class Solver(Protocol):
@@ -99,7 +99,7 @@ class UniPC:
         base, gain, h = _first_order(memory.x, memory.clean[-1], sigmas[index], sigmas[index + 1])
         if memory.order < 2:
             return base
-        r = (_lambda(sigmas[index - 1]) - _lambda(sigmas[index])) / h
+        r = (log_snr(sigmas[index - 1]) - log_snr(sigmas[index])) / h
         return base + gain * 0.5 * (memory.clean[-2] - memory.clean[-1]) / r
 
     def _correct(self, memory: UniPCMemory, now: Tensor, index: int, sigmas: tuple[float, ...]) -> Tensor:
@@ -109,7 +109,7 @@ class UniPC:
         base, gain, h = _first_order(memory.x, last, sigmas[index - 1], sigmas[index])
         if memory.order < 2:
             return base + gain * 0.5 * (now - last)
-        r = (_lambda(sigmas[index - 2]) - _lambda(sigmas[index - 1])) / h
+        r = (log_snr(sigmas[index - 2]) - log_snr(sigmas[index - 1])) / h
         # two conditions on the weights of the two differences: sum rho_i = b1, sum rho_i r_i = b2, with r_2 = 1
         phi = math.expm1(-h) / -h - 1
         b1 = phi / math.expm1(-h)
@@ -119,16 +119,11 @@ class UniPC:
         return base + gain * (rho_before * (memory.clean[-2] - last) / r + rho_now * (now - last))
 
 
-def _lambda(sigma: float) -> float:
-    """log((1 - sigma) / sigma), kept finite at pure noise."""
-    return math.log(max(1 - sigma, 1e-6) / sigma)
-
-
 def _first_order(x: Tensor, clean: Tensor, sigma: float, to: float) -> tuple[Tensor, float, float]:
     """The exact step for a constant clean latent; the factor of the higher-order terms; h."""
     ratio = to / sigma
     base = ratio * x + ((1 - to) - (1 - sigma) * ratio) * clean
-    h = math.inf if to == 0 else _lambda(to) - _lambda(sigma)
+    h = math.inf if to == 0 else log_snr(to) - log_snr(sigma)
     return base, -(1 - to) * math.expm1(-h), h
 
 
@@ -181,11 +176,18 @@ def _across(x: Tensor, clean: list[Tensor], number: int, latest: int, path: Path
 
 
 def _at_zero(clean: list[Tensor], number: int, path: Path) -> Tensor:
-    """D at noise level 0 from its last values: noise has no preferred sign, so D is even in sigma there, D(0) + c sigma^2."""
-    if len(clean) < 2 or path.sigmas[number] > NEAR_ZERO:
+    """D at noise level 0 from its last values."""
+    if len(clean) < 2:
         return clean[-1]
-    before, now = (path.sigmas[i] ** 2 for i in (number - 1, number))
-    return clean[-1] + now / (before - now) * (clean[-1] - clean[-2])
+    return clean[-1] + even_weight(path.sigmas[number - 1], path.sigmas[number]) * (clean[-1] - clean[-2])
+
+
+def even_weight(before: float, now: float) -> float:
+    """How far to go on along the change of D between two noise levels to reach level 0; 0 where the last is not near it.
+
+    Noise has no preferred sign, so near 0 D is even in sigma: D(0) + c sigma^2.
+    """
+    return now**2 / (before**2 - now**2) if now <= NEAR_ZERO else 0.0
 
 
 def begun(x: Tensor, velocity: Tensor, number: int, path: Path) -> Tensor:

@@ -13,7 +13,7 @@ from .histories import Histories
 from .path import Path
 from .plan import Plan
 from .schedule import ChunkSchedule
-from .solvers import Solver, begun
+from .solvers import Solver, begun, even_weight
 
 Choose = Callable[[Chunk, Tensor], Tensor]
 """(chunk, how much the clean latent of every cell is likely to have changed [F, h, w]) -> the cells that are computed, bool [F, h, w]."""
@@ -101,8 +101,18 @@ class CellWalk:
         else:
             self.clean = [torch.where(chosen, new, old) for new, old in zip((last, clean), self.clean, strict=True)]
             moved = torch.where(chosen, moved, x)
+        last_step = step == len(self.levels) - 2
+        out = self._at_zero(step) if last_step else moved
         self.histories.computed(step, chosen)
-        return (clean if step == len(self.levels) - 2 else moved), self.clean[-1]
+        return out, self.clean[-1]
+
+    def _at_zero(self, step: int) -> Tensor:
+        """The end of every cell, as `solvers.Multistep` has it; this step's clean latents are the last, its past is not yet that of the cells."""
+        if self.order == 1 or len(self.clean) < 2:
+            return self.clean[-1]
+        before, now = self.clean
+        along = [even_weight(self.levels[past[-1]], self.levels[step]) for past in self.histories.known]
+        return now + self.histories.laid_out(along, now.dtype) * (now - before)
 
     def _across(self, x: Tensor, clean: list[Tensor], step: int, corrected: bool) -> Tensor:
         """x from each cell's last computed step to this one; the last of its clean latents is that of this step where it is `corrected`."""

@@ -34,6 +34,7 @@ from ..planner import evenly
 from ..policies.multirate import Multirate
 from ..policies.planned import Planned
 from ..policies.target import Target
+from ..policies.thresholds import least_computed
 from ..report import RunReport
 from ..schedule import ChunkSchedule
 from ..solvers import UniPC
@@ -138,11 +139,12 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
         return make(bundle, job, setting, Planned(share=same))
     if arm == "motion":
         return make(bundle, job, setting, Multirate(share=same))
-    schedule = schedule_of(bundle, job, setting)
     chunk_share = min(n / job.steps, 1.0)
     if arm == "threshold":
-        return generate(bundle, job, Target(share=chunk_share, **_reachable(chunk_share, schedule.steps)))
-    published = {"replay": "residual", "order": 0, "max_reuse": 1000, **_reachable(chunk_share, schedule.steps)}
+        rule = Target(share=chunk_share)
+        within = least_computed(rule, job.steps) <= round(chunk_share * job.steps)
+        return generate(bundle, job, rule if within else Target(share=chunk_share, **_reachable(chunk_share, job.steps)))
+    published = {"replay": "residual", "order": 0, **_reachable(chunk_share, job.steps)}
     if arm == "published-residual":
         return generate(bundle, job, Target(share=chunk_share, **published))
     increment = Target(share=chunk_share, signature="latent", **published)
@@ -150,7 +152,7 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
 
 
 def _reachable(share: float, steps: int) -> dict[str, Any]:
-    """Warm-up is five steps as published, and shorter where the share leaves no room for it."""
+    """Any number of reused steps in a row, and five steps of warm-up, as published; fewer where the share leaves no room for them."""
     return {"warmup_steps": max(1, min(5, round(share * steps) - 1)), "max_reuse": 1000}
 
 
@@ -316,7 +318,10 @@ class Kept:
         if path is None or not path.exists():
             return
         for line in path.read_text().splitlines():
-            values = json.loads(line)
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the bench was stopped
+                continue
             if values["made_by"] != self.made_by:
                 continue
             parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values["film"].items()}
@@ -336,7 +341,7 @@ class Kept:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=("usual", "reduced", "full"), default="reduced",
                         help="usual: one setting; reduced: also bidirectional, and other settings, and arms that are no rivals, on a few prompts, in "
-                        "half an hour on two cores; full: all settings against each other, for many hours (default %(default)s)")  # fmt: skip
+                        "about an hour on two cores; full: all settings against each other, for many hours (default %(default)s)")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--prompts-file", type=Path, help="other films instead: a line each, seed, tab, prompt")
     parser.add_argument("--seed", type=int, help="the first film's seed in place of the fixed ones; with a prompts file, added to its seeds")
@@ -350,8 +355,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=(CAUSAL, BIDIRECTIONAL), default=CAUSAL, help="of the usual setting (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
     parser.add_argument("--precision", choices=("float32", "fast"), default="float32",
-                        help="what the network computes in. Rounding to 16 bits alone moves films of this model by 36 to 53 dB, so closeness is "
-                        "measured in float32; fast is what the demo uses (default %(default)s)")  # fmt: skip
+                        help="what the network computes in. Rounding to 16 bits moves films of this model as far as the arms do, so closeness "
+                        "is measured in float32; fast is what the demo uses (default %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

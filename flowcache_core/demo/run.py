@@ -140,7 +140,7 @@ def _warm_up(bundle: Bundle) -> None:
 
 def commit() -> str:
     """The checkout's commit, with + when files are changed; unknown outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     try:
         head = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "-C", str(here), "diff", "--quiet", "HEAD", "--", "."], check=False).returncode

@@ -22,7 +22,7 @@ from ..schedule import ChunkSchedule
 from ..state import ChunkState, RunMemory
 
 WORTH_BELOW = 0.17
-"""Above this share a plan for whole chunks has done as well on every set of prompts that was measured."""
+"""Above this share a plan for whole chunks did as well on one of two sets of films; on the other tokens still gained at 0.18."""
 
 
 @dataclass(frozen=True)
