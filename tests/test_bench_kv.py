@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, mean_and_error, measure, points, reappearing
+from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, measure, points, reappearing
+from flowcache_core.bench.metrics import mean_and_error
 from flowcache_core.demo.bundle import load_bundle
 from flowcache_core.generate import Job
 from flowcache_core.kv.scores import KV_POLICIES

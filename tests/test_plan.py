@@ -21,6 +21,7 @@ from flowcache_core.report import RunReport
 from flowcache_core.sampler import sample_chunks, sample_window
 from flowcache_core.schedule import ChunkSchedule, flow_sigmas
 from flowcache_core.solvers import Euler, Multistep, Solver, UniPC
+from flowcache_core.walk import CellWalk
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 
@@ -71,12 +72,21 @@ def test_whatever_is_computed_all_it_attends_to_is_computed_in_that_row(case: tu
 
 @settings(max_examples=150, deadline=None)
 @given(case=CASES, share=st.floats(0.01, 1.0))
-def test_the_budget_is_kept_and_used_within_one_evaluation_of_each_chunk(case: tuple[ChunkSchedule, bool], share: float) -> None:
+def test_the_budget_is_kept(case: tuple[ChunkSchedule, bool], share: float) -> None:
     schedule, together = case
     full, plan = Plan.full(schedule, together).frames_computed(schedule), plan_for(schedule, share, together=together)
     computed, wanted = plan.frames_computed(schedule), share * full
     assert computed <= max(wanted, least_share(schedule, together) * full) + 1e-3
     assert plan.share(schedule) == computed / full
+
+
+@pytest.mark.parametrize(
+    "schedule", [ChunkSchedule(9, 3, 50, 5), ChunkSchedule(15, 3, 50, 5), ChunkSchedule(9, 3, 30, 3), ChunkSchedule(9, 3, 50, 50)]
+)
+@pytest.mark.parametrize("share", [0.12, 0.2, 0.3, 0.4, 0.56, 0.7])
+def test_the_budget_is_used_within_one_chunk_step(schedule: ChunkSchedule, share: float) -> None:
+    full = Plan.full(schedule).frames_computed(schedule)
+    assert share * full - plan_for(schedule, share).frames_computed(schedule) < 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -308,3 +318,15 @@ def test_contradicting_budgets_are_refused() -> None:
         Planned(seconds=5.0, exact=Plan(4, ((0, 3),)))
     with pytest.raises(ValueError, match="share is"):
         Planned(share=0.0)
+
+
+def test_cells_end_as_their_chunk_does() -> None:
+    """All cells at the computed steps of a plan: the film of the chunk, down to the last step near noise level 0."""
+    levels, steps = flow_sigmas(50), (0, 9, 20, 33, 44, 49)
+    field, x = flow()
+    truth = walk(field, x, Path(levels, steps), Multistep())
+    cells, film = CellWalk(2, levels), x[None, :, None, None]
+    for step in steps:
+        arrived = cells.arrive(film, step)
+        film, _ = cells.step(film, arrived, field(arrived[0, :, 0, 0], levels[step])[None, :, None, None], step, None)
+    torch.testing.assert_close(film[0, :, 0, 0], truth, rtol=1e-10, atol=1e-10)

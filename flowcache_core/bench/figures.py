@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..demo.bundle import weights_id
 from ..plot import line_plot
-from .frontier import standard_error
+from .metrics import mean_and_error
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
@@ -164,7 +164,8 @@ def motion() -> str:
 def _paired(row: dict[str, Any], other: dict[str, Any]) -> str:
     """The mean difference to the converged film, film by film, with its standard error."""
     differences = [a[1] - b[1] for a, b in zip(row["each"], other["each"], strict=True)]
-    return f"{sum(differences) / len(differences):+.1f} ± {standard_error(differences):.1f}"
+    mean, error = mean_and_error(differences)
+    return f"{mean:+.1f} ± {error or 0.0:.1f}"
 
 
 def all_arms() -> str:

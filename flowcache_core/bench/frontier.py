@@ -39,7 +39,7 @@ from ..report import RunReport
 from ..schedule import ChunkSchedule
 from ..solvers import UniPC
 from .increment import IncrementAdapter
-from .metrics import perceptual, psnr, ssim
+from .metrics import mean_and_error, perceptual, psnr, ssim
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 
@@ -214,8 +214,8 @@ def rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if rival is None:
                 continue
             differences = [film[f"psnr{reference}"] - others[rival][key][f"psnr{reference}"] for key, film in films.items()]
-            row[f"gain{reference}"] = round(sum(differences) / len(differences), 2)
-            row[f"gain{reference}_se"] = round(standard_error(differences), 2)
+            mean, error = mean_and_error(differences)
+            row[f"gain{reference}"], row[f"gain{reference}_se"] = mean, error or 0.0
             row["wins"] = sum(d > 0 for d in differences)
         seconds = sum(film["seconds"] for film in films.values())
         row["wins"], row["prompts"] = row.get("wins"), len(films)
@@ -229,11 +229,6 @@ def rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def standard_error(values: Sequence[float]) -> float:
-    n, mean = len(values), sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
 CONTROLS, BOTH_WAYS, OTHERS = 2, 4, 1

@@ -35,7 +35,7 @@ from ..models.wan_vae import TEMPORAL, pixel_frames
 from ..schedule import ChunkSchedule
 from ..session import Session
 from ..training.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Sprite, motion_mask, render
-from .metrics import psnr, ssim
+from .metrics import mean_and_error, psnr, ssim
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 
@@ -226,11 +226,6 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
 
 Quality = dict[tuple[str, float, Stored], list[float]]
 """PSNR of every prompt by policy, fraction and dtype."""
-
-
-def mean_and_error(values: Any) -> tuple[float, float | None]:
-    """Of numbers, one a prompt: their mean, and its standard error (None of a single one)."""
-    return round(float(np.mean(values)), 2), round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 2) if len(values) > 1 else None
 
 
 def _row(point: Point, films: Sequence[Values], whole: Sequence[Values], clips: Sequence[float], quality: Quality) -> dict[str, Any]:

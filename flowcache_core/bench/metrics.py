@@ -6,6 +6,7 @@ import importlib.util
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,3 +56,8 @@ def _lpips() -> Any:
         return lpips.LPIPS(net="alex", verbose=False).eval()
     except (OSError, RuntimeError):  # the backbone's weights are a download
         return None
+
+
+def mean_and_error(values: Any) -> tuple[float, float | None]:
+    """Of numbers, one a prompt: their mean, and its standard error (None of a single one)."""
+    return round(float(np.mean(values)), 2), round(float(np.std(values, ddof=1)) / len(values) ** 0.5, 2) if len(values) > 1 else None
