@@ -11,9 +11,9 @@ from typing import Any
 
 from .bench import figures, frontier, kv, motion, recall, reuse, seam
 from .demo import run as demo
-from .demo.bundle import weights_id
-from .device import device_name
-from .plot import line_plot
+from .device import commit, device_name
+from .models.bundle import weights_id
+from .show.plot import line_plot
 
 BENCHES = (frontier, reuse, motion, recall, seam, kv)
 
@@ -48,7 +48,7 @@ def main() -> int:
 def _bench(args: argparse.Namespace) -> None:
     bench = next(b for b in BENCHES if args.bench == b.NAME)
     result = {
-        "bench": bench.NAME, "device": device_name(), "commit": demo.commit(), "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
+        "bench": bench.NAME, "device": device_name(), "commit": commit(), "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
     }  # fmt: skip
     rows = result["rows"]
     print(_table(rows))

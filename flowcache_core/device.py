@@ -1,8 +1,9 @@
-"""What machine this is."""
+"""What machine this is, and what code."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -22,3 +23,14 @@ def device_name() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The checkout's commit, with + when files are changed; unknown outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "-C", str(here), "diff", "--quiet", "HEAD", "--", "."], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")

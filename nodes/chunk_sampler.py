@@ -14,23 +14,23 @@ import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
-from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import Foresees, PartPolicy, WindowPolicy
-from ..flowcache_core.footprint import footprint
-from ..flowcache_core.given import GivenNoise, given_frames
 from ..flowcache_core.kv.cache import KVSizes
 from ..flowcache_core.kv.compressor import Budget
+from ..flowcache_core.kv.layout import capacity
 from ..flowcache_core.models.wan_vae import latent_frames
-from ..flowcache_core.plan import Plan
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.presets import PLANS
-from ..flowcache_core.report import RunReport
-from ..flowcache_core.rows import capacity
-from ..flowcache_core.sampler import sample_chunks, sample_windows
-from ..flowcache_core.schedule import ChunkSchedule, Row, Window, plan_windows
-from ..flowcache_core.session import Session
-from ..flowcache_core.solvers import require_finite, solver
-from ..flowcache_core.window import WindowSession
+from ..flowcache_core.policies.protocol import Foresees, PartPolicy, WindowPolicy
+from ..flowcache_core.run.footprint import footprint
+from ..flowcache_core.run.report import RunReport
+from ..flowcache_core.run.session import Session
+from ..flowcache_core.run.window import WindowSession
+from ..flowcache_core.sampling.chunk import Chunk
+from ..flowcache_core.sampling.given import GivenNoise, given_frames
+from ..flowcache_core.sampling.loop import sample_chunks, sample_windows
+from ..flowcache_core.sampling.plan import Plan
+from ..flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, plan_windows
+from ..flowcache_core.sampling.solvers import require_finite, solver
 from .host_model import (
     CHUNKWISE_NODE,
     EXPECTED,

@@ -7,9 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.decision import Setting
 from ..flowcache_core.models.published import time_polynomial
-from ..flowcache_core.plan import read_plan
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
 from ..flowcache_core.policies.motion import Motion
@@ -17,6 +15,8 @@ from ..flowcache_core.policies.multirate import Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target
+from ..flowcache_core.sampling.plan import read_plan
+from ..flowcache_core.settings import Setting
 from .host_model import CHUNKWISE_NODE, policy_of, require_ours, with_policy
 
 NODE = CHUNKWISE_NODE

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.models.wan_vae import SPATIAL, latent_frames, pixel_frames
-from ..flowcache_core.schedule import ChunkSchedule
+from ..flowcache_core.sampling.schedule import ChunkSchedule
 from .host_model import require_ours
 
 NODE = "AR Video Frames In"

@@ -18,17 +18,17 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ..flowcache_core.chunk import Chunk
-from ..flowcache_core.decision import CachePolicy, PartPolicy, TokenPolicy
-from ..flowcache_core.footprint import Footprint
 from ..flowcache_core.kv.compressor import Budget, Compressor
 from ..flowcache_core.models.attention import bidirectional
 from ..flowcache_core.models.checkpoint import release_of
 from ..flowcache_core.models.quantised import FLOAT8, is_companion
 from ..flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from ..flowcache_core.session import Session
-from ..flowcache_core.window import WindowSession
+from ..flowcache_core.policies.protocol import CachePolicy, PartPolicy, TokenPolicy
+from ..flowcache_core.run.footprint import Footprint
+from ..flowcache_core.run.session import Session
+from ..flowcache_core.run.window import WindowSession
+from ..flowcache_core.sampling.chunk import Chunk
 from .model_files import open_model
 
 KV_NODE, CHUNKWISE_NODE, MOTION_NODE = "KV Compressor", "Chunkwise Cache", "Motion Cache"

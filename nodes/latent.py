@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.models.wan_vae import LATENT_CHANNELS, SPATIAL, latent_frames, pixel_frames
-from ..flowcache_core.schedule import nearest_frames
+from ..flowcache_core.sampling.schedule import nearest_frames
 from .host_model import require_ours
 
 

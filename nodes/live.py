@@ -7,8 +7,8 @@ from typing import Any
 
 from server import PromptServer
 
-from ..flowcache_core.footprint import readable
-from ..flowcache_core.report import COMPUTED, RunReport
+from ..flowcache_core.run.footprint import readable
+from ..flowcache_core.run.report import COMPUTED, RunReport
 
 EVENT = "flowcache.steps"
 PAUSE_S = 0.1

@@ -10,8 +10,8 @@ import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..flowcache_core.demo import bundle
 from ..flowcache_core.device import fast_dtype
+from ..flowcache_core.models import bundle
 from ..flowcache_core.models.shards import open_checkpoint
 from .host_model import ChunkLayout, load
 from .model_files import choices, path_of

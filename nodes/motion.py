@@ -9,12 +9,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.models.adapter import require_tokens
-from ..flowcache_core.overlay import overlay
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
 from ..flowcache_core.policies.multirate import WORTH_BELOW, Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.target import Target
+from ..flowcache_core.show.overlay import overlay
 from .chunk_sampler import Mailbox
 from .chunkwise import widgets
 from .host_model import CHUNKWISE_NODE, MOTION_NODE, policy_of, require_ours, with_policy

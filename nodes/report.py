@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.plot import chunk_map, history_map
+from ..flowcache_core.show.plot import chunk_map, history_map
 from .chunk_sampler import Mailbox
 from .sampler import Report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..flowcache_core.solvers import SOLVERS
+from ..flowcache_core.sampling.solvers import SOLVERS
 from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler, Mailbox
 
 Report = io.Custom("FLOWCACHE_REPORT")

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.decision import CachePolicy
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks, sample_window
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, Solver
+from flowcache_core.policies.protocol import CachePolicy
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.loop import sample_chunks, sample_window
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.solvers import Euler, Solver
 
 CHANNELS, SIDE, TEXT = 16, 4, 64
 

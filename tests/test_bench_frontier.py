@@ -11,9 +11,9 @@ import pytest
 
 from flowcache_core.bench import figures, frontier
 from flowcache_core.bench.frontier import BIDIRECTIONAL_ARMS, CAUSAL_ARMS, Film, Kept, Setting, fewer, films, finer, rows, run_arm, steps_for, tokens
-from flowcache_core.demo.bundle import Bundle, load_bundle
-from flowcache_core.plan import Plan
-from flowcache_core.planner import evenly
+from flowcache_core.models.bundle import Bundle, load_bundle
+from flowcache_core.sampling.plan import Plan
+from flowcache_core.sampling.planner import evenly
 
 
 @pytest.fixture(scope="module")

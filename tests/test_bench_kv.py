@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, measure, points, reappearing
-from flowcache_core.bench.metrics import mean_and_error
-from flowcache_core.demo.bundle import load_bundle
-from flowcache_core.generate import Job
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.h2o import H2O
 from flowcache_core.kv.scores.importance import ImportanceRedundancy
+from flowcache_core.models.bundle import load_bundle
 from flowcache_core.models.wan_vae import TEMPORAL
+from flowcache_core.run.generate import Job
+from flowcache_core.show.metrics import mean_and_error
 from flowcache_core.training.evaluate import colour_masks
 from flowcache_core.training.scenes import render
 

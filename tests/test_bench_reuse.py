@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flowcache_core.bench import reuse, sweep
 from flowcache_core.bench.increment import IncrementAdapter
-from flowcache_core.chunk import Chunk
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.policies import Chunkwise
 from flowcache_core.policies.target import Target
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler
 
 
 def test_a_reused_step_repeats_the_increment_of_the_last_computed_one(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from flowcache_core.__main__ import main
 from flowcache_core.bench import motion, reuse, sweep
 from flowcache_core.bench.recall import recall, spearman, tokens_that_move
-from flowcache_core.demo.bundle import NETWORK, VAE
+from flowcache_core.models.bundle import NETWORK, VAE
 
-pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/demo/weights")
+pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
 
 RUN = {"arm", "wall_s", "chunk_steps", "chunk_steps_computed", "tokens", "tokens_computed", "psnr", "ssim", "kv_peak_bytes", "host_syncs"}
 Cli = Callable[..., int]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.bench.metrics import psnr
-from flowcache_core.demo.bundle import NETWORK, VAE, Bundle, load_bundle
-from flowcache_core.generate import Given, Job, decode, generate, generate_upstream
+from flowcache_core.models.bundle import NETWORK, VAE, Bundle, load_bundle
 from flowcache_core.policies import Chunkwise
-from flowcache_core.report import RunReport
+from flowcache_core.run.generate import Given, Job, decode, generate, generate_upstream
+from flowcache_core.run.report import RunReport
+from flowcache_core.show.metrics import psnr
 
-pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/demo/weights")
+pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
 
 JOB = Job("red circle moves right", frames=9, steps=4, seed=3)
 Film = Callable[..., tuple[Tensor, RunReport]]

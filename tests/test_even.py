@@ -15,7 +15,7 @@ from flowcache_core.kv.keeper import Keeper, Middle
 from flowcache_core.kv.scores.even import Even
 from flowcache_core.kv.scores.random import Random
 from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.sampling.schedule import ChunkSchedule
 from tests.test_kv_budget import FRAME, budget, film
 from tests.test_kv_scores import again, random_view
 

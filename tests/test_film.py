@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowcache_core.film import frames_of, side_by_side, write_film
-from flowcache_core.overlay import overlay
+from flowcache_core.show.film import frames_of, side_by_side, write_film
+from flowcache_core.show.overlay import overlay
 
 
 def test_frames_are_rounded_and_clamped() -> None:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.footprint import Footprint, footprint, readable
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.chunkwise import Chunkwise
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler
+from flowcache_core.run.footprint import Footprint, footprint, readable
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler
 
 
 @pytest.mark.parametrize("ar_step", [0, 2, 6])

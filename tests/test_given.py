@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.given import CLEAN, GivenNoise, given_frames
 from flowcache_core.models.attention import bidirectional
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks, sample_window, sample_windows
-from flowcache_core.schedule import ChunkSchedule, Row, flow_sigmas, plan_windows, timestep
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, UniPC
-from flowcache_core.window import WindowSession
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.run.window import WindowSession
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.given import CLEAN, GivenNoise, given_frames
+from flowcache_core.sampling.loop import sample_chunks, sample_window, sample_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, flow_sigmas, plan_windows, timestep
+from flowcache_core.sampling.solvers import Euler, UniPC
 
 Noise = Callable[..., Tensor]
 Cached = Callable[..., tuple[Tensor, RunReport]]

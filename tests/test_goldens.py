@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache_core.bench.increment import IncrementAdapter
-from flowcache_core.demo.bundle import Bundle, load_bundle
-from flowcache_core.generate import Given, Job, generate, generate_upstream
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.named import policy_named
+from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import preset
 from flowcache_core.policies.target import Target
+from flowcache_core.run.generate import Given, Job, generate, generate_upstream
 
 GOLDENS = Path(__file__).parent / "goldens" / "films.safetensors"
 JOB = Job("red circle moves left", frames=33, steps=12, seed=3, size=32, ar_step=3)

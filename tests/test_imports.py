@@ -1,4 +1,4 @@
-"""Which way imports go."""
+"""Which way imports go: a folder imports from those before it, and from no other; what only types need counts too."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "flowcache_core"
-MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CORE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
-IMPORTABLE = [m for m in MODULES if not m.endswith("_triton") or importlib.util.find_spec("triton")]
-LEAVES = ("chunk", "schedule", "given", "path", "plan", "planner", "decision", "state", "rows", "footprint", "report", "solvers")
+MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CORE.rglob("*.py") if p.name != "__init__.py")
+IMPORTABLE = [m for m in MODULES if not m.endswith("__main__") and (not m.endswith("_triton") or importlib.util.find_spec("triton"))]
+
+ORDER: tuple[frozenset[str], ...] = tuple(
+    frozenset(names.split())
+    for names in (
+        "settings memory device network kernels",
+        "sampling",
+        "policies kv models",
+        "run",
+        "show",
+        "training",
+        "bench demo",
+        "__main__",
+    )
+)
+"""Folders and root modules; those on one line import nothing from each other."""
+ALONE = frozenset({"settings", "memory", "device", "network"})
 
 
 def imports_of(module: str) -> set[str]:
-    """Full names of what a module imports when it runs; what stands under TYPE_CHECKING does not run."""
+    """Full names of what a module imports, under TYPE_CHECKING and inside functions too."""
     tree = ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())
-    idle = {node for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test) for node in ast.walk(branch)}
     names: set[str] = set()
     for node in ast.walk(tree):
-        if node in idle:
-            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -34,49 +46,34 @@ def imports_of(module: str) -> set[str]:
     return names
 
 
-def inside(names: set[str], *folders: str) -> set[str]:
-    wanted = [f"flowcache_core.{folder}" for folder in folders]
-    return {name for name in names if any(name == w or name.startswith(w + ".") for w in wanted)}
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
-def of(folder: str) -> list[str]:
-    return [m for m in MODULES if m.startswith(f"flowcache_core.{folder}.")]
+def level(name: str) -> int:
+    return next(number for number, rooms in enumerate(ORDER) if room(name) in rooms)
 
 
-@pytest.mark.parametrize("module", [*MODULES, "flowcache_core.__main__"])
+@pytest.mark.parametrize("module", MODULES)
+def test_a_folder_imports_only_from_those_before_it(module: str) -> None:
+    mine = {name for name in imports_of(module) if name.startswith("flowcache_core.")}
+    back = {name for name in mine if room(name) != room(module) and level(name) >= level(module)}
+    assert not back
+    assert not ALONE & {room(module)} or not mine
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_core_imports_neither_the_host_nor_the_nodes(module: str) -> None:
     roots = {name.split(".")[0] for name in imports_of(module)}
     assert not roots & {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
 
 
-@pytest.mark.parametrize("module", of("policies"))
-def test_policies_import_no_models_and_no_kv(module: str) -> None:
-    assert not inside(imports_of(module), "models", "kv", "session")
+def test_every_folder_has_its_place() -> None:
+    assert {room(m) for m in MODULES} == {name for rooms in ORDER for name in rooms}
 
 
-@pytest.mark.parametrize("module", of("models"))
-def test_models_import_no_policies_and_no_kv(module: str) -> None:
-    assert not inside(imports_of(module), "policies", "kv", "session")
-
-
-@pytest.mark.parametrize("module", of("kv"))
-def test_the_kv_cache_imports_no_models_and_no_policies(module: str) -> None:
-    assert not inside(imports_of(module), "policies", "models", "session")
-
-
-@pytest.mark.parametrize("module", [f"flowcache_core.{leaf}" for leaf in LEAVES])
-def test_leaves_import_only_leaves(module: str) -> None:
-    mine = {name for name in imports_of(module) if name.startswith("flowcache_core.")}
-    assert {name.split(".")[1] for name in mine} <= set(LEAVES)
-
-
-def test_session_is_where_policies_kv_and_models_meet() -> None:
-    meeting = [m for m in MODULES if m.count(".") == 1 and all(inside(imports_of(m), part) for part in ("policies", "kv", "models"))]
-    assert meeting == ["flowcache_core.session"]
-
-
-def test_the_sampler_knows_neither_networks_nor_policies() -> None:
-    assert not inside(imports_of("flowcache_core.sampler"), "policies", "models", "kv", "session")
+def test_the_root_holds_only_what_all_folders_share() -> None:
+    assert {p.stem for p in CORE.glob("*.py")} == {"__init__", "__main__"} | ALONE
 
 
 def test_every_module_can_be_imported_first() -> None:

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import CachePolicy
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, pool
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper
+from flowcache_core.kv.layout import Layout, capacity
 from flowcache_core.kv.policy import KVView
 from flowcache_core.kv.scores.expected import ExpectedAttention, QueryMoments
 from flowcache_core.kv.scores.salience import Salience, head_at
@@ -24,12 +23,13 @@ from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2, rope_tabl
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
-from flowcache_core.report import RunReport
-from flowcache_core.rows import Rows, capacity
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler
+from flowcache_core.policies.protocol import CachePolicy
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler
 
 FRAME = 4
 """Tokens of a frame of the small films here."""
@@ -320,7 +320,7 @@ def test_rows_of_a_group_stay_or_go_together() -> None:
 def test_the_book_keeping_of_rows_fits_its_own_forecast(kept: int | None) -> None:
     for frames, prefix, ar_step, window in ((17, 4, 5, 3), (30, 0, 2, 4), (9, 0, 0, None), (40, 0, 6, 2)):
         schedule = ChunkSchedule(frames, 3, 6, ar_step, window, prefix)
-        room, rows = capacity(schedule, FRAME, kept), Rows(schedule, FRAME, kept)
+        room, rows = capacity(schedule, FRAME, kept), Layout(schedule, FRAME, kept)
         for index in range(schedule.chunks):
             first, start, end = rows.begin(index)
             assert 0 <= first <= start < end <= room.total

@@ -8,24 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, KVStore
+from flowcache_core.kv.layout import Layout
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.skyreels import HEAD_DIM, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.rows import Rows
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, Solver, UniPC
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.solvers import Euler, Solver, UniPC
 
 TOKENS = 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def store_of(*sizes: int) -> KVStore:
-    return KVStore(KVSizes(*sizes), Rows(ChunkSchedule(6, 3, 2), 1))
+    return KVStore(KVSizes(*sizes), Layout(ChunkSchedule(6, 3, 2), 1))
 
 
 def qkv(tokens: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,17 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.footprint import footprint
 from flowcache_core.kv.compressor import Budget
 from flowcache_core.kv.foresight import foresee_history
+from flowcache_core.kv.layout import capacity
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.plot import KEPT_SHADES, PLACES_AT_MOST, history_map
-from flowcache_core.report import STAGES_TOLD, RunReport
-from flowcache_core.rows import capacity
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.run.footprint import footprint
+from flowcache_core.run.report import STAGES_TOLD, RunReport
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.schedule import ChunkSchedule
+from flowcache_core.show.plot import KEPT_SHADES, PLACES_AT_MOST, history_map
 
 FRAME, SINK = 4, 4
 """Tokens of a frame; tokens that stay whatever comes."""

@@ -25,9 +25,9 @@ from flowcache_core.kv.scores.r_kv import RKV
 from flowcache_core.kv.scores.random import Random
 from flowcache_core.kv.scores.snapkv import SnapKV
 from flowcache_core.kv.scores.streaming import StreamingLLM
+from flowcache_core.memory import RunMemory
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.skyreels import HEAD_DIM, Rope, SkyReelsV2
-from flowcache_core.state import RunMemory
 
 GRID, FRAME, CHUNK = (4, 4), 16, 3
 NEW = CHUNK * FRAME

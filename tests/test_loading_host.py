@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcache_core.demo import bundle
+from flowcache_core.models import bundle
 from flowcache_core.models.shards import open_checkpoint
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from tests.test_layouts import diffusers, sharded

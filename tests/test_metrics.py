@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.bench.metrics import psnr, ssim
 from flowcache_core.bench.prompts import PROMPTS, seed_of
+from flowcache_core.show.metrics import psnr, ssim
 
 
 @pytest.fixture

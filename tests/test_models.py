@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowcache_core.chunk import Chunk
 from flowcache_core.models import ADAPTERS
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.skyreels import HEAD_DIM, SkyReelsConfig, SkyReelsV2, rope_table, rotate, sinusoid
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.sampling.chunk import Chunk
 
 RELEASED = (
     pytest.param(SkyReelsConfig(1536, 8960, 30, 4096, fps=True), 1.4355e9, 830, id="1.3B"),

@@ -11,23 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
 from flowcache_core.kernels.tokens import frame_difference, mask_over, normalised, pooled
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
-from flowcache_core.models.adapter import Attend, Call, require_tokens
+from flowcache_core.models.adapter import Call, require_tokens
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.published import POLYNOMIALS
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.network import Attend
 from flowcache_core.policies import Always, Chunkwise, Motion
 from flowcache_core.policies.motion import BUCKETS, PRESETS
-from flowcache_core.report import REFRESHED, RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, Solver, UniPC
-from flowcache_core.state import ChunkState
+from flowcache_core.policies.protocol import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
+from flowcache_core.policies.state import ChunkState
+from flowcache_core.run.report import REFRESHED, RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.solvers import Euler, Solver, UniPC
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 Noise = Callable[..., Tensor]
@@ -72,8 +73,8 @@ def letters(made: list[Decision]) -> str:
     return "".join({Compute: "C", Reuse: "r", Refresh: "f"}[type(d)] for d in made)
 
 
-def random_changes(dice: random.Random, steps: int = 40) -> list[float]:
-    return [0.0, *(dice.uniform(0.0, dice.choice([0.02, 0.1])) for _ in range(steps - 1))]
+def random_changes(rng: random.Random, steps: int = 40) -> list[float]:
+    return [0.0, *(rng.uniform(0.0, rng.choice([0.02, 0.1])) for _ in range(steps - 1))]
 
 
 # decisions
@@ -81,10 +82,10 @@ def random_changes(dice: random.Random, steps: int = 40) -> list[float]:
 
 @pytest.mark.parametrize("settings", [{"alpha": 1.0}, {"coarse": 1.0}])
 def test_weight_one_and_coarse_only_decide_as_chunkwise(settings: dict[str, Any]) -> None:
-    dice = random.Random(3)
+    rng = random.Random(3)
     for _ in range(50):
-        changes, threshold = random_changes(dice), dice.uniform(0.01, 0.5)
-        base = Chunkwise(threshold=threshold, warmup_steps=dice.randint(1, 6), max_reuse=dice.randint(1, 9), order=1)
+        changes, threshold = random_changes(rng), rng.uniform(0.01, 0.5)
+        base = Chunkwise(threshold=threshold, warmup_steps=rng.randint(1, 6), max_reuse=rng.randint(1, 9), order=1)
         made, _ = decide_all(Motion(base=base, **settings), changes, torch.rand(GRID))
         assert made == decide_all(base, changes, torch.rand(GRID))[0]
 
@@ -96,9 +97,9 @@ def test_without_a_base_the_coarse_phase_is_chunkwise_at_the_same_threshold() ->
 
 
 def test_where_everything_moves_alike_the_chunk_is_computed_or_reused_as_a_whole() -> None:
-    dice = random.Random(5)
+    rng = random.Random(5)
     for _ in range(20):
-        changes = random_changes(dice)
+        changes = random_changes(rng)
         made, _ = decide_all(Motion(**FINE), changes, torch.ones(GRID))
         assert letters(made) == letters(decide_all(BASE, changes, torch.ones(GRID))[0])
 

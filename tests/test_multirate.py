@@ -10,11 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import Outlook, PartPolicy, PlanPolicy, TokenPolicy
-from flowcache_core.footprint import footprint
-from flowcache_core.given import GivenNoise
-from flowcache_core.histories import Histories
 from flowcache_core.kernels.tokens import pooled
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.compressor import Compressor
@@ -22,17 +17,22 @@ from flowcache_core.kv.scores.even import Even
 from flowcache_core.kv.waiting import Waiting
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.path import Path
-from flowcache_core.plan import Plan
-from flowcache_core.planner import plan_for, steps_in_part
 from flowcache_core.policies import Motion, Multirate, Planned
 from flowcache_core.policies.multirate import WORTH_BELOW
-from flowcache_core.report import COMPUTED, REFRESHED, RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, Multistep, Solver, UniPC
-from flowcache_core.walk import CellWalk
+from flowcache_core.policies.protocol import Outlook, PartPolicy, PlanPolicy, TokenPolicy
+from flowcache_core.run.footprint import footprint
+from flowcache_core.run.report import COMPUTED, REFRESHED, RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.given import GivenNoise
+from flowcache_core.sampling.histories import Histories
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.path import Path
+from flowcache_core.sampling.plan import Plan
+from flowcache_core.sampling.planner import plan_for, steps_in_part
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
+from flowcache_core.sampling.walk import CellWalk
 
 Noise = Callable[..., Tensor]
 SIDE, TOKENS = 8, 16
@@ -111,10 +111,10 @@ def test_a_plan_in_part_survives_json_and_one_that_cannot_be_walked_is_refused()
 
 
 def test_pasts_are_those_of_every_place_by_itself() -> None:
-    dice, histories = random.Random(1), Histories()
+    rng, histories = random.Random(1), Histories()
     seen: list[list[int]] = [[] for _ in range(12)]
     for step in range(0, 60, 3):
-        chosen = torch.tensor([dice.random() < 0.4 for _ in range(12)]).view(3, 2, 2) if step > 3 and step % 4 else None
+        chosen = torch.tensor([rng.random() < 0.4 for _ in range(12)]).view(3, 2, 2) if step > 3 and step % 4 else None
         histories.computed(step, chosen)
         for place, past in enumerate(seen):
             past += [step] if chosen is None or chosen.flatten()[place] else []
@@ -129,11 +129,11 @@ def test_pasts_are_those_of_every_place_by_itself() -> None:
 @pytest.mark.parametrize("first", [0, 3])
 def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Solver, first: int) -> None:
     """Groups of cells that are computed at random steps of their own, against the solver on each group alone."""
-    dice, levels, groups = random.Random(first), flow_sigmas(24), 5
-    steps = sorted({first, first + 2, 23, *dice.sample(range(first + 3, 23), 12)})
+    rng, levels, groups = random.Random(first), flow_sigmas(24), 5
+    steps = sorted({first, first + 2, 23, *rng.sample(range(first + 3, 23), 12)})
     owner = torch.randint(groups, (3, 4, 4))
     whole = {steps[0], steps[1], steps[-1], steps[6]}
-    own = [[s for s in steps if s in whole or dice.random() < 0.4] for _ in range(groups)]
+    own = [[s for s in steps if s in whole or rng.random() < 0.4] for _ in range(groups)]
     target, noise = torch.randn(2, 1, 4, 3, 4, 4, dtype=torch.float64).unbind(0)
 
     def velocity(x: Tensor, step: int) -> Tensor:

@@ -25,13 +25,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowcache_core.demo.bundle import load_bundle
-from flowcache_core.generate import Job, generate, generate_upstream
+from flowcache_core.models.bundle import load_bundle
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import PLANS, preset
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.run.generate import Job, generate, generate_upstream
+from flowcache_core.sampling.schedule import ChunkSchedule
 
 pytestmark = [
     pytest.mark.host,

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowcache_core.path import Path
-from flowcache_core.plan import FORMAT, Plan, attended
-from flowcache_core.planner import evenly, least_share, plan_for
 from flowcache_core.policies.planned import Planned
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks, sample_window
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.solvers import Euler, Multistep, Solver, UniPC
-from flowcache_core.walk import CellWalk
+from flowcache_core.run.report import RunReport
+from flowcache_core.sampling.loop import sample_chunks, sample_window
+from flowcache_core.sampling.path import Path
+from flowcache_core.sampling.plan import FORMAT, Plan, attended
+from flowcache_core.sampling.planner import evenly, least_share, plan_for
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
+from flowcache_core.sampling.walk import CellWalk
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 
@@ -226,11 +226,11 @@ def flow(seed: int = 0) -> tuple[Field, Tensor]:
     return field, torch.randn(16, 8, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
 
 
-def ragged(steps: int, dice: random.Random) -> tuple[int, ...]:
+def ragged(steps: int, rng: random.Random) -> tuple[int, ...]:
     """Of groups of four steps two or three, with the first and the last."""
     kept = {0, steps - 1}
     for at in range(0, steps, 4):
-        kept.update(dice.sample(range(at, min(at + 4, steps)), 2))
+        kept.update(rng.sample(range(at, min(at + 4, steps)), 2))
     return tuple(sorted(kept))
 
 

@@ -6,26 +6,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import flowcache_core.sampler as sampler
 import pytest
 import torch
 from torch import Tensor
 
-import flowcache_core.sampler as sampler
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import CachePolicy
-from flowcache_core.given import CLEAN, GivenNoise
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.plan import read_plan
-from flowcache_core.planner import plan_in_part
 from flowcache_core.policies import Chunkwise, Motion
 from flowcache_core.policies.planned import Planned, share_of
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import frame_seconds, sample_chunks, sample_windows
-from flowcache_core.schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
-from flowcache_core.session import Session
-from flowcache_core.solvers import Solver, UniPC
-from flowcache_core.window import WindowSession
+from flowcache_core.policies.protocol import CachePolicy
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.run.window import WindowSession
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.given import CLEAN, GivenNoise
+from flowcache_core.sampling.loop import frame_seconds, sample_chunks, sample_windows
+from flowcache_core.sampling.plan import read_plan
+from flowcache_core.sampling.planner import plan_in_part
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
+from flowcache_core.sampling.solvers import Solver, UniPC
 
 Noise = Callable[..., Tensor]
 

@@ -13,18 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import CachePolicy, Compute, Reuse, Signals, Signature, setting
-from flowcache_core.models.adapter import Attend, Call
+from flowcache_core.models.adapter import Call
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.network import Attend
 from flowcache_core.policies import POLICIES, Always, Chunkwise
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas, timestep
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler, UniPC
-from flowcache_core.state import ChunkState
+from flowcache_core.policies.protocol import CachePolicy, Compute, Reuse, Signals, Signature
+from flowcache_core.policies.state import ChunkState
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.solvers import Euler, UniPC
+from flowcache_core.settings import setting
 
 STEPS = 40
 FREE = {"warmup_steps": 1, "max_reuse": 1000}
@@ -49,8 +51,8 @@ def decisions(policy: CachePolicy, changes: list[float]) -> str:
     return out
 
 
-def random_changes(dice: random.Random, steps: int = STEPS) -> list[float]:
-    return [0.0, *(dice.uniform(0.0, dice.choice([0.02, 0.1, 0.5])) for _ in range(steps - 1))]
+def random_changes(rng: random.Random, steps: int = STEPS) -> list[float]:
+    return [0.0, *(rng.uniform(0.0, rng.choice([0.02, 0.1, 0.5])) for _ in range(steps - 1))]
 
 
 def accumulate(changes: list[float], threshold: float) -> str:
@@ -64,9 +66,9 @@ def accumulate(changes: list[float], threshold: float) -> str:
 
 
 def test_decisions_follow_the_accumulated_drift() -> None:
-    dice = random.Random(1)
+    rng = random.Random(1)
     for _ in range(50):
-        changes, threshold = random_changes(dice), dice.uniform(0.01, 1.0)
+        changes, threshold = random_changes(rng), rng.uniform(0.01, 1.0)
         assert decisions(Chunkwise(threshold=threshold, **FREE), changes) == accumulate(changes, threshold)
 
 
@@ -77,10 +79,10 @@ def test_threshold_zero_computes_everything_and_an_endless_one_almost_nothing() 
 
 @pytest.mark.parametrize("settings", [{}, FREE, {"start_percent": 0.3, "end_percent": 0.8}, {"warmup_steps": 3, "max_reuse": 2}])
 def test_on_one_drift_sequence_a_larger_threshold_never_computes_more(settings: dict[str, Any]) -> None:
-    dice = random.Random(2)
+    rng = random.Random(2)
     for _ in range(100):
-        changes = random_changes(dice)
-        thresholds = sorted(dice.uniform(0, 1) for _ in range(6))
+        changes = random_changes(rng)
+        thresholds = sorted(rng.uniform(0, 1) for _ in range(6))
         computed = [decisions(Chunkwise(threshold=t, **settings), changes).count("C") for t in (0.0, *thresholds)]
         assert computed == sorted(computed, reverse=True), (thresholds, changes)
 

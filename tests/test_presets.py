@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 import flowcache_core.models.published as published
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import CachePolicy, Compute, Foresees, Outlook, Signature
 from flowcache_core.models.published import POLYNOMIALS, time_polynomial
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.planner import least_share
 from flowcache_core.policies import Always, Chunkwise
 from flowcache_core.policies.foresight import free_steps, headroom
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, RULES, describe, on_signature, preset
+from flowcache_core.policies.protocol import CachePolicy, Compute, Foresees, Outlook, Signature
+from flowcache_core.policies.state import ChunkState
 from flowcache_core.policies.target import Target
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler
-from flowcache_core.state import ChunkState
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.planner import least_share
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler
 
 SMALL, LARGE = (POLYNOMIALS["skyreels-v2-df", 1536, 30], POLYNOMIALS["skyreels-v2-df", 5120, 40])
 PUBLISHED = [
@@ -83,11 +83,11 @@ def rising(steps: int) -> list[float]:
 @pytest.mark.parametrize("steps", [30, 50])
 @pytest.mark.parametrize(("name", "threshold", "clamp"), PUBLISHED)
 def test_published_presets_decide_as_the_published_rule(name: str, threshold: float, clamp: bool, steps: int, polynomial: Sequence[float]) -> None:
-    dice = random.Random(steps)
+    rng = random.Random(steps)
     seen = set()
     for _ in range(100):
-        top = dice.choice([0.005, 0.02, 0.08, 0.17])
-        changes = sorted(dice.uniform(0, top) for _ in range(steps)) if dice.random() < 0.5 else [dice.uniform(0, top) for _ in range(steps)]
+        top = rng.choice([0.005, 0.02, 0.08, 0.17])
+        changes = sorted(rng.uniform(0, top) for _ in range(steps)) if rng.random() < 0.5 else [rng.uniform(0, top) for _ in range(steps)]
         expected = reference(changes, polynomial, threshold, clamp)
         assert decisions(preset(name), changes, polynomial) == expected
         seen.add(expected)

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.plan import Plan
-from flowcache_core.plot import chunk_map, line_plot
-from flowcache_core.report import RunReport
-from flowcache_core.schedule import ChunkSchedule
+from flowcache_core.run.report import RunReport
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.plan import Plan
+from flowcache_core.sampling.schedule import ChunkSchedule
+from flowcache_core.show.plot import chunk_map, line_plot
 
 
 @pytest.fixture

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.demo import bundle
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.policy import KVView, LearntKVPolicy
 from flowcache_core.kv.scores import salience as policy
 from flowcache_core.kv.scores.salience import LOW, OUT, SAME, UP, HeadInfo, Salience, SalienceHead, head_at, places
+from flowcache_core.memory import RunMemory
+from flowcache_core.models import bundle
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.skyreels import Rope, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
-from flowcache_core.state import RunMemory
+from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.training import salience as training
 from flowcache_core.training.salience_clips import LEVELS, Clip, measure
 from flowcache_core.training.salience_targets import Student, Teacher, counted, received, received_by_head
@@ -57,8 +57,8 @@ def view_of(hidden: Tensor, carried: Tensor, memory: RunMemory, layer: int = 1) 
 
 def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
     """A clip whose attention is decided by the hidden state, in the shape that a measured one has."""
-    dice = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(head.info.layers, tokens, head.info.in_dim, generator=dice)
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(head.info.layers, tokens, head.info.in_dim, generator=rng)
     law = torch.randn(head.info.in_dim, 3, generator=torch.Generator().manual_seed(0)) / head.info.in_dim**0.5
     chunk = torch.arange(tokens) // CHUNK
     return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens) % CHUNK, 3, GRID))

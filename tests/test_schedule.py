@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from flowcache_core.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, plan_windows, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, plan_windows, timestep
 
 FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
 LAST_SIX = [521, 470, 409, 337, 249, 140]
@@ -26,11 +26,11 @@ def table(schedule: ChunkSchedule) -> list[str]:
 
 
 def random_schedules(count: int) -> list[ChunkSchedule]:
-    dice, out = random.Random(0), []
+    rng, out = random.Random(0), []
     while len(out) < count:
-        chunks, steps = dice.randint(1, 7), dice.randint(1, 12)
+        chunks, steps = rng.randint(1, 7), rng.randint(1, 12)
         try:
-            out.append(ChunkSchedule(chunks * 2 - dice.randint(0, 1), 2, steps, dice.randint(0, steps + 2), dice.choice([None, 1, 2, 3])))
+            out.append(ChunkSchedule(chunks * 2 - rng.randint(0, 1), 2, steps, rng.randint(0, steps + 2), rng.choice([None, 1, 2, 3])))
         except ValueError:
             continue
     return out

@@ -13,10 +13,10 @@ import torch
 
 from flowcache_core.__main__ import main
 from flowcache_core.bench import seam
-from flowcache_core.demo.bundle import Bundle
-from flowcache_core.generate import Given, Job, decode, generate
+from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.wan_vae import WanVAE
+from flowcache_core.run.generate import Given, Job, decode, generate
 
 JOB = Job("red circle", frames=33, steps=2, size=16, cfg=1, ar_step=1)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.path import Path
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.solvers import SOLVERS, Euler, Solver, UniPC, require_finite, solver
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.path import Path
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import SOLVERS, Euler, Solver, UniPC, require_finite, solver
 
 Field = Callable[[Tensor, float], Tensor]
 
@@ -27,8 +27,8 @@ def integrate(kind: Solver, field: Field, x: Tensor, sigmas: tuple[float, ...]) 
 
 def random_field(seed: int, size: int) -> Field:
     """A smooth nonlinear velocity that depends on place and noise level."""
-    dice = torch.Generator().manual_seed(seed)
-    mix, tilt = (torch.randn(size, size, generator=dice, dtype=torch.float64) / size**0.5 for _ in range(2))
+    rng = torch.Generator().manual_seed(seed)
+    mix, tilt = (torch.randn(size, size, generator=rng, dtype=torch.float64) / size**0.5 for _ in range(2))
     return lambda x, sigma: torch.sin(x @ mix + 3 * sigma) + x @ tilt * (1 - sigma)
 
 

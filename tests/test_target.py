@@ -9,40 +9,40 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from flowcache_core.chunk import Chunk
-from flowcache_core.decision import Compute, Outlook, Signature
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
+from flowcache_core.policies.protocol import Compute, Outlook, Signature
+from flowcache_core.policies.state import RunState
 from flowcache_core.policies.target import Found, Pace, Target, straight_changes
 from flowcache_core.policies.thresholds import Standing, computed_from, decision_table, least_computed, nearest_threshold
-from flowcache_core.report import RunReport
-from flowcache_core.sampler import sample_chunks
-from flowcache_core.schedule import ChunkSchedule, flow_sigmas
-from flowcache_core.session import Session
-from flowcache_core.solvers import Euler
-from flowcache_core.state import RunState
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.solvers import Euler
 
 Changes = Callable[[int, int], float]
 
 
-def random_changes(dice: random.Random, steps: int) -> list[float]:
-    return [0.0, *(dice.choice([0.0, 0.01, 0.1]) * dice.random() for _ in range(steps - 1))]
+def random_changes(rng: random.Random, steps: int) -> list[float]:
+    return [0.0, *(rng.choice([0.0, 0.01, 0.1]) * rng.random() for _ in range(steps - 1))]
 
 
-def random_rule(dice: random.Random) -> Chunkwise:
-    low, high = sorted((dice.choice([0.0, 0.2]), dice.choice([0.6, 1.0])))
-    return Chunkwise(warmup_steps=dice.choice([1, 3, 6]), max_reuse=dice.choice([1, 4, 1000]), start_percent=low, end_percent=high, signature="time")
+def random_rule(rng: random.Random) -> Chunkwise:
+    low, high = sorted((rng.choice([0.0, 0.2]), rng.choice([0.6, 1.0])))
+    return Chunkwise(warmup_steps=rng.choice([1, 3, 6]), max_reuse=rng.choice([1, 4, 1000]), start_percent=low, end_percent=high, signature="time")
 
 
 def test_counting_is_the_decision_table_counted() -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(200):
-        steps = dice.randint(2, 40)
-        rule, changes, threshold = random_rule(dice), random_changes(dice, steps), dice.choice([0.0, 1e-9, 0.02, 0.2, math.inf])
+        steps = rng.randint(2, 40)
+        rule, changes, threshold = random_rule(rng), random_changes(rng, steps), rng.choice([0.0, 1e-9, 0.02, 0.2, math.inf])
         table = decision_table(rule, threshold, changes)
         assert computed_from(rule, threshold, changes) == sum(table)
-        at = dice.randrange(steps)
+        at = rng.randrange(steps)
         row = next((n for n in range(at) if table[at - 1 - n]), at)
         drift = 0.0
         for change in changes[at - row : at]:
@@ -51,10 +51,10 @@ def test_counting_is_the_decision_table_counted() -> None:
 
 
 def test_no_threshold_comes_nearer_to_the_share_than_the_one_that_is_found() -> None:
-    dice = random.Random(1)
+    rng = random.Random(1)
     for _ in range(60):
-        steps = dice.randint(2, 24)
-        rule, changes, share = random_rule(dice), random_changes(dice, steps), dice.random()
+        steps = rng.randint(2, 24)
+        rule, changes, share = random_rule(rng), random_changes(rng, steps), rng.random()
         sums = {sum(changes[a:b]) for a in range(steps) for b in range(a + 1, steps + 1)}
         every = [0.0, math.inf, *(s * f for s in sums for f in (1 - 1e-9, 1 + 1e-9))]
         best = min(abs(computed_from(rule, t, changes) - share * steps) for t in every)
@@ -99,9 +99,9 @@ def play(policy: Target, schedule: ChunkSchedule, changes: Changes) -> tuple[dic
     return made, state
 
 
-def drifts(kind: str, steps: int, dice: random.Random) -> Changes:
-    straight, gain = straight_changes(flow_sigmas(steps)), dice.choice([0.1, 1.0, 5.0])
-    noisy = [[dice.uniform(0.3, 1.7) for _ in range(steps)] for _ in range(12)]
+def drifts(kind: str, steps: int, rng: random.Random) -> Changes:
+    straight, gain = straight_changes(flow_sigmas(steps)), rng.choice([0.1, 1.0, 5.0])
+    noisy = [[rng.uniform(0.3, 1.7) for _ in range(steps)] for _ in range(12)]
 
     def change(k: int, j: int) -> float:
         shape = {"flat": 0.05, "straight": straight[j], "faster": straight[j] * (1 + k), "jump": straight[j] * (1 if j < steps // 2 else 6)}[kind]
@@ -112,14 +112,14 @@ def drifts(kind: str, steps: int, dice: random.Random) -> Changes:
 
 @pytest.mark.parametrize("kind", ["flat", "straight", "faster", "jump"])
 def test_under_the_latent_signature_the_run_meets_the_share(kind: str) -> None:
-    dice = random.Random(kind)
+    rng = random.Random(kind)
     for _ in range(12):
-        steps, chunks = dice.choice([16, 24, 50]), dice.choice([1, 2, 5])
-        schedule = ChunkSchedule(3 * chunks, 3, steps, dice.choice([0, 2, 5, steps]))
-        settings = {"warmup_steps": dice.choice([1, 5]), "max_reuse": dice.choice([3, 8, 1000])}
+        steps, chunks = rng.choice([16, 24, 50]), rng.choice([1, 2, 5])
+        schedule = ChunkSchedule(3 * chunks, 3, steps, rng.choice([0, 2, 5, steps]))
+        settings = {"warmup_steps": rng.choice([1, 5]), "max_reuse": rng.choice([3, 8, 1000])}
         least = least_computed(Chunkwise(**settings), steps) / steps  # type: ignore[arg-type]
-        policy = Target(share=dice.uniform(least, 1.0), signature="latent", **settings)  # type: ignore[arg-type]
-        made, state = play(policy, schedule, drifts(kind, steps, dice))
+        policy = Target(share=rng.uniform(least, 1.0), signature="latent", **settings)  # type: ignore[arg-type]
+        made, state = play(policy, schedule, drifts(kind, steps, rng))
         share = sum(row.count("C") for row in made.values()) / schedule.chunk_steps
         assert abs(share - policy.share) <= 0.02 + 1 / schedule.chunk_steps
         for row in made.values():

@@ -96,10 +96,10 @@ def test_orthogonalising_brings_all_singular_values_near_one(shape: tuple[int, i
 
 
 def test_drawn_noise_levels_are_those_that_sampling_meets() -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     kinds = set()
     for _ in range(2000):
-        levels, counts = draw_levels(dice)
+        levels, counts = draw_levels(rng)
         assert len(levels) == len(counts) == CHUNKS
         assert all(0.0 <= level <= 1.0 for level in levels)
         assert any(counts)

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..demo.bundle import weights_id
-from ..plot import line_plot
-from .metrics import mean_and_error
+from ..models.bundle import weights_id
+from ..show.metrics import mean_and_error
+from ..show.plot import line_plot
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")

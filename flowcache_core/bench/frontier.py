@@ -25,21 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..demo.bundle import Bundle, load_bundle
-from ..demo.run import commit
-from ..device import fast_dtype
-from ..generate import Job, decode, generate, generate_upstream
-from ..plan import Plan
-from ..planner import evenly
+from ..device import commit, fast_dtype
+from ..models.bundle import Bundle, load_bundle
 from ..policies.multirate import Multirate
 from ..policies.planned import Planned
 from ..policies.target import Target
 from ..policies.thresholds import least_computed
-from ..report import RunReport
-from ..schedule import ChunkSchedule
-from ..solvers import UniPC
+from ..run.generate import Job, decode, generate, generate_upstream
+from ..run.report import RunReport
+from ..sampling.plan import Plan
+from ..sampling.planner import evenly
+from ..sampling.schedule import ChunkSchedule
+from ..sampling.solvers import UniPC
+from ..show.metrics import mean_and_error, perceptual, psnr, ssim
 from .increment import IncrementAdapter
-from .metrics import mean_and_error, perceptual, psnr, ssim
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 

@@ -11,9 +11,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..models.adapter import Attend, Call
+from ..models.adapter import Call
 from ..models.skyreels import SkyReelsV2
 from ..models.skyreels_adapter import SkyReelsAdapter
+from ..network import Attend
 
 
 class IncrementAdapter(SkyReelsAdapter):

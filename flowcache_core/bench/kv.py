@@ -20,22 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..demo.bundle import Bundle, load_bundle
 from ..device import fast_dtype
-from ..generate import BRANCHES, Job, decode, generate
 from ..kv.compressor import Budget, Compressor
 from ..kv.named import policy_named
 from ..kv.policy import STORED, Granularity, KVPolicy, Stored
 from ..kv.scores import KV_POLICIES
 from ..kv.scores.even import Even
 from ..kv.scores.random import Random
-from ..models.adapter import Attend, Call
+from ..models.adapter import Call
+from ..models.bundle import Bundle, load_bundle
 from ..models.skyreels_adapter import SkyReelsAdapter
 from ..models.wan_vae import TEMPORAL, pixel_frames
-from ..schedule import ChunkSchedule
-from ..session import Session
+from ..network import Attend
+from ..run.generate import BRANCHES, Job, decode, generate
+from ..run.session import Session
+from ..sampling.schedule import ChunkSchedule
+from ..show.metrics import mean_and_error, psnr, ssim
 from ..training.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Sprite, motion_mask, render
-from .metrics import mean_and_error, psnr, ssim
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 

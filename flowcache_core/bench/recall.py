@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..chunk import Chunk
-from ..decision import Measure
-from ..demo.bundle import Bundle, load_bundle
-from ..generate import Job
 from ..kernels.tokens import frame_difference, normalised, pooled
 from ..models.adapter import Call
 from ..models.attention import BlockCausal
+from ..models.bundle import Bundle, load_bundle
 from ..models.skyreels_adapter import SkyReelsAdapter
-from ..schedule import ChunkSchedule, flow_sigmas
+from ..policies.protocol import Measure
+from ..run.generate import Job
+from ..sampling.chunk import Chunk
+from ..sampling.schedule import ChunkSchedule, flow_sigmas
 from ..training.scenes import HELD_OUT, make_scene, motion_mask, render
 
 NAME = "recall"

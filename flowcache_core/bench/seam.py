@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..demo.bundle import Bundle, load_bundle
 from ..device import fast_dtype
-from ..generate import Given, Job, decode, generate, generate_upstream
+from ..models.bundle import Bundle, load_bundle
 from ..models.wan_vae import TEMPORAL, latent_frames, pixel_frames
+from ..run.generate import Given, Job, decode, generate, generate_upstream
 from .prompts import PROMPTS, seed_of
 
 NAME = "seam"
 
 
 @dataclass(frozen=True)
-class Rule:
+class Way:
     """One way to extend. `frames`: pixel frames of the clip that are given; 0 gives all of it.
 
     rolled: the clip stays in place and the window rolls on. latents: its last latents become the first of a new film.
@@ -50,7 +50,7 @@ class Rule:
         return film, decode(bundle, make(bundle, job, given=given)[0])[self.frames :]
 
 
-RULES = (Rule("rolled", 0), Rule("latents", 9), Rule("latents", 17), Rule("pixels", 9), Rule("pixels", 17), Rule("published", 17))
+RULES = (Way("rolled", 0), Way("latents", 9), Way("latents", 17), Way("pixels", 9), Way("pixels", 17), Way("published", 17))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": args.steps, "prompts": args.prompts, "rows": measure(load_bundle(fast_dtype()), jobs, wanted)}
 
 
-def measure(bundle: Bundle, jobs: list[Job], rules: list[Rule]) -> list[dict[str, Any]]:
+def measure(bundle: Bundle, jobs: list[Job], rules: list[Way]) -> list[dict[str, Any]]:
     """One row per rule, in grey levels of 255: `seam`, `ordinary` (all neighbouring frames), `boundary` (those that part two latent frames).
 
     `setting` is the number of given frames; share, psnr, ssim and wall_ratio have no meaning here and are null.

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..decision import CachePolicy, Foresees
-from ..demo.bundle import Bundle, load_bundle
 from ..device import fast_dtype
-from ..generate import Job, MakeAdapter, decode, generate
+from ..models.bundle import Bundle, load_bundle
 from ..models.skyreels_adapter import SkyReelsAdapter
+from ..policies.protocol import CachePolicy, Foresees
+from ..run.generate import Job, MakeAdapter, decode, generate
+from ..show.metrics import psnr, ssim
 from .increment import IncrementAdapter
-from .metrics import psnr, ssim
 from .prompts import PROMPTS, seed_of
 
 MEASURES = ("share", "chunk_share", "psnr", "ssim", "plain", "cached")

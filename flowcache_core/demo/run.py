@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from datetime import date
 from pathlib import Path
@@ -14,17 +13,17 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bench.metrics import psnr, ssim
-from ..decision import CachePolicy
-from ..device import device_name, fast_dtype
-from ..film import frames_of, side_by_side, write_film
-from ..generate import Job, decode, generate, generate_upstream
-from ..overlay import overlay
-from ..plot import chunk_map
+from ..device import commit, device_name, fast_dtype
+from ..models.bundle import NAME, Bundle, load_bundle, weights_id
 from ..policies.multirate import Multirate
 from ..policies.planned import Planned
-from ..report import RunReport
-from .bundle import NAME, Bundle, load_bundle, weights_id
+from ..policies.protocol import CachePolicy
+from ..run.generate import Job, decode, generate, generate_upstream
+from ..run.report import RunReport
+from ..show.film import frames_of, side_by_side, write_film
+from ..show.metrics import psnr, ssim
+from ..show.overlay import overlay
+from ..show.plot import chunk_map
 
 ARMS = ("upstream", "uncached", "chunkwise", "motion")
 USUAL = ARMS[:3]
@@ -136,14 +135,3 @@ def _arms(text: str) -> list[str]:
 def _warm_up(bundle: Bundle) -> None:
     """One short film, so that the first arm does not pay for what every process pays once."""
     generate(bundle, Job("", 9, 2))
-
-
-def commit() -> str:
-    """The checkout's commit, with + when files are changed; unknown outside a checkout."""
-    here = Path(__file__).parents[1]
-    try:
-        head = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "-C", str(here), "diff", "--quiet", "HEAD", "--", "."], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")

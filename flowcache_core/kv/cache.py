@@ -10,20 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk
 from ..kernels.attention import attention
 from ..kernels.segments import attention_with_lse, merge
-from ..rows import Capacity, Rows
+from ..network import NetworkSizes
+from ..sampling.chunk import Chunk
 from .keeper import Choice, Keeper, Segment
+from .layout import Capacity, Layout
 from .waiting import Waiting
-
-if TYPE_CHECKING:
-    from ..models.adapter import ModelAdapter
 
 Branches = tuple[Hashable, ...]
 
@@ -44,8 +41,8 @@ class KVSizes:
     active: int = 0
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, films: int, room: Capacity) -> KVSizes:
-        return cls(films, adapter.layers, adapter.heads, adapter.head_dim, room.total, room.history, room.active)
+    def of(cls, network: NetworkSizes, films: int, room: Capacity) -> KVSizes:
+        return cls(films, network.layers, network.heads, network.head_dim, room.total, room.history, room.active)
 
 
 class KVCache:
@@ -80,7 +77,7 @@ class KVCache:
         return self._buffers[index]
 
     def write(self, layer: int, rows: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
-        """Rows `at` of the buffers, by range or by index."""
+        """Slots `at` of the buffers, by range or by index."""
         for buffer, fresh in zip(self.layer(layer, k), (k, v), strict=True):
             if isinstance(at, slice):
                 buffer[rows, :, at] = fresh
@@ -88,7 +85,7 @@ class KVCache:
                 buffer[rows].index_copy_(2, at, fresh)
 
     def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of an active chunk, to be written in place."""
+        """Slots of an active chunk, to be written in place."""
         keys, values = self.layer(layer, like)
         return keys[rows, :, at], values[rows, :, at]
 
@@ -211,10 +208,10 @@ def _grouped(beyond: list[list[Segment]]) -> list[tuple[list[Segment], slice]]:
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    def __init__(self, sizes: KVSizes, rows: Rows, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
+    def __init__(self, sizes: KVSizes, rows: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
                  waits: Callable[[int], bool] = lambda index: False) -> None:  # fmt: skip
         """`waits`: whether tokens of a chunk may wait while others of it are computed."""
-        self.sizes, self.lie, self.keeper, self.waits = sizes, rows, keeper, waits
+        self.sizes, self.layout, self.keeper, self.waits = sizes, rows, keeper, waits
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
         self._waiting: dict[tuple[int, Branches], Waiting] = {}
@@ -226,14 +223,14 @@ class KVStore:
     @property
     def history_bytes(self) -> int:
         """What the rows of a history under a budget take, wherever they lie."""
-        return sum(cache.history_bytes(self.lie.kept) for cache in self._caches)
+        return sum(cache.history_bytes(self.layout.kept) for cache in self._caches)
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""
-        (cache, rows), place = self.of(branches), self.lie.begin(chunk.index)
+        (cache, rows), place = self.of(branches), self.layout.begin(chunk.index)
         waiting = None
         if self.waits(chunk.index) and not chunk.committing:
-            waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.lie.spans[chunk.index][1]))
+            waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
         return CachedAttention(cache, rows, *place, tokens, self.keeper, chunk, waiting)
 
@@ -248,20 +245,20 @@ class KVStore:
 
     def settle(self, chunk: Chunk) -> None:
         """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
-        count = self.lie.spans[chunk.index][1]
-        history, stays = self.lie.settle(chunk.index)
+        count = self.layout.spans[chunk.index][1]
+        history, stays = self.layout.settle(chunk.index)
         for cache in self._caches:
             if self.keeper is None:
                 if stays < history:
                     cache.drop(history - stays, stays)
                 continue
-            cache.join(history - count, count, self.lie.active)
+            cache.join(history - count, count, self.layout.active)
             for branch in cache.branches:
                 rows = cache.rows((branch,))
                 assert rows is not None
                 for layer, choice in enumerate(self.keeper.settle(chunk, branch, stays)):
                     if choice is not None:
-                        cache.keep(layer, rows, choice, history, self.lie.active)
+                        cache.keep(layer, rows, choice, history, self.layout.active)
 
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
         """The cache that holds these branches, in this order, and their rows in it."""

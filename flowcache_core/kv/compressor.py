@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..decision import check, setting
-from ..rows import Rows
-from ..schedule import ChunkSchedule
+from ..network import NetworkSizes
+from ..sampling.schedule import ChunkSchedule
+from ..settings import check, setting
 from .cache import Branches, KVCache, KVSizes
 from .codec import codec_of
+from .layout import Layout
 from .packed import PackedCache
 from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, RememberingKVPolicy, Stored, Unit
-
-if TYPE_CHECKING:
-    from ..models.adapter import ModelAdapter
 
 TEMPORAL = 4
 """Pixel frames per latent frame."""
@@ -51,7 +48,7 @@ class Compressor:
                 "set soft to 0, or dtype to as computed and offload off"
             )
 
-    def plan(self, adapter: ModelAdapter, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int,
+    def plan(self, network: NetworkSizes, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int,
              device: torch.device | str = "cpu") -> Budget:  # fmt: skip
         """The budget in rows of the cache. Raises ValueError, with the smallest one that works, for weights of another model, and
         for a dtype that the device cannot hold.
@@ -60,9 +57,9 @@ class Compressor:
         """
         codec_of(self.dtype).require("cpu" if self.offload else device)
         if isinstance(self.policy, LearntKVPolicy):
-            self.policy.check_network(adapter.layers, adapter.width)
-        chunk_frames, frame_tokens = schedule.chunk_frames, adapter.tokens_per_frame(*grid)
-        token_bytes = 2 * adapter.layers * adapter.heads * adapter.head_dim * itemsize * rows
+            self.policy.check_network(network.layers, network.width)
+        chunk_frames, frame_tokens = schedule.chunk_frames, network.tokens_per_frame(*grid)
+        token_bytes = 2 * network.layers * network.heads * network.head_dim * itemsize * rows
         frame = {"chunks": 1 / chunk_frames, "seconds": TEMPORAL / fps, "GiB": frame_tokens * token_bytes / 2**30}[self.unit]
         recent = self.recent or chunk_frames
         least = self.sink + max(recent, chunk_frames)
@@ -91,7 +88,7 @@ class Budget:
     offload: bool = False
     soft: float = 0.0
 
-    def cache_of(self, sizes: KVSizes, rows: Rows) -> Callable[[Branches], KVCache]:
+    def cache_of(self, sizes: KVSizes, rows: Layout) -> Callable[[Branches], KVCache]:
         """How the caches of a run are made."""
         if self.dtype == "as computed" and not self.offload:
             return lambda branches: KVCache(branches, sizes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..rows import capacity
-from ..schedule import ChunkSchedule
+from ..sampling.schedule import ChunkSchedule
 from .compressor import Budget
+from .layout import capacity
 
 
 def foresee_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) -> str:

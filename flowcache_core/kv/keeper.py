@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk
-from ..schedule import ChunkSchedule
-from ..state import RunMemory
+from ..memory import RunMemory
+from ..network import Rotary
+from ..sampling.chunk import Chunk
+from ..sampling.schedule import ChunkSchedule
 from .evict import select
 from .policy import KVView, SamplingKVPolicy
 
 if TYPE_CHECKING:
-    from ..models.adapter import Rotary
     from .compressor import Budget
 
 Segment = tuple[int, int, int]

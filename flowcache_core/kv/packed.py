@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import Rows
 from .cache import Branches, KVCache, KVSizes
 from .codec import Codec, State, Which
 from .keeper import Choice
+from .layout import Layout
 
 BOTH: tuple[Which, Which] = ("k", "v")
 
@@ -20,9 +20,9 @@ BOTH: tuple[Which, Which] = ("k", "v")
 class PackedCache(KVCache):
     """`rows`: the run's book-keeping, which knows where history ends; `offload`: keep history in pinned memory of the host."""
 
-    def __init__(self, branches: Branches, sizes: KVSizes, rows: Rows, codec: Codec, offload: bool) -> None:
+    def __init__(self, branches: Branches, sizes: KVSizes, rows: Layout, codec: Codec, offload: bool) -> None:
         super().__init__(branches, sizes)
-        self.lie, self.codec, self.offload = rows, codec, offload
+        self.layout, self.codec, self.offload = rows, codec, offload
         self._states: list[State] = []
         self._scratch: tuple[Tensor, Tensor] | None = None
 
@@ -49,16 +49,16 @@ class PackedCache(KVCache):
         return self._buffers[index]
 
     def write(self, layer: int, rows: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
-        kept = self.lie.kept
+        kept = self.layout.kept
         super().write(layer, rows, slice(at.start - kept, at.stop - kept) if isinstance(at, slice) else at - kept, k, v)
 
     def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.lie.kept
+        kept = self.layout.kept
         return super().own(layer, rows, slice(at.start - kept, at.stop - kept), like)
 
     def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         assert self._scratch is not None
-        kept, state = self.lie.kept, self._of(layer, rows)
+        kept, state = self.layout.kept, self._of(layer, rows)
         whole = self._scratch[0][rows], self._scratch[1][rows]
         if self.offload:
             state = {name: t if t.shape[2] == 1 else t[:, :, :kept] for name, t in state.items()}

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..state import RunMemory
+from ..memory import RunMemory
+from ..network import Rotary
 
 if TYPE_CHECKING:
-    from ..models.adapter import Rotary
     from .cache import KVSizes
 
 Unit = Literal["chunks", "seconds", "GiB"]

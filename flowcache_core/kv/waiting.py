@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..histories import Histories
+from ..sampling.histories import Histories
 
 
 class Waiting:

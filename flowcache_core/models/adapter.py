@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values, what the layer's self-attention was given) -> attention output."""
-
-
-class Rotary(Protocol):
-    """How a network turns queries and keys by their position."""
-
-    def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
-        """Of the tokens of `frames` latent frames from `start` on, complex64 [frames * rows * columns, head_dim / 2]."""
-        ...
-
-    def shift(self, frames: int) -> Tensor:
-        """Of a move along time alone, by any number of latent frames, complex64 [1, head_dim / 2]."""
-        ...
-
-    def turn(self, x: Tensor, phases: Tensor) -> Tensor:
-        """[..., T, head_dim] by phases [T or 1, head_dim / 2]; their conjugate turns back."""
-        ...
+from ..network import Attend, NetworkSizes
+from ..sampling.chunk import Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +27,10 @@ class Call:
     fps: int
 
 
-class ModelAdapter(Protocol):
+class ModelAdapter(NetworkSizes, Protocol):
     """The only code that knows one network. Latents are [B, C, F, h, w], velocities (noise - clean) have the same shape."""
 
     name: ClassVar[str]
-    layers: int
-    heads: int
-    head_dim: int
-    width: int
-    """Channels of a token between the layers."""
-    rotary: Rotary
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of one latent frame of h x w."""
-        ...
 
     def text(self, context: Tensor) -> Any:
         """What is computed once per prompt: the text's keys and values of every layer."""

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..schedule import timestep
-from .adapter import Attend, Call, Rotary
+from ..network import Attend, Rotary
+from ..sampling.schedule import timestep
+from .adapter import Call
 from .attention import bidirectional
 from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Signals
-from ..state import ChunkState
+from ..sampling.chunk import Chunk
+from .protocol import Compute, Decision, Signals
+from .state import ChunkState
 
 
 @dataclass(frozen=True)

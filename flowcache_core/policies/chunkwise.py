@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature, check, setting
-from ..state import ChunkState, RunMemory
+from ..memory import RunMemory
+from ..sampling.chunk import Chunk
+from ..settings import check, setting
 from .foresight import forecast, headroom, on_rescaling
+from .protocol import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature
+from .state import ChunkState
 from .thresholds import rescaled
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..decision import Outlook
+from .protocol import Outlook
 from .thresholds import computed_from, least_computed
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals, check, setting
 from ..kernels.tokens import normalised
-from ..state import ChunkState
+from ..sampling.chunk import Chunk
+from ..settings import check, setting
 from .chunkwise import Chunkwise
+from .protocol import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals
+from .state import ChunkState
 
 BUCKETS = 16
 """A chunk runs in one of this many lengths, so that shapes repeat."""

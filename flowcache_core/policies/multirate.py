@@ -14,12 +14,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Outlook, Signals, check, setting
-from ..plan import Plan
-from ..planner import Profile, plan_in_part
-from ..schedule import ChunkSchedule
-from ..state import ChunkState, RunMemory
+from ..memory import RunMemory
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan
+from ..sampling.planner import Profile, plan_in_part
+from ..sampling.schedule import ChunkSchedule
+from ..settings import check, setting
+from .protocol import Compute, Decision, Outlook, Signals
+from .state import ChunkState
 
 WORTH_BELOW = 0.17
 """Above this share a plan for whole chunks did as well on one of two sets of films; on the other tokens still gained at 0.18."""

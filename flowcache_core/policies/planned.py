@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Outlook, PlanPolicy, Signals, check, setting
-from ..plan import Plan, commit_frames
-from ..planner import Profile, plan_for
-from ..schedule import ChunkSchedule
-from ..state import ChunkState, RunMemory
+from ..memory import RunMemory
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan, commit_frames
+from ..sampling.planner import Profile, plan_for
+from ..sampling.schedule import ChunkSchedule
+from ..settings import check, setting
+from .protocol import Compute, Decision, Outlook, PlanPolicy, Signals
+from .state import ChunkState
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ negative for small changes; the names that end in `-exact` let it be so, the oth
 
 from __future__ import annotations
 
-from ..decision import Rescale
 from .chunkwise import Chunkwise
 from .planned import Planned
+from .protocol import Rescale
 from .target import Target
 
 CUSTOM = "custom"

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import ClassVar
 
-from ..chunk import Chunk
-from ..decision import Compute, Decision, Outlook, Signals, setting
-from ..state import ChunkState, RunMemory
+from ..memory import RunMemory
+from ..sampling.chunk import Chunk
+from ..settings import setting
 from .chunkwise import Chunkwise
 from .foresight import headroom, on_rescaling
+from .protocol import Compute, Decision, Outlook, Signals
+from .state import ChunkState
 from .thresholds import Standing, computed_from, least_computed, nearest_threshold
 
 

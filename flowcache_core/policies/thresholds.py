@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..chunk import Chunk
-from ..decision import Compute, Rescale
-from ..state import ChunkState
+from ..sampling.chunk import Chunk
+from .protocol import Compute, Rescale
+from .state import ChunkState
 
 if TYPE_CHECKING:
     from .chunkwise import Chunkwise

@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..demo import bundle
 from ..device import fast_dtype
-from ..generate import Job, decode, generate
+from ..models import bundle
 from ..models.wan_vae import WanVAE
+from ..run.generate import Job, decode, generate
 from . import dit, vae
 from .evaluate import contact_sheet, evaluate
 

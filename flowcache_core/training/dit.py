@@ -21,7 +21,7 @@ from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import Attend, SkyReelsConfig, SkyReelsV2
 from ..models.wan_vae import SPATIAL
 from ..models.word_text import encode_prompt
-from ..schedule import TRAIN_STEPS, flow_sigmas
+from ..sampling.schedule import TRAIN_STEPS, flow_sigmas
 from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
 from .scenes import make_scene, render
@@ -64,28 +64,28 @@ class Clips:
         return self.latents[index], self.captions[index]
 
 
-def draw_levels(dice: random.Random) -> tuple[list[float], list[bool]]:
+def draw_levels(rng: random.Random) -> tuple[list[float], list[bool]]:
     """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss: if it is begun and not finished."""
-    steps = dice.randint(16, 60)
-    table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, dice.choice([3.0, 5.0, 8.0, 8.0])))
-    kind = dice.random()
+    steps = rng.randint(16, 60)
+    table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, rng.choice([3.0, 5.0, 8.0, 8.0])))
+    kind = rng.random()
     if kind < 0.45:
-        lead, lag = dice.randint(1, steps + 12 * (CHUNKS - 1)), dice.randint(2, 12)
+        lead, lag = rng.randint(1, steps + 12 * (CHUNKS - 1)), rng.randint(2, 12)
         index = [lead - k * lag for k in range(CHUNKS)]
     elif kind < 0.65:
-        index = [dice.randint(1, steps)] * CHUNKS
+        index = [rng.randint(1, steps)] * CHUNKS
     else:
-        index = sorted((dice.randint(1, steps) for _ in range(CHUNKS)), reverse=True)
-        for k in range(dice.choice([0, 1, 1, 2, 3, 4])):
+        index = sorted((rng.randint(1, steps) for _ in range(CHUNKS)), reverse=True)
+        for k in range(rng.choice([0, 1, 1, 2, 3, 4])):
             index[k] = steps + 1
     index = [min(max(i, 0), steps + 1) for i in index]
     levels = [table[i] for i in index]
     counts = [1 <= i <= steps for i in index]
-    if dice.random() < 0.3:
-        prefix = dice.uniform(0, 50) / TRAIN_STEPS
+    if rng.random() < 0.3:
+        prefix = rng.uniform(0, 50) / TRAIN_STEPS
         levels = [level or prefix for level in levels]
     if not any(counts):
-        return draw_levels(dice)
+        return draw_levels(rng)
     return levels, counts
 
 
@@ -96,17 +96,17 @@ def moving(clean: Tensor) -> Tensor:
 
 
 def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: float) -> Tensor:
-    dice = random.Random(step)
-    slow = dice.random() < 1 / 8
-    picked = [8 * dice.randrange(clips.pool(step) // 8) + (7 if slow else dice.randrange(7)) for _ in range(batch)]
+    rng = random.Random(step)
+    slow = rng.random() < 1 / 8
+    picked = [8 * rng.randrange(clips.pool(step) // 8) + (7 if slow else rng.randrange(7)) for _ in range(batch)]
     latents, captions = zip(*(clips[i] for i in picked), strict=True)
     clean = torch.stack(latents).float()
-    prompts = ["" if dice.random() < 0.1 else c for c in captions]
+    prompts = ["" if rng.random() < 0.1 else c for c in captions]
     text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts])
-    drawn = [draw_levels(dice) for _ in range(batch)]
+    drawn = [draw_levels(rng) for _ in range(batch)]
     spans = torch.full((CHUNKS,), CHUNK)
-    if dice.random() < 0.15:
-        drawn = [([dice.choice([0.0, 0.02]), *levels], [False, *counts]) for levels, counts in drawn]
+    if rng.random() < 0.15:
+        drawn = [([rng.choice([0.0, 0.02]), *levels], [False, *counts]) for levels, counts in drawn]
         spans = torch.tensor([1, *[CHUNK] * (CHUNKS - 1), CHUNK - 1])
     sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(spans, 1)
     counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(spans, 1)[:, None, :, None, None]
@@ -115,8 +115,8 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     noisy = (1 - s) * clean + s * noise
 
     ends = (spans.cumsum(0) * TOKENS_PER_FRAME).tolist()
-    causal = dice.random() < 0.72
-    window = dice.choice([2, 3, 4]) if dice.random() < 0.25 else None
+    causal = rng.random() < 0.72
+    window = rng.choice([2, 3, 4]) if rng.random() < 0.25 else None
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
     times = (sigma * TRAIN_STEPS).floor()
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..demo.bundle import VAE, Bundle
-from ..generate import Job, decode, generate
+from ..models.bundle import VAE, Bundle
 from ..models.checkpoint import read
 from ..models.wan_vae import WanVAE
+from ..run.generate import Job, decode, generate
 from .scenes import COLOURS, DIRECTIONS, HELD_OUT, Scene, Sprite, make_scene, render
 from .vae import reconstruction
 

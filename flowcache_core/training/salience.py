@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..demo import bundle
-from ..demo.bundle import Bundle
 from ..device import fast_dtype
-from ..generate import Job
 from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
+from ..models import bundle
+from ..models.bundle import Bundle
 from ..models.checkpoint import load_skyreels_file, skyreels_config
 from ..models.key_names import original_names
 from ..models.quantised import MARKER
 from ..models.shards import open_checkpoint
 from ..models.skyreels import SkyReelsV2
 from ..models.wan_vae import WanVAE
+from ..run.generate import Job
 from .dit import FRAMES, SIZE
 from .loop import Loop
 from .salience_clips import LEVELS, Clip, ClipStore, Drawn, Half, Sampled, Source, Spoken, check_job, read_embeddings
@@ -67,7 +67,7 @@ def ranking_loss(said: Tensor, wanted: Tensor, counted: Tensor, first: Tensor, s
 
 
 def loss_of(head: SalienceHead, clips: Sequence[Clip]) -> Tensor:
-    """Mean over layers of SmoothL1 and ranking loss. The pairs are drawn from torch's own dice, alike for all layers."""
+    """Mean over layers of SmoothL1 and ranking loss. The pairs are drawn from torch's own rng, alike for all layers."""
     counted = torch.stack([c.counted for c in clips])
     place, tokens = torch.stack([c.place for c in clips]), counted.shape[1]
     first, second = torch.randint(0, tokens, (2, PAIRS)).to(counted.device)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..demo.bundle import Bundle
-from ..generate import Job, generate
 from ..kv.scores.salience import places
+from ..models.bundle import Bundle
 from ..models.shards import read
 from ..models.skyreels import PATCH, SkyReelsV2
 from ..models.wan_vae import latent_frames
-from ..schedule import timestep
+from ..run.generate import Job, generate
+from ..sampling.schedule import timestep
 from .salience_targets import Student, Teacher, counted
 from .scenes import HELD_OUT, make_scene, render
 
@@ -73,9 +73,9 @@ def measure(network: SkyReelsV2, latents: Tensor, text: Tensor, chunk_frames: in
     student = Student([*range(chunk, tokens, chunk), tokens])
     network(x, torch.zeros(1, 1, device=x.device), kv, student, fps=fps)
 
-    dice = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=dice).to(like)
-    kept = torch.randperm(tokens, generator=dice)[:keep].sort().values
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn(latents.shape, generator=rng).to(like)
+    kept = torch.randperm(tokens, generator=rng)[:keep].sort().values
     sums: Tensor | None = None
     for level in LEVELS:
         teacher = Teacher(chunk)

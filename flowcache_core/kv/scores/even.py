@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...decision import check, setting
+from ...settings import check, setting
 from ..policy import KVView
 
 BITS = 32

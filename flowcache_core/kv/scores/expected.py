@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ...decision import check, setting
+from ...network import Rotary
+from ...settings import check, setting
 from ..policy import KVView
 
 if TYPE_CHECKING:
-    from ...models.adapter import Rotary
     from ..cache import KVSizes
 
 FRAME_BITS = 16

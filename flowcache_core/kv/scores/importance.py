@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decision import check, setting
 from ...kernels.columns import column_sums
 from ...kernels.similarity import mean_similarity
+from ...settings import check, setting
 from ..policy import KVView
 
 LAST = 50

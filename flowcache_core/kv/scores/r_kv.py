@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...decision import check, setting
 from ...kernels.similarity import mean_similarity_but_to_newest
+from ...settings import check, setting
 from ..policy import KVView
 from .importance import importance, require_odd
 

@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from ...decision import check, setting
+from ...settings import check, setting
 from ..policy import KVView
 
 T = TypeVar("T", int, Tensor)

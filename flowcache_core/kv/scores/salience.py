@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...decision import check, setting
+from ...settings import check, setting
 from ..policy import KVView
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ NARROWING = 8
 """A head is as many times narrower inside than the layer."""
 EPS = 1e-6
 COMMAND = "python -m flowcache_core.training.salience"
-BUNDLED = Path(__file__).parents[2] / "demo" / "weights" / "salience.safetensors"
+BUNDLED = Path(__file__).parents[2] / "models" / "weights" / "salience.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decision import check, setting
 from ...kernels.columns import column_sums
+from ...settings import check, setting
 from ..policy import KVView
 from .importance import require_odd
 

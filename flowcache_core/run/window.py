@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .chunk import Chunk
-from .decision import CachePolicy, WindowPolicy
-from .models.adapter import ModelAdapter
-from .plan import Plan, row_frames
-from .policies.planned import foretell
+from ..kv.cache import Branches
+from ..models.adapter import ModelAdapter
+from ..policies.planned import foretell
+from ..policies.protocol import CachePolicy, WindowPolicy
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan, row_frames
+from ..sampling.schedule import Row, Window
 from .report import RunReport
-from .schedule import Row, Window
-
-if TYPE_CHECKING:
-    from .kv.cache import Branches
 
 
 class WindowSession:

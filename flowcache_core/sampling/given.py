@@ -33,11 +33,11 @@ class GivenNoise:
         """The random numbers of one run."""
         return torch.Generator().manual_seed((self.seed + 1) % 2**63)
 
-    def show(self, given: Tensor, dice: torch.Generator) -> Tensor:
+    def show(self, given: Tensor, rng: torch.Generator) -> Tensor:
         """(1 - sigma) * given + sigma * fresh noise; latents of any shape."""
         if not self.level:
             return given
-        return (1 - self.sigma) * given + self.sigma * torch.randn(given.shape, generator=dice).to(given)
+        return (1 - self.sigma) * given + self.sigma * torch.randn(given.shape, generator=rng).to(given)
 
 
 CLEAN = GivenNoise()

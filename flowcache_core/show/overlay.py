@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .models.wan_vae import TEMPORAL, pixel_frames
+from ..models.wan_vae import TEMPORAL, pixel_frames
+from ..run.report import COMPUTED
 from .plot import REUSED_SHADE, SHADES
-from .report import COMPUTED
 
 
 def overlay(film: np.ndarray, visits: np.ndarray, steps: int, opacity: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

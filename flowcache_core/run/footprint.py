@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-from .rows import capacity
-from .schedule import ChunkSchedule
-
-if TYPE_CHECKING:
-    from .decision import Replay
-    from .models.adapter import ModelAdapter
-    from .plan import Plan
+from ..kv.layout import capacity
+from ..models.adapter import ModelAdapter
+from ..policies.protocol import Replay
+from ..sampling.plan import Plan
+from ..sampling.schedule import ChunkSchedule
 
 KEPT = 2
 """Computed steps that a chunk remembers per branch at most, and a token that may wait."""

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunk import Chunk
-from .decision import CachePolicy
-from .demo.bundle import Bundle
-from .given import GivenNoise
-from .kv.compressor import Compressor
-from .models.adapter import ModelAdapter
-from .models.skyreels import SkyReelsV2, require_fps
-from .models.skyreels_adapter import SkyReelsAdapter
-from .models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
+from ..kv.compressor import Compressor
+from ..models.adapter import ModelAdapter
+from ..models.bundle import Bundle
+from ..models.skyreels import SkyReelsV2, require_fps
+from ..models.skyreels_adapter import SkyReelsAdapter
+from ..models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
+from ..policies.protocol import CachePolicy
+from ..sampling.chunk import Chunk
+from ..sampling.given import GivenNoise
+from ..sampling.loop import sample_chunks, sample_windows
+from ..sampling.schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
+from ..sampling.solvers import Solver, solver
 from .report import RunReport
-from .sampler import sample_chunks, sample_windows
-from .schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
 from .session import Session
-from .solvers import Solver, solver
 from .window import WindowSession
 
 Progress = Callable[[Chunk], None]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .schedule import ChunkSchedule
+from ..sampling.schedule import ChunkSchedule
 
 
-class Rows:
+class Layout:
     """Book-keeping of one run, the same for all layers and branches; no tensors.
 
     Without a `budget` history is whole chunks, and one is dropped when no later chunk sees it. With one, history is the
@@ -27,7 +27,7 @@ class Rows:
 
     @property
     def active(self) -> int:
-        """Rows behind history that a budget has no say in."""
+        """Slots behind history that a budget has no say in."""
         return self.total - self.kept
 
     def begin(self, index: int) -> tuple[int, int, int]:
@@ -59,7 +59,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Rows that a run needs at most: in all, of history at the moment when a chunk has joined it, and of active chunks."""
+    """Slots that a run needs at most: in all, of history at the moment when a chunk has joined it, and of active chunks."""
 
     total: int
     history: int
@@ -68,7 +68,7 @@ class Capacity:
 
 def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> Capacity:
     """Found by going through the run's book-keeping."""
-    rows, total, history, active = Rows(schedule, frame_tokens, budget), 0, 0, 0
+    rows, total, history, active = Layout(schedule, frame_tokens, budget), 0, 0, 0
 
     def begin(indices: Iterable[int]) -> None:
         nonlocal total, active

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .chunk import Chunk
-from .plan import Plan
-from .schedule import ChunkSchedule
+from ..memory import RunMemory
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan
+from ..sampling.schedule import ChunkSchedule
 
 if TYPE_CHECKING:
-    from .state import ChunkState, RunMemory
+    from .state import ChunkState
 
 Signature = Literal["latent", "time"]
 Replay = Literal["velocity", "residual"]
@@ -184,31 +185,3 @@ class Foresees(Protocol):
     def retell(self, memory: RunMemory) -> tuple[str, ...]:
         """Sentences for the report when the run is over."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How a field of a policy is shown and checked: one place for default, range and help."""
-
-    help: str
-    low: float | None = None
-    high: float | None = None
-    step: float | None = None
-    options: tuple[str, ...] = ()
-    advanced: bool = False
-
-
-def setting(default: Any, help: str, **kw: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(help, **kw)})
-
-
-def check(policy: Any) -> None:
-    """Raises ValueError, with the range, for a field outside its own."""
-    for name, f in policy.__dataclass_fields__.items():
-        rule, value = f.metadata.get("setting"), getattr(policy, name)
-        if rule is None:
-            continue
-        if rule.options and value not in rule.options:
-            raise ValueError(f"{name} is {value!r}: use one of {', '.join(rule.options)}")
-        if rule.low is not None and not rule.low <= value <= rule.high:
-            raise ValueError(f"{name} is {value}: it must lie between {rule.low} and {rule.high}")

@@ -13,23 +13,23 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .chunk import Chunk
-from .decision import CachePolicy, Compute, Decision, Foresees, Outlook, Part, PartPolicy, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
-from .kernels.tokens import mask_over, pooled, spread
-from .kv.cache import Branches, KVSizes, KVStore
-from .kv.compressor import Budget
-from .kv.foresight import foresee_history
-from .kv.keeper import Keeper
-from .models.adapter import Call, ModelAdapter, require_tokens
-from .models.published import time_polynomial
-from .plan import Plan
-from .policies.always import Always
-from .policies.planned import foretell
+from ..kernels.tokens import mask_over, pooled, spread
+from ..kv.cache import Branches, KVSizes, KVStore
+from ..kv.compressor import Budget
+from ..kv.foresight import foresee_history
+from ..kv.keeper import Keeper
+from ..kv.layout import Layout, capacity
+from ..models.adapter import Call, ModelAdapter, require_tokens
+from ..models.published import time_polynomial
+from ..policies.always import Always
+from ..policies.planned import foretell
+from ..policies.protocol import CachePolicy, Compute, Decision, Foresees, Outlook, Part, PartPolicy, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
+from ..policies.state import ChunkState, RunState
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan
+from ..sampling.schedule import ChunkSchedule
 from .report import RunReport
-from .rows import Rows, capacity
-from .schedule import ChunkSchedule
 from .signals import StepSignals
-from .state import ChunkState, RunState
 
 
 class Session:
@@ -70,7 +70,7 @@ class Session:
         self._time_changes: list[float] | None = None
 
     def _store(self, budget: Budget | None) -> KVStore:
-        adapter, rows = self.adapter, Rows(self.schedule, self._frame_tokens, budget.rows if budget else None)
+        adapter, rows = self.adapter, Layout(self.schedule, self._frame_tokens, budget.rows if budget else None)
         sizes = KVSizes.of(adapter, self.batch, capacity(self.schedule, self._frame_tokens, rows.budget))
         if budget is None:
             return KVStore(sizes, rows, waits=self._in_part)

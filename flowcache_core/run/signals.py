@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .decision import Measure, Outlook, Signature
-from .kernels.tokens import TINY, frame_difference, pooled
-from .models.adapter import Call, TokenAdapter
+from ..kernels.tokens import TINY, frame_difference, pooled
+from ..models.adapter import Call, TokenAdapter
+from ..policies.protocol import Measure, Outlook, Signature
+from ..policies.state import RunState
 from .report import RunReport
-from .state import RunState
 
 
 class StepSignals:

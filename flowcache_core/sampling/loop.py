@@ -40,10 +40,10 @@ def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigm
     schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
     shown the prefix once, as `given` has it. A plan that is made from a timing is asked for right before the rows.
     """
-    x, levels, dice = noise.clone(), tuple(sigmas), given.start()
+    x, levels, rng = noise.clone(), tuple(sigmas), given.start()
     for index in range(schedule.given):
         before = schedule.at(index, schedule.steps)
-        predict(given.show(_part(x, before), dice), before)
+        predict(given.show(_part(x, before), rng), before)
         commit(before)
     if not isinstance(plan, Plan):
         plan = plan(frame_seconds(schedule, lambda chunk: predict(_part(x, chunk), chunk), x.device)) if plan else Plan.full(schedule)
@@ -130,14 +130,14 @@ PredictWindow = Callable[[Tensor, tuple[float, ...], Row], Tensor]
 
 
 def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, dice: torch.Generator | None = None,
+                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, rng: torch.Generator | None = None,
                   plan: Plan | None = None) -> Tensor:  # fmt: skip
     """The upstream way: every row of the `plan` (None: all) runs all chunks of the window, begun or not, and moves the active ones.
 
     Frames of prefix and suffix are taken from `noise` and never written; in every row the network is shown the prefix with
     fresh light noise, at that noise level, and the suffix clean.
     """
-    x, levels, dice = noise.clone(), tuple(sigmas), dice or given.start()
+    x, levels, rng = noise.clone(), tuple(sigmas), rng or given.start()
     plan = plan or Plan.full(schedule, together=True)
     on_way, level_of = walks(schedule, plan, levels, solver), (levels[0], *levels)
     for row in schedule.rows:
@@ -148,7 +148,7 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
                     on_step(chunk, None, x)
             continue
         begin = schedule.span(row.first)[0]
-        velocity = predict(*_window(x, schedule, row, level_of, given, dice), row)
+        velocity = predict(*_window(x, schedule, row, level_of, given, rng), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
             clean = _move(x, chunk, _part(x, chunk), mine, on_way[chunk.index]) if plan.computes(chunk) else None
@@ -158,7 +158,7 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
 
 
 def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, ...], given: GivenNoise,
-            dice: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
+            rng: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
     """What the network is shown in a row: latents [B, C, F, h, w] of the window's frames, and the noise level of every frame.
 
     `level_of`: by `Row.indices`, the level of a chunk.
@@ -168,7 +168,7 @@ def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float,
     seen = x[:, :, begin:end].clone()
     if begin < schedule.prefix:
         per_frame[: schedule.prefix - begin] = [given.sigma] * (schedule.prefix - begin)
-        seen[:, :, : schedule.prefix - begin] = given.show(seen[:, :, : schedule.prefix - begin], dice)
+        seen[:, :, : schedule.prefix - begin] = given.show(seen[:, :, : schedule.prefix - begin], rng)
     if end == schedule.frames and schedule.suffix:
         per_frame[-schedule.suffix :] = [0.0] * schedule.suffix
     return seen, tuple(per_frame)
@@ -181,7 +181,7 @@ def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Wind
     `plans`: one per window; () computes every row. `predict` sees a window's frames alone; the chunks that `predict` and `on_step`
     are told of are numbered over the film.
     """
-    film, dice = noise.clone(), given.start()
+    film, rng = noise.clone(), given.start()
     if callable(plans):
         window, levels = windows[0], tuple(sigmas)
         row, part = window.schedule.rows[0], film[:, :, window.start : window.end]
@@ -203,5 +203,5 @@ def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Wind
                 on_step(whole(chunk), clean, film)
 
         part = film[:, :, window.start : window.end]
-        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, dice, plan)
+        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, rng, plan)
     return film

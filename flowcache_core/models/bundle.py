@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import load_skyreels, read
-from ..models.skyreels import SkyReelsV2
-from ..models.wan_vae import WanVAE
-from ..models.word_text import encode_prompt
+from .checkpoint import load_skyreels, read
+from .skyreels import SkyReelsV2
+from .wan_vae import WanVAE
+from .word_text import encode_prompt
 
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORK, VAE = WEIGHTS / "tiny-skyreels.safetensors", WEIGHTS / "tiny-wan-vae.safetensors"

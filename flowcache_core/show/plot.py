@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .report import COMPUTED, NOT_RUN, REFRESHED, RunReport
+from ..run.report import COMPUTED, NOT_RUN, REFRESHED, RunReport
 
 PAPER, INK, GRID = (250, 250, 252), (30, 34, 44), (222, 226, 234)
 SHADES = {COMPUTED: (38, 84, 164), NOT_RUN: (236, 238, 242)}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .decision import Decision
-
-T = TypeVar("T")
+from ..memory import RunMemory
+from .protocol import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +25,6 @@ class Prediction:
     def overlaid(self, fresh: Tensor, other: Prediction) -> Prediction:
         """This, but the other where `fresh` is True."""
         return Prediction(torch.where(fresh, other.sigma, self.sigma), torch.where(fresh, other.value, self.value))
-
-
-class RunMemory:
-    """What a policy remembers across the chunks of a run, found by its type."""
-
-    def __init__(self) -> None:
-        self._things: dict[type, object] = {}
-
-    def of(self, kind: type[T], make: Callable[[], T]) -> T:
-        if kind not in self._things:
-            self._things[kind] = make()
-        return cast(T, self._things[kind])
-
-    def find(self, kind: type[T]) -> T | None:
-        return cast("T | None", self._things.get(kind))
-
-    def clear(self) -> None:
-        self._things.clear()
 
 
 @dataclass(slots=True)

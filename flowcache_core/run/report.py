@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chunk import Chunk
+from ..sampling.chunk import Chunk
+from ..sampling.plan import Plan
+from ..sampling.schedule import Row
 from .footprint import Footprint, readable
-from .plan import Plan
-from .schedule import Row
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
 STAGES_TOLD = 6

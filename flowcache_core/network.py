@@ -1,0 +1,41 @@
+"""What a KV cache has to know of a network: sizes, and how positions turn keys. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries, keys, values, what the layer's self-attention was given) -> attention output."""
+
+
+class Rotary(Protocol):
+    """How a network turns queries and keys by their position."""
+
+    def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
+        """Of the tokens of `frames` latent frames from `start` on, complex64 [frames * rows * columns, head_dim / 2]."""
+        ...
+
+    def shift(self, frames: int) -> Tensor:
+        """Of a move along time alone, by any number of latent frames, complex64 [1, head_dim / 2]."""
+        ...
+
+    def turn(self, x: Tensor, phases: Tensor) -> Tensor:
+        """[..., T, head_dim] by phases [T or 1, head_dim / 2]; their conjugate turns back."""
+        ...
+
+
+class NetworkSizes(Protocol):
+    layers: int
+    heads: int
+    """Heads of keys and values; those of queries may be a multiple of them (grouped-query attention)."""
+    head_dim: int
+    width: int
+    """Channels of a token between the layers."""
+    rotary: Rotary
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of h x w. Raises ValueError for a latent that does not divide into tokens."""
+        ...

@@ -1,0 +1,1 @@
+"""One run: where policies, the KV cache and a network meet."""

@@ -1,0 +1,1 @@
+"""What is looked at: maps, films, overlays, and how close two films are."""
