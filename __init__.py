@@ -13,12 +13,14 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.latent import EmptyARVideoLatent
     from .nodes.load_model import LoadARVideoModel
     from .nodes.motion import MotionCache, RefreshOverlay
+    from .nodes.policy import CachePolicyByName
     from .nodes.report import CacheReport
     from .nodes.sampler import ARChunkSampler
 
     class FlowCache(ComfyExtension):
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            inputs, caches = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn], [ChunkwiseCache, MotionCache, KVCompressor]
+            inputs = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn]
+            caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
             return [*inputs, *caches, ARChunkSampler, CacheReport, RefreshOverlay]
 
     return FlowCache()

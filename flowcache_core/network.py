@@ -15,7 +15,10 @@ class Rotary(Protocol):
     """How a network turns queries and keys by their position."""
 
     def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
-        """Of the tokens of `frames` latent frames from `start` on, complex64 [frames * rows * columns, head_dim / 2]."""
+        """Of the tokens of `frames` latent frames from `start` on, complex64 [frames * height * width, head_dim / 2].
+
+        `grid`: height and width of a frame in tokens.
+        """
         ...
 
     def shift(self, frames: int) -> Tensor:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.models.published import time_polynomial
+from ..flowcache_core.models.adapter import TimeSignature
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.foresight import on_rescaling
-from ..flowcache_core.policies.motion import Motion
-from ..flowcache_core.policies.multirate import Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target
 from ..flowcache_core.sampling.plan import read_plan
-from ..flowcache_core.settings import Setting
-from .host_model import CHUNKWISE_NODE, policy_of, require_ours, with_policy
+from ..flowcache_core.settings import described
+from .fit import require_ours
+from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
 
 NODE = CHUNKWISE_NODE
 DEFAULT = "balanced"
@@ -30,19 +29,17 @@ OFF, SHARE, SPEED_UP, SECONDS = "off", "computed share", "speed-up", "seconds"
 def widgets(policy: type) -> list[Any]:
     """One widget per field of a policy that describes itself, with its range, help and place."""
     out: list[Any] = []
-    for field in fields(policy):
-        rule: Setting | None = field.metadata.get("setting")
-        if rule is None:
-            continue
-        common = {"default": field.default, "tooltip": rule.help, "advanced": rule.advanced, "optional": field.name in NEWER}
-        if isinstance(field.default, bool):
-            out.append(io.Boolean.Input(field.name, **common))
+    for name, rule in described(policy).items():
+        default = policy.__dataclass_fields__[name].default
+        common = {"default": default, "tooltip": rule.help, "advanced": rule.advanced, "optional": name in NEWER}
+        if isinstance(default, bool):
+            out.append(io.Boolean.Input(name, **common))
         elif rule.options:
-            out.append(io.Combo.Input(field.name, options=list(rule.options), **common))
-        elif isinstance(field.default, int):
-            out.append(io.Int.Input(field.name, min=int(rule.low or 0), max=int(rule.high or 1), **common))
+            out.append(io.Combo.Input(name, options=list(rule.options), **common))
+        elif isinstance(default, int):
+            out.append(io.Int.Input(name, min=int(rule.low or 0), max=int(rule.high or 1), **common))
         else:
-            out.append(io.Float.Input(field.name, min=rule.low, max=rule.high, step=rule.step, round=False, **common))
+            out.append(io.Float.Input(name, min=rule.low, max=rule.high, step=rule.step, round=False, **common))
     return out
 
 
@@ -85,8 +82,9 @@ class ChunkwiseCache(io.ComfyNode):
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
                 target_seconds: float = 60.0, plan: str = "", **settings: Any) -> io.NodeOutput:  # fmt: skip
         inner = require_ours(model, NODE)
-        if isinstance(policy_of(model.model_options), Motion | Multirate):
-            raise ValueError(f"{NODE} after Motion Cache would take its place: put it before Motion Cache, which then refines it")
+        if (other := policy_node(model.model_options)) not in ("", NODE):
+            way_out = f"put it before {MOTION_NODE}, which then refines it" if other == MOTION_NODE else "bypass one of the two"
+            raise ValueError(f"{NODE} after {other} would take its place: {way_out}")
         if plan.strip():
             if target != OFF:
                 raise ValueError(f"{NODE} was given a plan and target {target}, which contradict each other: empty plan, or set target to {OFF}")
@@ -97,8 +95,10 @@ class ChunkwiseCache(io.ComfyNode):
                 policy = budgeted(policy, preset, target, {SHARE: target_share, SPEED_UP: 1 / target_speedup, SECONDS: target_seconds}[target])
         said = [f"{'plan' if plan.strip() else preset}: {describe(policy)}"]
         if isinstance(policy, Chunkwise):
-            said += [*on_signature(policy), *on_rescaling(policy, time_polynomial(inner.adapter()))]
-        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText("\n".join(said)))
+            adapter = inner.adapter()
+            polynomial = adapter.polynomial if isinstance(adapter, TimeSignature) else ()
+            said += [*on_signature(policy), *on_rescaling(policy, polynomial)]
+        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText("\n".join(said)))
 
 
 def rule(name: str, settings: dict[str, Any]) -> Planned | Chunkwise:

@@ -8,9 +8,10 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.models.wan_vae import SPATIAL, latent_frames, pixel_frames
+from ..flowcache_core.models.family import Family
+from ..flowcache_core.sampling.frames import Frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule
-from .host_model import require_ours
+from .fit import require_ours
 
 NODE = "AR Video Frames In"
 
@@ -42,7 +43,8 @@ class ARVideoFramesIn(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, latent, start=None, end=None, start_latent=None, history=0) -> io.NodeOutput:  # type: ignore[no-untyped-def]
-        layout = require_ours(model, NODE).layout
+        mine = require_ours(model, NODE)
+        layout, pixels = mine.layout, mine.family.frames
         samples = latent["samples"]
         if samples.ndim != 5:
             raise ValueError(
@@ -55,46 +57,46 @@ class ARVideoFramesIn(io.ComfyNode):
         if start is not None and start_latent is not None:
             raise ValueError(f"{NODE} was given both start and start_latent: connect one of the two")
         if start is not None:
-            clip = last(start, history or len(start))
-            prefix = latent_frames(len(clip))
+            clip = last(start, history or len(start), pixels)
+            prefix = pixels.latent(len(clip))
         else:
-            prefix = 0 if start_latent is None else first_frames(start_latent["samples"], samples, history).shape[2]
+            prefix = 0 if start_latent is None else first_frames(start_latent["samples"], samples, history, pixels).shape[2]
         suffix = 0 if end is None else 1
-        ChunkSchedule(samples.shape[2], layout.chunk_frames, 1, 1, layout.window, prefix, suffix)
+        ChunkSchedule(samples.shape[2], layout.chunk_frames, 1, 1, layout.window, prefix, suffix, pixels)
 
         out, mask = samples.clone(), samples.new_ones(samples.shape[0], 1, samples.shape[2], 1, 1)
         if start is not None:
-            out[:, :, :prefix] = encode(vae, clip, samples)
+            out[:, :, :prefix] = encode(vae, clip, samples, mine.family)
         elif start_latent is not None:
-            out[:, :, :prefix] = first_frames(start_latent["samples"], samples, history).to(samples)
+            out[:, :, :prefix] = first_frames(start_latent["samples"], samples, history, pixels).to(samples)
         if end is not None:
-            out[:, :, -1:] = encode(vae, end[-1:], samples)
+            out[:, :, -1:] = encode(vae, end[-1:], samples, mine.family)
         mask[:, :, :prefix], mask[:, :, samples.shape[2] - suffix :] = 0, 0
-        given = pixel_frames(prefix) if prefix else 0
+        given = pixels.pixel(prefix) if prefix else 0
         left = samples.shape[2] - prefix - suffix
         said = f"given: {given} frames ({prefix} latent) at the start, {suffix} at the end; to generate: {left} latent frames"
         return io.NodeOutput({**latent, "samples": out, "noise_mask": mask}, given, ui=ui.PreviewText(said))
 
 
-def last(clip: torch.Tensor, frames: int) -> torch.Tensor:
-    """The last frames of [T, H, W, 3] that fill whole latent frames: at most `frames`, rounded down to 4n + 1."""
-    return clip[-pixel_frames(latent_frames(min(frames, len(clip)))) :]
+def last(clip: torch.Tensor, frames: int, pixels: Frames) -> torch.Tensor:
+    """The last frames of [T, H, W, 3] that fill whole latent frames, at most `frames`."""
+    return clip[-pixels.pixel(pixels.latent(min(frames, len(clip)))) :]
 
 
-def first_frames(given: torch.Tensor, film: torch.Tensor, history: int) -> torch.Tensor:
+def first_frames(given: torch.Tensor, film: torch.Tensor, history: int, pixels: Frames) -> torch.Tensor:
     """The last latent frames of `given`. Raises ValueError for latents of another size than the film's."""
     if given.ndim != 5 or given.shape[1] != film.shape[1] or given.shape[3:] != film.shape[3:] or given.shape[0] not in (1, film.shape[0]):
         raise ValueError(
             f"start_latent has shape {tuple(given.shape)} and the film {tuple(film.shape)}: batch, channels, height and width must agree"
         )
-    return given[:, :, -latent_frames(history) :] if history else given
+    return given[:, :, -pixels.latent(history) :] if history else given
 
 
-def encode(vae: Any, images: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-    """[T, H, W, 3], T = 4n + 1, at the film's size -> latents [1, C, n + 1, h, w]."""
-    height, width = film.shape[3] * SPATIAL, film.shape[4] * SPATIAL
+def encode(vae: Any, images: torch.Tensor, film: torch.Tensor, family: Family) -> torch.Tensor:
+    """[T, H, W, 3] that fill whole latent frames, at the film's size -> latents [1, C, F, h, w]."""
+    height, width = film.shape[3] * family.latents.spatial, film.shape[4] * family.latents.spatial
     fitting = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1), width, height, "bilinear", "center").movedim(1, -1)
     latents = vae.encode(fitting)
-    if tuple(latents.shape[1:]) != (film.shape[1], latent_frames(len(images)), *film.shape[3:]):
-        raise ValueError(f"the VAE made latents of shape {tuple(latents.shape)} from {len(images)} frames: use the Wan 2.1 VAE")
+    if tuple(latents.shape[1:]) != (film.shape[1], family.frames.latent(len(images)), *film.shape[3:]):
+        raise ValueError(f"the VAE made latents of shape {tuple(latents.shape)} from {len(images)} frames: use the VAE of {family.title} (Wan 2.1)")
     return latents.to(film)

@@ -14,7 +14,8 @@ from ..flowcache_core.kv.policy import LearntKVPolicy, SamplingKVPolicy
 from ..flowcache_core.kv.scores import KV_POLICIES
 from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
-from .host_model import KV_NODE, require_ours, with_compressor
+from .fit import require_ours
+from .settings_on_model import KV_NODE, with_compressor
 
 NODE = KV_NODE
 DEFAULT = Even.name

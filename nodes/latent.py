@@ -6,9 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.models.wan_vae import LATENT_CHANNELS, SPATIAL, latent_frames, pixel_frames
-from ..flowcache_core.sampling.schedule import nearest_frames
-from .host_model import require_ours
+from .fit import require_ours
 
 
 class EmptyARVideoLatent(io.ComfyNode):
@@ -38,20 +36,21 @@ class EmptyARVideoLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, width, height, length, unit, snap, batch_size) -> io.NodeOutput:  # type: ignore[no-untyped-def]
-        layout = require_ours(model, "Empty AR Video Latent").layout
+        mine = require_ours(model, "Empty AR Video Latent")
+        layout, pixels, latent = mine.layout, mine.family.frames, mine.family.latents
         asked = max(1, round(length * layout.fps) if unit == "seconds" else round(length))
-        below, above = nearest_frames(asked, layout.chunk_frames)
+        below, above = pixels.nearest(asked, layout.chunk_frames)
         frames = {
             "nearest": below if asked - below <= above - asked else above,
             "up": below if below >= asked else above,
             "down": below,
-            "off": pixel_frames(latent_frames(asked)),
+            "off": pixels.pixel(pixels.latent(asked)),
         }[snap]
-        latents = latent_frames(frames)
+        latents = pixels.latent(frames)
         chunks = -(-latents // layout.chunk_frames)
         said = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
         if frames != asked:
             said += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
-        shape = (batch_size, LATENT_CHANNELS, latents, height // SPATIAL, width // SPATIAL)
+        shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui=ui.PreviewText(said))

@@ -1,4 +1,4 @@
-"""Tells the page, at most ten times a second, which chunk-steps were computed and which were reused or, by a plan, skipped."""
+"""Messages to the page, at most ten a second: which chunk-steps were computed and which were reused or, by a plan, skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE_S = 0.1
 class LiveMap:
     """One run's messages to the tab that queued it: {"node", "map", "plan", "share", "done", "total", "eta_s", "note", "history"}.
 
-    `map` and `plan` have a row per chunk and a digit per step, of `RunReport.map` and of 1 where the plan computes; `plan` is empty
+    `map` and `plan` have a string per chunk and a digit per step, of `RunReport.map` and of 1 where the plan computes; `plan` is empty
     where nothing was settled before the run. `share` is of all tokens so far.
     """
 
@@ -34,7 +34,7 @@ class LiveMap:
         left = (now - self._began) / max(run, 1) * (all_run - run)
         rows, planned = (["".join(map(str, row)) for row in some] for some in (report.map, report.planned if report.plans else ()))
         note = report.notes[0] if report.notes else ""
-        size = f"{report.history_tokens[-1]} tokens per layer, {readable(report.history_bytes[-1])}" if report.history else ""
+        size = f"{report.history.tokens[-1]} tokens per layer, {readable(report.history.bytes[-1])}" if report.history.frames else ""
         message: dict[str, Any] = {
             "node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left, "note": note,
             "history": size, "plan": planned,

@@ -10,15 +10,18 @@ import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..flowcache_core import models
 from ..flowcache_core.device import fast_dtype
-from ..flowcache_core.models import bundle
-from ..flowcache_core.models.shards import open_checkpoint
-from .host_model import ChunkLayout, load
+from ..flowcache_core.models.bundle import files_of
+from ..flowcache_core.models.family import AUTO, Family
 from .model_files import choices, path_of
+from .patcher import load
 from .word_clip import word_clip
 
-BUNDLED = f"{bundle.NAME} (bundled)"
-SKYREELS = ChunkLayout(chunk_frames=5, window=5)
+
+def bundled() -> dict[str, Family]:
+    """The tiny models that come with the pack, by what the node calls them."""
+    return {f"{family.bundled.name} (bundled)": family for family in models.FAMILIES if family.bundled}
 
 
 class LoadARVideoModel(io.ComfyNode):
@@ -28,15 +31,23 @@ class LoadARVideoModel(io.ComfyNode):
             node_id="FlowCacheLoadModel",
             display_name="Load AR Video Model",
             category="FlowCache",
-            description="Loads a SkyReels-V2 diffusion-forcing model, or the bundled tiny one, which brings its CLIP and VAE along.",
+            description=f"Loads {models.FAMILIES[0].title}, or a bundled tiny model, which brings its CLIP and VAE along.",
             search_aliases=["skyreels", "diffusion forcing", "autoregressive video"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[BUNDLED, *choices()],
-                    default=BUNDLED,
+                    options=[*bundled(), *choices()],
+                    default=next(iter(bundled())),
                     tooltip="The bundled tiny model, or a SkyReels-V2 DF file, or a folder with its shards, in models/diffusion_models.",
-                )
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=[AUTO, *(family.name for family in models.FAMILIES)],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What kind of model the file is. Auto: as its metadata say, or its shapes; some kinds have the same shapes.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -46,15 +57,16 @@ class LoadARVideoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        if model_name == BUNDLED:
-            metadata = open_checkpoint(bundle.NETWORK).metadata
-            model = load(bundle.NETWORK, model_name, ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), causal=True))
-            on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
-            vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(bundle.VAE)), dtype=fast_dtype() if on_cpu else None)
-            return io.NodeOutput(model, word_clip(model.model.diffusion_model.config.text_dim), vae)
-        model = load(path_of(model_name), model_name, SKYREELS)
-        return io.NodeOutput(model, _absent("CLIP", "Load CLIP (umt5-xxl, type wan)"), _absent("VAE", "Load VAE (Wan 2.1 VAE)"))
+    def execute(cls, model_name: str, family: str = AUTO) -> io.NodeOutput:
+        if model_name not in bundled():
+            model = load(path_of(model_name), model_name, family)
+            return io.NodeOutput(model, _absent("CLIP", "Load CLIP (umt5-xxl, type wan)"), _absent("VAE", "Load VAE (Wan 2.1 VAE)"))
+        mine = bundled()[model_name]
+        network, vae_file = files_of(mine)
+        model = load(network, model_name, mine.name)
+        on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=fast_dtype() if on_cpu else None)
+        return io.NodeOutput(model, word_clip(model.model.diffusion_model.config.text_dim), vae)
 
 
 def _absent(what: str, instead: str) -> Any:

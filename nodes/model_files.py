@@ -1,4 +1,4 @@
-"""Model files as the host knows them: what can be chosen, where it lies, and its tensors under their original names."""
+"""Model files as the host knows them: what can be chosen, where it is, and its tensors under their original names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..flowcache_core.models.checkpoint import release_of, skyreels_config, without_prefix
-from ..flowcache_core.models.key_names import original_names
+from ..flowcache_core.models.checkpoint import Found, recognise
+from ..flowcache_core.models.family import AUTO, ChunkLayout
 from ..flowcache_core.models.quantised import FLOAT8, MARKER, restored
 from ..flowcache_core.models.shards import SHARD, open_checkpoint
-from ..flowcache_core.models.skyreels import SkyReelsConfig
 from . import gguf
 
 FOLDER = "diffusion_models"
@@ -32,7 +31,8 @@ class ModelFile:
     """
 
     weights: dict[str, torch.Tensor]
-    config: SkyReelsConfig
+    found: Found
+    layout: ChunkLayout
     operations: Any = None
     patcher: Callable[[Any], Any] | None = None
 
@@ -57,24 +57,26 @@ def path_of(name: str) -> Path:
     raise FileNotFoundError(f"there is no folder {name} in models/{FOLDER}: refresh the page and choose again")
 
 
-def open_model(path: Path, name: str) -> ModelFile:
-    """Raises ValueError, before weights are read, when this is not one whole SkyReels-V2 model."""
+def open_model(path: Path, name: str, family: str = AUTO) -> ModelFile:
+    """Raises ValueError, before weights are read, when this is not one whole model of a family that we know. `family`: what the user says it is."""
     if path.suffix.lower() == gguf.SUFFIX:
-        return _open_gguf(path, name)
+        return _open_gguf(path, name, family)
     checkpoint = open_checkpoint(path)
-    names = original_names(checkpoint.slots, (MARKER,))
-    config = skyreels_config({names[key]: slot for key, slot in checkpoint.slots.items() if key in names}, name)
+    found = recognise(checkpoint.slots, name, checkpoint.metadata, family)
+    names = found.names
     weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names, lambda file: comfy.utils.load_torch_file(str(file)))}
-    logging.info(f"FlowCache: {name} is {release_of(config)}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")
-    return ModelFile(_marked(weights, checkpoint.metadata.get("_quantization_metadata"), names), config)
+    logging.info(f"FlowCache: {name} is {found.release}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")
+    weights = _marked(weights, checkpoint.metadata.get("_quantization_metadata"), names)
+    return ModelFile(weights, found, found.family.layout_of(checkpoint.metadata))
 
 
-def _open_gguf(path: Path, name: str) -> ModelFile:
+def _open_gguf(path: Path, name: str, family: str) -> ModelFile:
     pack = gguf.Pack(name)
-    weights = without_prefix(pack.read(path))
-    config = skyreels_config(weights, name)
-    logging.info(f"FlowCache: {name} is {release_of(config)}, read by {gguf.PACK}")
-    return ModelFile(pack.prepared(weights), config, pack.operations(), pack.patcher)
+    read = pack.read(path)
+    found = recognise(read, name, family=family)
+    weights = {new: read[key] for key, new in found.names.items()}
+    logging.info(f"FlowCache: {name} is {found.release}, read by {gguf.PACK}")
+    return ModelFile(pack.prepared(weights), found, found.family.layout, pack.operations(), pack.patcher)
 
 
 def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -8,20 +8,27 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
 from ..flowcache_core.policies.multirate import WORTH_BELOW, Multirate
 from ..flowcache_core.policies.planned import Planned
+from ..flowcache_core.policies.protocol import CachePolicy
 from ..flowcache_core.policies.target import Target
 from ..flowcache_core.show.overlay import overlay
-from .chunk_sampler import Mailbox
 from .chunkwise import widgets
-from .host_model import CHUNKWISE_NODE, MOTION_NODE, policy_of, require_ours, with_policy
+from .fit import require_network, require_ours
+from .mailbox import Mailbox
 from .sampler import Report
+from .settings_on_model import MOTION_NODE, policy_of, with_policy
 
 NODE = MOTION_NODE
 CUSTOM, PLAN = "custom", "turbo"
+REFINES = {
+    PLAN: "it spends by token what a plan may spend; set the node in front to a plan with a budget, such as preset balanced",
+    CUSTOM: "it refines a threshold, or the share of a plan; set the node in front to one of these",
+    **dict.fromkeys(PRESETS, "its published settings take the place of Chunkwise Cache alone; put that there instead"),
+}
+"""What each preset can refine, and the way out where it is something else that is in front."""
 
 
 class MotionCache(io.ComfyNode):
@@ -48,48 +55,31 @@ class MotionCache(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, preset: str, **settings: Any) -> io.NodeOutput:
         host = require_ours(model, NODE)
-        require_tokens(host.adapter(), host.layout.chunk_frames)
-        policy = _policy(preset, settings, policy_of(model.model_options))
-        return io.NodeOutput(with_policy(model, policy), ui=ui.PreviewText(_said(policy)))
+        before = policy_of(model.model_options)
+        policy = _policy(preset, settings, before)
+        require_network(policy, host)
+        unused = f"\n{before.title}, in front, is not used" if before and preset in PRESETS else ""
+        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText(_said(policy) + unused))
 
 
-def _policy(preset: str, settings: dict[str, Any], before: Any) -> Motion | Multirate:
-    """The settings of the node, on top of those of a Chunkwise Cache in front of it."""
-    if preset == PLAN:
-        return _refined(before)
-    if preset != CUSTOM:
-        return PRESETS[preset]
-    if isinstance(before, Multirate):
-        before = None
-    if isinstance(before, Motion):
-        before = before.base
-    if isinstance(before, Planned):
-        before = _threshold_of(before)
-    return replace(Motion(**settings), base=before if isinstance(before, Chunkwise) else None)
-
-
-def _refined(before: Any) -> Multirate:
-    """A plan by token with the budget of the plan in front. Raises ValueError where what is in front decides otherwise."""
-    if before is None or isinstance(before, Multirate):
-        return before or Multirate()
-    if isinstance(before, Planned) and before.exact is None:
-        return Multirate(share=before.share, seconds=before.seconds)
-    what = "follows a given plan" if isinstance(before, Planned) else "decides while the run goes on"
+def _policy(preset: str, settings: dict[str, Any], before: CachePolicy | None) -> Motion | Multirate:
+    """The settings of the node on top of the policy in front. Raises ValueError for one that they cannot refine."""
+    match preset, before:
+        case "turbo", None | Multirate():
+            return before or Multirate()
+        case "turbo", Planned(exact=None):
+            return Multirate(share=before.share, seconds=before.seconds)
+        case "custom", None | Chunkwise():
+            return replace(Motion(**settings), base=before)
+        case "custom", Motion():
+            return replace(Motion(**settings), base=before.base)
+        case "custom", Planned(exact=None, seconds=0):
+            return replace(Motion(**settings), base=Target(share=before.share))
+        case published, None | Chunkwise() | Planned() | Motion() | Multirate() if published in PRESETS:
+            return PRESETS[published]
     raise ValueError(
-        f"{NODE} with preset {PLAN} makes a plan of its own, and the cache node in front of it {what}: set that one to safe, balanced, fast or "
-        f"turbo, whose budget is then spent by token, or bypass it"
+        f"{NODE} with preset {preset} cannot refine {before.title}, which is in front of it: {REFINES[preset]}, or bypass one of the two"
     )
-
-
-def _threshold_of(plan: Planned) -> Target:
-    """The rule with a threshold that spends the share of a plan: what is refined by token has to be decided while the run goes on."""
-    if plan.exact is not None or plan.seconds:
-        what = "a plan" if plan.exact else "a budget in seconds"
-        raise ValueError(
-            f"{NODE} refines a rule that decides by threshold, and the {CHUNKWISE_NODE} in front of it has {what}: "
-            "set its preset to custom, or bypass one of the two"
-        )
-    return Target(share=plan.share)
 
 
 def _said(policy: Motion | Multirate) -> str:
@@ -127,5 +117,5 @@ class RefreshOverlay(io.ComfyNode):
     def execute(cls, report: Mailbox, images: torch.Tensor, opacity: float) -> io.NodeOutput:
         if report.report is None or report.report.visits is None:
             raise ValueError("this sampler has not run yet: connect images to the film decoded from its latents")
-        tinted, mask = overlay(images.cpu().numpy(), report.report.visits, report.report.map.shape[1], opacity)
+        tinted, mask = overlay(images.cpu().numpy(), report.report.visits, report.report.map.shape[1], opacity, report.report.pixels)
         return io.NodeOutput(torch.from_numpy(tinted), torch.from_numpy(mask))

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.show.plot import chunk_map, history_map
-from .chunk_sampler import Mailbox
+from .mailbox import Mailbox
 from .sampler import Report
 
 
@@ -42,6 +42,6 @@ class CacheReport(io.ComfyNode):
         steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
         said = report.name + done.text()
         shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
-        if done.history:
+        if done.history.frames:
             shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]
         return io.NodeOutput(said, json.dumps(done.as_dict()), steps, history, ui=shown)

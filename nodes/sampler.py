@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..flowcache_core.sampling.solvers import SOLVERS
-from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler, Mailbox
+from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler
+from .mailbox import Mailbox
 
 Report = io.Custom("FLOWCACHE_REPORT")
 

@@ -15,8 +15,10 @@ from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.loop import sample_chunks, sample_window
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.noise import flow_sigmas, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
+from tests.driven import Driven
 
 CHANNELS, SIDE, TEXT = 16, 4, 64
 
@@ -80,14 +82,7 @@ def cached(net: SkyReelsV2, texts: Tensor) -> Cached:
         levels = sigmas or flow_sigmas(schedule.steps)
         with Session(SkyReelsAdapter(network), schedule, levels, tuple(noise.shape[3:]), policy=policy) as session:
             out = sample_chunks(
-                lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)),
-                noise,
-                schedule,
-                levels,
-                solver or Euler(),
-                session.commit,
-                lambda chunk, clean, film: session.note(chunk, clean),
-                plan=session.plan,
+                Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session), noise, schedule, levels, solver or Euler()
             )
         return out, session.report
 

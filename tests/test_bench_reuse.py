@@ -11,15 +11,18 @@ import pytest
 from torch import Tensor
 
 from flowcache_core.bench import reuse, sweep
-from flowcache_core.bench.increment import IncrementAdapter
+from flowcache_core.bench.increment import incremental
 from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
 from flowcache_core.policies.target import Target
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
+from tests.driven import Driven
 
 
 def test_a_reused_step_repeats_the_increment_of_the_last_computed_one(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
@@ -30,8 +33,8 @@ def test_a_reused_step_repeats_the_increment_of_the_last_computed_one(net: SkyRe
         return session.denoise(x, chunk, texts[:1], ("cond",))
 
     policy = Chunkwise(threshold=10, warmup_steps=2, max_reuse=4, replay="residual", order=0)
-    with Session(IncrementAdapter(net, sigmas), schedule, sigmas, (4, 4), policy=policy) as session:
-        film = sample_chunks(predict, noise_of(3), schedule, sigmas, Euler(), session.commit)
+    with Session(incremental(SkyReelsAdapter(net), sigmas), schedule, sigmas, (4, 4), policy=policy) as session:
+        film = sample_chunks(Driven(predict, session), noise_of(3), schedule, sigmas, Euler())
     moves = [after - before for before, after in pairwise([*path, film])]
     made = session.report.as_dict()["map"][0]
     assert made == "221111211112"
@@ -45,8 +48,8 @@ def test_a_reused_step_repeats_the_increment_of_the_last_computed_one(net: SkyRe
 def test_without_reuse_the_increment_adapter_is_the_plain_one(cached: Callable[..., tuple[Tensor, object]], noise_of: Callable[..., Tensor],
                                                                net: SkyReelsV2, texts: Tensor) -> None:  # fmt: skip
     schedule, sigmas = ChunkSchedule(6, 3, 5, 2), flow_sigmas(5)
-    with Session(IncrementAdapter(net, sigmas), schedule, sigmas, (4, 4)) as session:
-        film = sample_chunks(lambda x, c: session.denoise(x, c, texts[:1], ("cond",)), noise_of(6), schedule, sigmas, Euler(), session.commit)
+    with Session(incremental(SkyReelsAdapter(net), sigmas), schedule, sigmas, (4, 4)) as session:
+        film = sample_chunks(Driven(lambda x, c: session.denoise(x, c, texts[:1], ("cond",)), session), noise_of(6), schedule, sigmas, Euler())
     assert (film == cached(noise_of(6), schedule)[0]).all()
 
 

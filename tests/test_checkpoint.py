@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcache_core.models.checkpoint import PREFIXES, load_skyreels, read, skyreels_config, without_prefix
+from flowcache_core.models.checkpoint import load_network, read, recognise
+from flowcache_core.models.key_names import PREFIXES
 from flowcache_core.models.skyreels import SkyReelsV2
 
 
@@ -21,7 +22,7 @@ def weights(net: SkyReelsV2) -> dict[str, Tensor]:
 def test_a_network_comes_back_from_a_file_as_it_was(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, tmp_path / "net.safetensors", {"chunk_frames": "3"})
     tensors, metadata = read(tmp_path / "net.safetensors")
-    again = load_skyreels(tensors, "net", torch.float32)
+    again = load_network(tensors, "net", torch.float32)
     assert metadata["chunk_frames"] == "3"
     assert again.state_dict().keys() == weights.keys()
     assert all(torch.equal(v, weights[k]) for k, v in again.state_dict().items())
@@ -30,7 +31,7 @@ def test_a_network_comes_back_from_a_file_as_it_was(tmp_path: Path, weights: dic
 
 
 def test_loading_can_change_the_dtype(weights: dict[str, Tensor]) -> None:
-    net = load_skyreels(weights, "net", torch.bfloat16)
+    net = load_network(weights, "net", torch.bfloat16)
     assert net.dtype == torch.bfloat16
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
 
@@ -38,34 +39,34 @@ def test_loading_can_change_the_dtype(weights: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_wrapped_key_names_lose_their_prefix_and_foreign_keys_go(prefix: str, weights: dict[str, Tensor]) -> None:
     wrapped = {**{prefix + k: v for k, v in weights.items()}, "first_stage_model.x": torch.zeros(1)}
-    assert without_prefix(wrapped).keys() == weights.keys()
+    assert set(recognise(wrapped, "net").names.values()) == weights.keys()
 
 
 def test_plain_key_names_stay(weights: dict[str, Tensor]) -> None:
-    assert without_prefix(weights).keys() == weights.keys()
+    assert recognise(weights, "net").names == {key: key for key in weights}
 
 
 def test_a_missing_key_is_named(weights: dict[str, Tensor]) -> None:
     del weights["blocks.1.norm3.bias"]
     with pytest.raises(ValueError, match=r"net is not a complete .* checkpoint: 1 missing \(blocks.1.norm3.bias\) of \d+ keys"):
-        skyreels_config(weights, "net")
+        recognise(weights, "net")
 
 
 def test_an_unknown_key_is_named(weights: dict[str, Tensor]) -> None:
     weights.update({f"rope.{i}": torch.zeros(1) for i in range(4)})
     with pytest.raises(ValueError, match=r"4 unknown \(rope.0, rope.1, rope.2, ...\)"):
-        skyreels_config(weights, "net")
+        recognise(weights, "net")
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(weights: dict[str, Tensor]) -> None:
     weights["blocks.0.self_attn.q.weight"] = torch.zeros(128, 64)
     with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.weight has shape \(128, 64\), but a network of width 128 needs \(128, 128\)"):
-        load_skyreels(weights, "net", torch.float32)
+        load_network(weights, "net", torch.float32)
 
 
 def test_another_network_is_refused_by_name(weights: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"other: this is not a SkyReels-V2 or Wan 2\.1 checkpoint"):
-        skyreels_config({"conv.weight": torch.zeros(1)}, "other")
+    with pytest.raises(ValueError, match=r"other: this is not a checkpoint of SkyReels-V2 diffusion forcing: it has conv.weight"):
+        recognise({"conv.weight": torch.zeros(1)}, "other")
 
 
 @pytest.mark.parametrize(
@@ -82,13 +83,13 @@ def test_another_network_is_refused_by_name(weights: dict[str, Tensor]) -> None:
 def test_a_file_of_another_model_is_refused_by_name(key: str, said: str, weights: dict[str, Tensor]) -> None:
     weights[key] = torch.zeros(1)
     with pytest.raises(ValueError, match=f"net is {said}"):
-        skyreels_config(weights, "net")
+        recognise(weights, "net")
 
 
 def test_more_channels_in_than_out_are_refused_as_image_to_video(weights: dict[str, Tensor]) -> None:
     weights["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
     with pytest.raises(ValueError, match="it takes 36 channels and gives 16"):
-        skyreels_config(weights, "net")
+        recognise(weights, "net")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_weights_are_small_enough_to_ship() -> None:
 
 
 def test_the_bundle_knows_its_chunks(bundle: Bundle) -> None:
-    assert (bundle.chunk_frames, bundle.window) == (3, 5)
+    assert (bundle.layout.chunk_frames, bundle.layout.window) == (3, 5)
     assert bundle.text("red circle").shape == (1, 32, bundle.network.config.text_dim)
 
 

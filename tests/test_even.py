@@ -1,4 +1,4 @@
-"""Even thinning: the sample is even at every density, and each of its rows counts for those that went."""
+"""Even thinning: the sample is even at every density, and each of its slots counts for those that went."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def test_layers_keep_different_tokens() -> None:
     assert int((one & other).sum()) < 0.5 * int(one.sum())
 
 
-def keeper_of(rows: int, sink: int = FRAME, recent: int = 3 * FRAME, policy: object = None) -> Keeper:
-    return Keeper(budget(rows, sink, recent, policy or Even()), ChunkSchedule(90, 3, 2, 2, 2), 1, 1, (2, 2), Rope())
+def keeper_of(slots: int, sink: int = FRAME, recent: int = 3 * FRAME, policy: object = None) -> Keeper:
+    return Keeper(budget(slots, sink, recent, policy or Even()), ChunkSchedule(90, 3, 2, 2, 2), 1, 1, (2, 2), Rope())
 
 
-@pytest.mark.parametrize(("chunks", "rows", "each"), [(3, 24, 20 / 8), (4, 24, 4.0), (9, 24, 4.0), (2, 24, 1.0), (4, 16, 1.0)])
-def test_what_is_kept_stands_for_what_went_up_to_a_limit(chunks: int, rows: int, each: float) -> None:
-    """Of 3 chunks of 12 tokens 4 + 12 are protected; 8 rows stand for the other 20. Where no middle is left nothing stands for it."""
-    keeper = keeper_of(rows)
+@pytest.mark.parametrize(("chunks", "slots", "each"), [(3, 24, 20 / 8), (4, 24, 4.0), (9, 24, 4.0), (2, 24, 1.0), (4, 16, 1.0)])
+def test_what_is_kept_stands_for_what_went_up_to_a_limit(chunks: int, slots: int, each: float) -> None:
+    """Of 3 chunks of 12 tokens 4 + 12 are protected; 8 slots stand for the other 20. Where no middle is left nothing stands for it."""
+    keeper = keeper_of(slots)
     for index in range(chunks):
         chunk = keeper.schedule.at(index, 2)
-        keeper.settle(chunk, 0, min((index + 1) * 12, rows))
+        keeper.settle(chunk, 0, min((index + 1) * 12, slots))
     assert math.exp(keeper.middle.weight) == pytest.approx(each)
-    assert (keeper.middle.start, keeper.middle.end) == ((FRAME, rows - 3 * FRAME) if each > 1 else (0, 0))
+    assert (keeper.middle.start, keeper.middle.end) == ((FRAME, slots - 3 * FRAME) if each > 1 else (0, 0))
 
 
 def test_other_scores_stand_for_themselves() -> None:
@@ -77,7 +77,7 @@ def test_other_scores_stand_for_themselves() -> None:
 
 @pytest.mark.parametrize("segments", [[], [(0, 5, 4), (5, 6, 2), (6, 15, 1)], [(0, 3, 2)]])
 @pytest.mark.parametrize("queries", [1, 30])
-def test_a_row_that_stands_for_three_counts_as_three_copies_of_it(segments: list[tuple[int, int, int]], queries: int) -> None:
+def test_a_slot_that_stands_for_three_counts_as_three_copies_of_it(segments: list[tuple[int, int, int]], queries: int) -> None:
     keeper = keeper_of(24)
     attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 1, HEAD_DIM, 36)), slice(0, 1), 0, 0, 0, None, keeper)
     q, k, v = torch.randn(1, 2, queries, HEAD_DIM), *torch.randn(2, 1, 2, 30, HEAD_DIM)
@@ -111,16 +111,16 @@ def test_a_film_under_a_budget_is_the_same_twice_and_whole_where_all_is_kept(net
     assert torch.equal(under(budget(6 * FRAME, FRAME, 3 * FRAME, Even())), thin)
 
 
-def test_rows_that_count_for_others_are_nearer_to_all_of_them() -> None:
+def test_slots_that_count_for_others_are_nearer_to_all_of_them() -> None:
     """A sixth of many alike keys beside as many as remain of another kind, for queries that look at both."""
     keeper = keeper_of(24)
     attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 1, HEAD_DIM, 400)), slice(0, 1), 0, 0, 0, None, keeper)
     q, k, v = torch.randn(1, 2, 50, HEAD_DIM), *torch.randn(2, 1, 2, 400, HEAD_DIM)
     v[:, :, 50:350] += 1
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    rows = torch.cat([torch.arange(50), torch.arange(50, 350, 6), torch.arange(350, 400)])
+    slots = torch.cat([torch.arange(50), torch.arange(50, 350, 6), torch.arange(350, 400)])
     errors = []
     for weight in (0.0, math.log(6)):
         keeper.middle = Middle(50, 100, weight)
-        errors.append(float((attend._across(keeper, [], q, k[:, :, rows], v[:, :, rows]) - exact).norm()))
+        errors.append(float((attend._across(keeper, [], q, k[:, :, slots], v[:, :, slots]) - exact).norm()))
     assert errors[1] < 0.7 * errors[0]

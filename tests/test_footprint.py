@@ -16,8 +16,10 @@ from flowcache_core.run.footprint import Footprint, footprint, readable
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
+from tests.driven import Driven
 
 
 @pytest.mark.parametrize("ar_step", [0, 2, 6])
@@ -28,7 +30,7 @@ def test_the_footprint_is_what_a_run_holds(
 ) -> None:
     schedule, policy, noise = ChunkSchedule(7, 3, 6, ar_step), Chunkwise(threshold=0, replay=replay), noise_of(7)
     adapter, levels = SkyReelsAdapter(net), flow_sigmas(6)
-    expected = footprint(adapter, schedule, (16, 4, 4), len(branches), len(branches) * texts.shape[1], 4, policy.keeps)
+    expected = footprint(adapter, schedule, (16, 4, 4), len(branches), len(branches) * texts.shape[1], 4, policy)
     kept = []
     with Session(adapter, schedule, levels, (4, 4), policy=policy) as session:
 
@@ -38,7 +40,7 @@ def test_the_footprint_is_what_a_run_holds(
             kept.append(sum(p.value.nbytes for state in states for many in state.predictions.values() for p in many))
             return out[:1]
 
-        sample_chunks(predict, noise, schedule, levels, Euler(), session.commit)
+        sample_chunks(Driven(predict, session), noise, schedule, levels, Euler())
         text = sum(k.nbytes + v.nbytes for k, v in session._text[branches])
     assert session.report.kv_peak_bytes == expected.kv
     assert text == expected.text
@@ -70,17 +72,18 @@ def test_the_buffers_of_keys_and_values_are_allocated_once_per_layer_in_the_dtyp
     ids=["1.3B", "14B-540P", "14B-720P", "1.3B eight times as long"],
 )
 def test_the_released_models_need_what_their_sizes_say(layers: int, heads: int, latent: tuple[int, int, int], frames: int, gib: float) -> None:
-    adapter = SimpleNamespace(layers=layers, heads=heads, head_dim=128, tokens_per_frame=lambda h, w: h // 2 * (w // 2))
-    said = footprint(adapter, ChunkSchedule(frames, 5, 50, 50), latent, 2, 1024, 2, "velocity", 3 << 30)
+    adapter = SimpleNamespace(layers=layers, heads=heads, head_dim=128, width=heads * 128, tokens_per_frame=lambda h, w: h // 2 * (w // 2))
+    said = footprint(adapter, ChunkSchedule(frames, 5, 50, 50), latent, 2, 1024, 2, Chunkwise(), 3 << 30)
     assert said.kv / 2**30 == pytest.approx(gib, abs=0.01)
     assert said.predictions == 2 * 2 * 5 * 16 * latent[1] * latent[2] * 2
-    assert said.held == said.kv + said.text + said.predictions
+    assert said.latents == (2 * frames + (3 + 2) * 5) * 16 * latent[1] * latent[2] * 4 + frames * latent[1] * latent[2]
+    assert said.held == said.kv + said.text + said.predictions + said.latents
 
 
 def test_the_report_says_first_what_was_expected() -> None:
     report = RunReport(1, 1)
-    report.expected = Footprint(3 << 30, 5 << 20, 0, 1 << 30)
-    said = "at its peak the run holds weights 3.00 GiB, KV cache 5.0 MiB, text 0.0 MiB, kept predictions 1.00 GiB"
+    report.expected = Footprint(3 << 30, 5 << 20, 0, 1 << 30, latents=2 << 20)
+    said = "at its peak the run holds weights 3.00 GiB, KV cache 5.0 MiB, text 0.0 MiB, kept predictions 1.00 GiB, latents 2.0 MiB"
     assert report.text().splitlines() == [said, report.summary()]
     assert report.as_dict()["expected_bytes"]["kv"] == 5 << 20
 

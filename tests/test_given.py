@@ -19,8 +19,10 @@ from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise, given_frames
 from flowcache_core.sampling.loop import sample_chunks, sample_window, sample_windows
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, flow_sigmas, plan_windows, timestep
+from flowcache_core.sampling.noise import flow_sigmas, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
 from flowcache_core.sampling.solvers import Euler, UniPC
+from tests.driven import Driven, DrivenWindows
 
 Noise = Callable[..., Tensor]
 Cached = Callable[..., tuple[Tensor, RunReport]]
@@ -40,9 +42,7 @@ def windowed(net: SkyReelsV2, texts: Tensor) -> Callable[..., tuple[Tensor, RunR
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
                 return session.denoise(x, sigmas, texts[:1], ("cond",))
 
-            film = sample_windows(
-                predict, noise, windows, flow_sigmas(steps), UniPC(), lambda chunk, clean, film: session.note(chunk, clean), given=given
-            )
+            film = sample_windows(DrivenWindows(predict, session), noise, windows, flow_sigmas(steps), UniPC(), given)
         return film, session.report
 
     return run
@@ -130,7 +130,7 @@ def test_the_cached_way_shows_the_prefix_once_and_lightly_noised(net: SkyReelsV2
             seen.append(x)
         return torch.zeros_like(x)
 
-    sample_chunks(predict, noise, schedule, flow_sigmas(4), Euler(), given=GivenNoise(20, 1))
+    sample_chunks(Driven(predict, schedule=schedule), noise, schedule, flow_sigmas(4), Euler(), GivenNoise(20, 1))
     residue = torch.cat(seen, 2) - 0.98 * noise[:, :, :4]
     assert len(seen) == schedule.given == 2
     assert 0.015 < float(residue.std()) < 0.025
@@ -216,8 +216,10 @@ def test_a_film_that_sets_out_from_a_level_goes_on_as_the_whole_run_does(noise_o
 
     schedule = ChunkSchedule(3, 3, 6, 2)
     velocity = noise_of(3, seed=9)
-    whole = sample_chunks(lambda x, chunk: velocity * x, noise, schedule, levels, Euler(), on_step=keep)
-    tail = sample_chunks(lambda x, chunk: velocity * x, standing[2], ChunkSchedule(3, 3, 3, 2), levels[3:], Euler())
+    whole = sample_chunks(Driven(lambda x, chunk: velocity * x, see=keep, schedule=schedule), noise, schedule, levels, Euler())
+    tail = sample_chunks(
+        Driven(lambda x, chunk: velocity * x, schedule=ChunkSchedule(3, 3, 3, 2)), standing[2], ChunkSchedule(3, 3, 3, 2), levels[3:], Euler()
+    )
     assert torch.equal(tail, whole)
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcache_core.bench.increment import IncrementAdapter
+from flowcache_core.bench.increment import incremental
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.named import policy_named
 from flowcache_core.models.bundle import Bundle, load_bundle
@@ -58,7 +58,7 @@ FILMS: dict[str, Callable[[Bundle], Tensor]] = {
     "chunkwise": lambda b: generate(b, JOB, Chunkwise(warmup_steps=2))[0],
     "chunkwise-latent": lambda b: generate(b, JOB, Chunkwise(signature="latent", replay="residual", warmup_steps=2))[0],
     "published": lambda b: generate(b, JOB, preset("flowcache-slow"))[0],
-    "increment": lambda b: generate(b, replace(JOB, solver="euler"), Chunkwise(0.2, 2, replay="residual", order=0), adapter=IncrementAdapter)[0],
+    "increment": lambda b: generate(b, replace(JOB, solver="euler"), Chunkwise(0.2, 2, replay="residual", order=0), adapter=incremental)[0],
     "target": lambda b: generate(b, JOB, Target(share=0.5, warmup_steps=2))[0],
     "planned": lambda b: generate(b, JOB, Planned(share=0.5))[0],
     "planned-given": lambda b: generate(b, JOB, Planned(share=0.4), given=given())[0],

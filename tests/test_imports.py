@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -95,3 +96,21 @@ def test_the_root_package_imports_without_the_host() -> None:
     spec.loader.exec_module(root)
     assert callable(root.comfy_entrypoint)
     assert (ROOT / root.WEB_DIRECTORY).is_dir()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_node_imports_is_there(path: Path) -> None:
+    """Without a host the nodes cannot be imported; what they ask of the core and of each other can be looked up."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        names = [alias.name for alias in node.names]
+        if node.level == 2:
+            module = importlib.import_module(node.module or "flowcache_core")
+            missing = [name for name in names if not hasattr(module, name) and not importlib.util.find_spec(f"{node.module}.{name}")]
+        else:
+            tree = ast.parse((path.parent / f"{node.module or '__init__'}.py").read_text())
+            there = {name.id for top in tree.body for name in ast.walk(top) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            there |= {top.name for top in tree.body if isinstance(top, ast.FunctionDef | ast.ClassDef)}
+            missing = [name for name in names if name not in there and not (path.parent / f"{name}.py").exists()]
+        assert not missing, f"{path.name} imports {missing} from {node.module}"

@@ -28,8 +28,10 @@ from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
+from tests.driven import Driven
 
 FRAME = 4
 """Tokens of a frame of the small films here."""
@@ -50,7 +52,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Counting:
-    """A running count of the chunks a row has seen: what is carried moves with its row."""
+    """A running count of the chunks a slot has seen: what is carried moves with it."""
 
     name: ClassVar[str] = "counting"
 
@@ -58,9 +60,9 @@ class Counting:
         return (view.carried + 1)[:, None]
 
 
-def budget(rows: int, sink: int = 0, recent: int = 0, policy: object = None, granularity: str = "token", dtype: str = "as computed",
+def budget(slots: int, sink: int = 0, recent: int = 0, policy: object = None, granularity: str = "token", dtype: str = "as computed",
            offload: bool = False, soft: float = 0.0) -> Budget:  # fmt: skip
-    return Budget(rows, sink, recent, granularity, policy or Sparse(), dtype, offload, soft)  # type: ignore[arg-type]
+    return Budget(slots, sink, recent, granularity, policy or Sparse(), dtype, offload, soft)  # type: ignore[arg-type]
 
 
 def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule, kept: Budget | None = None, policy: CachePolicy | None = None,
@@ -81,10 +83,7 @@ def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule,
             watch(session)
             return out[1] + 2 * (out[0] - out[1])
 
-        def moved(chunk: Chunk, clean: Tensor, x: Tensor) -> None:
-            session.note(chunk, clean)
-
-        return sample_chunks(predict, noise, schedule, levels, Euler(), session.commit, moved), session.report
+        return sample_chunks(Driven(predict, session), noise, schedule, levels, Euler()), session.report
 
 
 @pytest.mark.parametrize("ar_step", [0, 2, 4])
@@ -115,12 +114,12 @@ def test_soft_eviction_leaves_means_of_neighbours_in_order(net: SkyReelsV2, text
     left, _ = film(net, texts, noise_of(15), ChunkSchedule(15, 3, 3, 2, 3), soft, watch=watch)
     hard, _ = film(net, texts, noise_of(15), ChunkSchedule(15, 3, 3, 2, 3), budget(6 * FRAME, FRAME, 3 * FRAME))
     assert not torch.equal(left, hard)
-    rows = torch.arange(12.0).view(1, 1, 6, 2)
-    pool(rows, torch.tensor([[[0, 1, 2], [3, 4, 5]]]))
-    assert rows[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
-    rows[0, 0, 0] = 9
-    pool(rows, torch.tensor([[[0, 1, 2]]]))
-    assert rows[0, 0, 1].tolist() == [5.0, pytest.approx(17 / 3)]
+    slots = torch.arange(12.0).view(1, 1, 6, 2)
+    pool(slots, torch.tensor([[[0, 1, 2], [3, 4, 5]]]))
+    assert slots[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    slots[0, 0, 0] = 9
+    pool(slots, torch.tensor([[[0, 1, 2]]]))
+    assert slots[0, 0, 1].tolist() == [5.0, pytest.approx(17 / 3)]
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("fp8", 0.05), ("int8", 0.02), ("int4", 0.3)])
@@ -139,8 +138,8 @@ def test_fewer_bits_change_a_film_little(
 def test_a_run_holds_what_its_budget_said(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, dtype: str, offload: bool) -> None:
     schedule, kept = ChunkSchedule(15, 3, 2, 1, 3), budget(6 * FRAME, FRAME, 3 * FRAME, dtype=dtype, offload=offload)
     _, report = film(net, texts, noise_of(15), schedule, kept)
-    room = capacity(schedule, FRAME, kept.rows)
-    assert report.kv_peak_bytes == kept.bytes(KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active), 2, 4)
+    room = capacity(schedule, FRAME, kept.slots)
+    assert report.kv_peak_bytes == kept.cache_bytes(KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active), 2, 4)
 
 
 def test_what_a_policy_remembers_is_counted(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
@@ -152,7 +151,7 @@ def test_what_a_policy_remembers_is_counted(net: SkyReelsV2, texts: Tensor, nois
         held.append(sum(moments.mean.nbytes + moments.covariance.nbytes for moments in every if moments))
 
     film(net, texts, noise_of(15), schedule, kept, watch=watch)
-    room = capacity(schedule, FRAME, kept.rows)
+    room = capacity(schedule, FRAME, kept.slots)
     sizes = KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active)
     plain = budget(6 * FRAME, FRAME, 3 * FRAME).bytes(sizes, 2, 4)
     assert kept.bytes(sizes, 2, 4) - plain == max(held) > 0
@@ -162,10 +161,10 @@ def test_what_a_policy_remembers_is_counted(net: SkyReelsV2, texts: Tensor, nois
 
 @pytest.mark.parametrize("granularity", ["token", "frame", "chunk"])
 @pytest.mark.parametrize(("frames", "ar_step"), [(30, 4), (26, 2), (10, 3)])
-def test_a_budget_is_never_exceeded_and_its_rows_are_in_order(
+def test_a_budget_is_never_exceeded_and_its_slots_are_in_order(
     net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, frames: int, ar_step: int, granularity: str
 ) -> None:
-    schedule, rows = ChunkSchedule(frames, 3, 4, ar_step, 4), 6 * FRAME
+    schedule, slots = ChunkSchedule(frames, 3, 4, ar_step, 4), 6 * FRAME
     sink, recent = FRAME, 3 * FRAME
     seen: list[int] = []
 
@@ -174,18 +173,18 @@ def test_a_budget_is_never_exceeded_and_its_rows_are_in_order(
         assert keeper is not None
         for layers in keeper._kept.values():
             for kept in layers:
-                assert kept.tokens.shape[1] <= rows
+                assert kept.tokens.shape[1] <= slots
                 assert (kept.tokens.diff(dim=1) > 0).all()
-                if kept.tokens.shape[1] == rows:
+                if kept.tokens.shape[1] == slots:
                     assert (kept.tokens[:, :sink] == torch.arange(sink)).all()
                     newest = int(kept.tokens[0, -1])
                     assert (kept.tokens[:, -recent:] == torch.arange(newest - recent + 1, newest + 1)).all()
         seen.append(session._kv.bytes)
 
-    _, report = film(net, texts, noise_of(frames), schedule, budget(rows, sink, recent, granularity=granularity), watch=watch)
+    _, report = film(net, texts, noise_of(frames), schedule, budget(slots, sink, recent, granularity=granularity), watch=watch)
     assert len(set(seen)) == 1
-    assert all(counts.sum() <= rows for counts in report.history)
-    assert report.kv_peak_bytes == 2 * 2 * 2 * capacity(schedule, FRAME, rows).total * HEAD_DIM * 4
+    assert all(counts.sum() <= slots for counts in report.history.frames)
+    assert report.kv_peak_bytes == 2 * 2 * 2 * capacity(schedule, FRAME, slots).total * HEAD_DIM * 4
 
 
 def test_a_longer_film_needs_no_more_memory(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
@@ -239,7 +238,7 @@ def test_a_window_drops_what_nobody_sees_and_the_film_stays_the_same(net: SkyRee
             session.commit(chunk)
 
 
-def test_what_is_carried_moves_with_its_row(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+def test_what_is_carried_moves_with_its_slot(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
     schedule = ChunkSchedule(18, 3, 2, 2, 3)
 
     def watch(session: Session) -> None:
@@ -309,7 +308,7 @@ def test_select_keeps_the_best_and_of_equals_the_newer() -> None:
     assert select(scores, 0, none).shape == (2, 0)
 
 
-def test_rows_of_a_group_stay_or_go_together() -> None:
+def test_slots_of_a_group_stay_or_go_together() -> None:
     scores = torch.tensor([[9.0, -9.0, 1.0, 1.5, 0.0, 3.0]])
     groups = torch.tensor([[0, 0, 4, 4, 5, 5]])
     assert select(scores, 2, torch.zeros(1, 6, dtype=torch.bool), groups, 6).tolist() == [[4, 5]]
@@ -317,14 +316,14 @@ def test_rows_of_a_group_stay_or_go_together() -> None:
 
 
 @pytest.mark.parametrize("kept", [None, 20])
-def test_the_book_keeping_of_rows_fits_its_own_forecast(kept: int | None) -> None:
+def test_the_book_keeping_of_slots_fits_its_own_forecast(kept: int | None) -> None:
     for frames, prefix, ar_step, window in ((17, 4, 5, 3), (30, 0, 2, 4), (9, 0, 0, None), (40, 0, 6, 2)):
         schedule = ChunkSchedule(frames, 3, 6, ar_step, window, prefix)
-        room, rows = capacity(schedule, FRAME, kept), Layout(schedule, FRAME, kept)
+        room, layout = capacity(schedule, FRAME, kept), Layout(schedule, FRAME, kept)
         for index in range(schedule.chunks):
-            first, start, end = rows.begin(index)
+            first, start, end = layout.begin(index)
             assert 0 <= first <= start < end <= room.total
-            before, after = rows.settle(index)
+            before, after = layout.settle(index)
             assert after <= before <= max(room.total, room.history)
             assert kept is None or after <= kept
 
@@ -332,23 +331,29 @@ def test_the_book_keeping_of_rows_fits_its_own_forecast(kept: int | None) -> Non
 SCHEDULE = ChunkSchedule(30, 3, 6, 6, 5)
 
 
-@pytest.mark.parametrize(("settings", "rows"), [({"budget": 3.0}, 36), ({"budget": 1.5, "unit": "seconds"}, 36), ({"budget": 2.5}, 30)])
-def test_a_budget_in_chunks_or_seconds(net: SkyReelsV2, settings: dict[str, object], rows: int) -> None:
-    assert Compressor(Sparse(), **settings).plan(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).rows == rows  # type: ignore[arg-type]
+@pytest.mark.parametrize(("settings", "slots"), [({"budget": 3.0}, 36), ({"budget": 1.5, "unit": "seconds"}, 36), ({"budget": 2.5}, 30)])
+def test_a_budget_in_chunks_or_seconds(net: SkyReelsV2, settings: dict[str, object], slots: int) -> None:
+    assert Compressor(Sparse(), **settings).budget_for(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).slots == slots  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("temporal", "frames"), [(2, 18), (4, 9), (8, 4.5)])
+def test_a_budget_in_seconds_counts_the_pixel_frames_of_a_latent_frame(net: SkyReelsV2, temporal: int, frames: float) -> None:
+    kept = Compressor(Sparse(), 1.5, "seconds").budget_for(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4, temporal=temporal)
+    assert kept.slots == frames * FRAME
 
 
 def test_a_budget_in_gib_counts_all_layers_and_branches(net: SkyReelsV2) -> None:
     token = 2 * 2 * HEAD_DIM * 2 * 4
-    assert Compressor(Sparse(), 40 * token / 2**30, "GiB").plan(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).rows == 40
+    assert Compressor(Sparse(), 40 * token / 2**30, "GiB").budget_for(SkyReelsAdapter(net), SCHEDULE, (4, 4), 24, 2, 4).slots == 40
 
 
 @pytest.mark.parametrize("unit", ["chunks", "seconds", "GiB"])
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(net: SkyReelsV2, unit: str) -> None:
     adapter = SkyReelsAdapter(net)
     with pytest.raises(ValueError, match=r"use \S+ \S+ or more") as error:
-        Compressor(Sparse(), 0.01 if unit != "GiB" else 1e-5, unit, sink=2).plan(adapter, SCHEDULE, (4, 4), 24, 2, 4)  # type: ignore[arg-type]
+        Compressor(Sparse(), 0.01 if unit != "GiB" else 1e-5, unit, sink=2).budget_for(adapter, SCHEDULE, (4, 4), 24, 2, 4)  # type: ignore[arg-type]
     least = float(str(error.value).split("use ")[1].split()[0])
-    assert Compressor(Sparse(), least, unit, sink=2).plan(adapter, SCHEDULE, (4, 4), 24, 2, 4).rows >= 5 * FRAME  # type: ignore[arg-type]
+    assert Compressor(Sparse(), least, unit, sink=2).budget_for(adapter, SCHEDULE, (4, 4), 24, 2, 4).slots >= 5 * FRAME  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings", [{"budget": 0.0}, {"sink": -1}, {"recent": -2}, {"granularity": "row"}, {"unit": "bytes"},

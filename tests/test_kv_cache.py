@@ -17,8 +17,10 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.noise import flow_sigmas, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver, UniPC
+from tests.driven import Driven
 
 TOKENS = 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -102,7 +104,7 @@ def sample_branches(net: SkyReelsV2, texts: Tensor, noise: Tensor, groups: Calla
                 out.update(zip(group, velocity.split(1), strict=True))
             return out[1] + 3 * (out[0] - out[1])
 
-        return sample_chunks(predict, noise, schedule, sigmas, Euler(), session.commit)
+        return sample_chunks(Driven(predict, session), noise, schedule, sigmas, Euler())
 
 
 @pytest.mark.parametrize(
@@ -135,20 +137,20 @@ def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: C
                 cond, uncond = session.denoise(x.repeat(2, 1, 1, 1, 1), chunk, context, (0, 1)).chunk(2)
                 return uncond + 3 * (cond - uncond)
 
-            return sample_chunks(predict, noise, schedule, sigmas, Euler(), session.commit)
+            return sample_chunks(Driven(predict, session), noise, schedule, sigmas, Euler())
 
     noise = noise_of(6, batch=2)
     torch.testing.assert_close(film(noise), torch.cat([film(n) for n in noise.split(1)]), rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_branches_lie_in_their_order_and_only_side_by_side() -> None:
+def test_branches_lie_in_the_batch_in_their_order_and_only_side_by_side() -> None:
     cache = KVCache(("a", "b", "c"), KVSizes(2, 1, 1, 4, 8))
-    assert cache.rows(("a", "b", "c")) == slice(0, 6)
-    assert cache.rows(("b",)) == slice(2, 4)
-    assert cache.rows(("b", "c")) == slice(2, 6)
-    assert cache.rows(("c", "b")) is None
-    assert cache.rows(("a", "c")) is None
-    assert cache.rows(("d",)) is None
+    assert cache.batch_of(("a", "b", "c")) == slice(0, 6)
+    assert cache.batch_of(("b",)) == slice(2, 4)
+    assert cache.batch_of(("b", "c")) == slice(2, 6)
+    assert cache.batch_of(("c", "b")) is None
+    assert cache.batch_of(("a", "c")) is None
+    assert cache.batch_of(("d",)) is None
 
 
 def test_a_cache_adopts_the_branches_it_shares_with_another() -> None:
@@ -181,12 +183,12 @@ def test_bytes_are_two_buffers_per_layer_and_freeing_gives_them_back(dtype: torc
     batch, layers, heads, dim, capacity = 2, 3, 2, 16, 10
     store = store_of(batch, layers, heads, dim, capacity)
     assert store.bytes == 0
-    cache, rows = store.of(("a", "b"))
+    cache, mine = store.of(("a", "b"))
     assert store.bytes == 0
     like = torch.empty(0, dtype=dtype)
     cache.layer(0, like)
     assert store.bytes == 2 * layers * 2 * batch * heads * capacity * dim * like.element_size()
-    assert len(cache.layer(1, like)[0][rows]) == 2 * batch
+    assert len(cache.layer(1, like)[0][mine]) == 2 * batch
     store.free()
     assert store.bytes == 0
     assert cache.bytes == 0
@@ -219,8 +221,8 @@ def test_what_one_batch_of_branches_wrote_every_other_batch_reads(groups: tuple[
     store, like = store_of(1, 1, 1, 4, 8), torch.empty(0)
     written: dict[str, int] = {}
     for turn, group in enumerate(groups):
-        cache, rows = store.of(group)
-        keys = cache.layer(0, like)[0][rows]
+        cache, mine = store.of(group)
+        keys = cache.layer(0, like)[0][mine]
         assert [int(keys[i, 0, 0, 0]) for i, branch in enumerate(group) if branch in written] == [written[b] for b in group if b in written]
         keys.fill_(turn)
         written.update(dict.fromkeys(group, turn))

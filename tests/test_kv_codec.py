@@ -1,4 +1,4 @@
-"""Storage of keys and values: what comes back, what it costs, and that rows carry all that restores them."""
+"""Storage of keys and values: what comes back, what it costs, and that slots carry all that restores them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowcache_core.kv import codec as module
 from flowcache_core.kv.codec import CHANNEL, CODECS, EVEN, TINY, Codec, Float8, Int4, Int8, State, codec_of, evening
 
-R, H, N, D = 2, 3, 20, 16
+B, H, N, D = 2, 3, 20, 16
 LOSSY = [codec for codec in CODECS if not codec.lossless]
 named = pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
 lossy = pytest.mark.parametrize("codec", LOSSY, ids=lambda c: c.name)
@@ -22,12 +22,12 @@ both = pytest.mark.parametrize("which", ["k", "v"])
 
 
 def state_of(codec: Codec, capacity: int = N, dtype: torch.dtype = torch.float32, dim: int = D) -> State:
-    return codec.new(R, H, capacity, dim, "cpu", dtype)
+    return codec.new(B, H, capacity, dim, "cpu", dtype)
 
 
-def uneven(rows: int = N, dim: int = D) -> Tensor:
-    """Rows of very different size, with one channel that is 30 times the others."""
-    x = torch.randn(R, H, rows, dim) * torch.logspace(-2, 2, rows).view(-1, 1)
+def uneven(slots: int = N, dim: int = D) -> Tensor:
+    """Slots of very different size, with one channel that is 30 times the others."""
+    x = torch.randn(B, H, slots, dim) * torch.logspace(-2, 2, slots).view(-1, 1)
     x[..., 3] *= 30
     return x
 
@@ -68,7 +68,7 @@ def test_in_16_bits_reading_adds_two_roundings_at_most(codec: Codec, dtype: torc
     x = uneven().to(dtype)
     y, state = through(codec, x, which)
     assert y.dtype == dtype
-    whole = codec.read(state, which, N, torch.empty(R, H, N, D))
+    whole = codec.read(state, which, N, torch.empty(B, H, N, D))
     assert ((y.float() - whole).abs() <= torch.finfo(dtype).eps * whole.abs() + 1e-6).all()
 
 
@@ -84,7 +84,7 @@ def test_as_computed_is_bit_exact(dtype: torch.dtype, which: str) -> None:
 
 
 def test_fewer_bits_are_less_exact() -> None:
-    x = torch.randn(R, H, N, 128)
+    x = torch.randn(B, H, N, 128)
     errors = [(through(codec_of(name), x)[0] - x).norm() / x.norm() for name in ("as computed", "int8", "fp8", "int4")]
     assert errors == sorted(errors)
     assert errors[0] == 0
@@ -93,7 +93,7 @@ def test_fewer_bits_are_less_exact() -> None:
 
 @named
 @both
-def test_rows_of_zeros_stay_zeros(codec: Codec, which: str) -> None:
+def test_slots_of_zeros_stay_zeros(codec: Codec, which: str) -> None:
     x = uneven()
     x[:, :, 4:9] = 0
     x[0] = 0
@@ -105,24 +105,24 @@ def test_rows_of_zeros_stay_zeros(codec: Codec, which: str) -> None:
 @named
 @both
 @pytest.mark.parametrize("value", [1.0, -1.0, 3.14159, -1e-4, 7e4, 1e-30])
-def test_constant_rows_come_back_to_8_bits(codec: Codec, which: str, value: float) -> None:
-    x = torch.full((R, H, 4, D), value)
+def test_constant_slots_come_back_to_8_bits(codec: Codec, which: str, value: float) -> None:
+    x = torch.full((B, H, 4, D), value)
     y, _ = through(codec, x, which)
     torch.testing.assert_close(y, x, rtol=2**-8, atol=0)
 
 
 @named
 @both
-def test_no_rows_are_no_work(codec: Codec, which: Any) -> None:
+def test_no_slots_are_no_work(codec: Codec, which: Any) -> None:
     state = state_of(codec)
-    codec.write(state, which, slice(0, 0), torch.empty(R, H, 0, D))
-    assert codec.read(state, which, 0, torch.empty(R, H, 0, D)).numel() == 0
+    codec.write(state, which, slice(0, 0), torch.empty(B, H, 0, D))
+    assert codec.read(state, which, 0, torch.empty(B, H, 0, D)).numel() == 0
     if codec.evens_keys:
         assert not state[CHANNEL].any()
 
 
 @lossy
-def test_values_of_one_row_do_not_depend_on_other_rows(codec: Codec) -> None:
+def test_values_of_one_slot_do_not_depend_on_other_slots(codec: Codec) -> None:
     x = uneven()
     y, _ = through(codec, x)
     alone, _ = through(codec, x[:, :, 7:8].clone())
@@ -161,7 +161,7 @@ def test_the_channel_scale_is_fixed_by_the_first_keys_of_each_film() -> None:
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c.evens_keys], ids=lambda c: c.name)
 def test_an_outlier_channel_costs_the_other_channels_less_in_keys_than_in_values(codec: Codec) -> None:
-    x = torch.randn(R, H, 64, 128)
+    x = torch.randn(B, H, 64, 128)
     x[..., 5] *= 50
     others = [c for c in range(128) if c != 5]
     keys, values = ((through(codec, x, which)[0] - x)[..., others].norm() for which in ("k", "v"))
@@ -170,7 +170,7 @@ def test_an_outlier_channel_costs_the_other_channels_less_in_keys_than_in_values
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c.evens_keys], ids=lambda c: c.name)
 def test_a_channel_that_speaks_late_does_not_drown_the_others(codec: Codec) -> None:
-    x = torch.randn(R, H, N, D)
+    x = torch.randn(B, H, N, D)
     x[:, :, :10, 3] = 0
     state = state_of(codec)
     codec.write(state, "k", slice(0, 10), x[:, :, :10])
@@ -183,7 +183,7 @@ def test_a_channel_that_speaks_late_does_not_drown_the_others(codec: Codec) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @lossy
 def test_keys_that_begin_with_zeros_or_with_dust_are_read_like_any_other(codec: Codec, dtype: torch.dtype) -> None:
-    x, state = torch.randn(R, H, N, D).to(dtype) * 100, state_of(codec, dtype=dtype)
+    x, state = torch.randn(B, H, N, D).to(dtype) * 100, state_of(codec, dtype=dtype)
     x[0, :, :10], x[1, :, :10] = 0, 1e-7
     codec.write(state, "k", slice(0, 10), x[:, :, :10])
     codec.write(state, "k", slice(10, N), x[:, :, 10:])
@@ -195,7 +195,7 @@ def test_keys_that_begin_with_zeros_or_with_dust_are_read_like_any_other(codec: 
 def test_reading_a_range_equals_that_range_of_all(codec: Codec) -> None:
     x = uneven()
     whole, state = through(codec, x, "k")
-    out = torch.full((R, H, N, D), 7.0)
+    out = torch.full((B, H, N, D), 7.0)
     assert codec.read(state, "k", 9, out[:, :, 2:8], start=3).data_ptr() == out[:, :, 2:8].data_ptr()
     assert torch.equal(out[:, :, 2:8], whole[:, :, 3:9])
     assert (out[:, :, :2] == 7).all()
@@ -203,7 +203,7 @@ def test_reading_a_range_equals_that_range_of_all(codec: Codec) -> None:
 
 
 @named
-@pytest.mark.parametrize("block", [1, R * H * D * 3])
+@pytest.mark.parametrize("block", [1, B * H * D * 3])
 def test_how_much_is_converted_at_a_time_changes_nothing(codec: Codec, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     x = uneven()
     whole, state = through(codec, x, "k")
@@ -222,39 +222,39 @@ def bits(x: Tensor) -> Tensor:
 
 @named
 @pytest.mark.parametrize("kept", [1, 7, 19])
-def test_keeping_moves_exactly_the_chosen_rows_and_no_bit_of_them(codec: Codec, kept: int) -> None:
+def test_keeping_moves_exactly_the_chosen_slots_and_no_bit_of_them(codec: Codec, kept: int) -> None:
     x, state = uneven(), state_of(codec, N + 4)
     for which in ("k", "v"):
         codec.write(state, which, slice(0, N), x)  # type: ignore[arg-type]
     before = {name: tensor.clone() for name, tensor in state.items()}
-    index = torch.stack([torch.randperm(N)[:kept].sort().values for _ in range(R)])
+    index = torch.stack([torch.randperm(N)[:kept].sort().values for _ in range(B)])
     codec.keep(state, index, N)
     for name, tensor in state.items():
-        for film in range(R) if name != CHANNEL else ():
+        for film in range(B) if name != CHANNEL else ():
             assert torch.equal(bits(tensor[film, :, :kept]), bits(before[name][film, :, index[film]]))
         assert name != CHANNEL or torch.equal(tensor, before[name])
 
 
 @named
-def test_rows_survive_many_evictions_without_loss(codec: Codec) -> None:
+def test_slots_survive_many_evictions_without_loss(codec: Codec) -> None:
     x = uneven()
     written, state = through(codec, x, "k")
     left = torch.arange(N)
     for count in (17, 12, 11, 4):
         chosen = torch.randperm(len(left))[:count].sort().values
-        codec.keep(state, chosen.expand(R, -1), len(left))
+        codec.keep(state, chosen.expand(B, -1), len(left))
         left = left[chosen]
-    assert torch.equal(codec.read(state, "k", 4, torch.empty(R, H, 4, D)), written[:, :, left])
+    assert torch.equal(codec.read(state, "k", 4, torch.empty(B, H, 4, D)), written[:, :, left])
 
 
 @named
-def test_keeping_all_rows_changes_nothing_and_keeping_more_is_refused(codec: Codec) -> None:
+def test_keeping_all_slots_changes_nothing_and_keeping_more_is_refused(codec: Codec) -> None:
     _, state = through(codec, uneven())
     before = {name: tensor.clone() for name, tensor in state.items()}
-    codec.keep(state, torch.arange(N).expand(R, -1), N)
+    codec.keep(state, torch.arange(N).expand(B, -1), N)
     assert all(torch.equal(bits(state[name]), bits(before[name])) for name in state)
-    with pytest.raises(ValueError, match=rf"{N} rows .* out of {N - 1}"):
-        codec.keep(state, torch.arange(N).expand(R, -1), N - 1)
+    with pytest.raises(ValueError, match=rf"{N} slots .* out of {N - 1}"):
+        codec.keep(state, torch.arange(N).expand(B, -1), N - 1)
 
 
 @named
@@ -262,9 +262,9 @@ def test_keeping_all_rows_changes_nothing_and_keeping_more_is_refused(codec: Cod
 @pytest.mark.parametrize("dim", [16, 80, 128])
 def test_bytes_are_as_promised(codec: Codec, dtype: torch.dtype, dim: int) -> None:
     state = state_of(codec, dtype=dtype, dim=dim)
-    rows = R * N * codec.bytes_per_token(H, dim, dtype.itemsize)
-    assert codec.bytes(state) == rows + R * codec.bytes_per_layer(H, dim)
-    assert all(tensor.shape[:3] == (R, H, 1 if name == CHANNEL else N) for name, tensor in state.items())
+    slots = B * N * codec.bytes_per_token(H, dim, dtype.itemsize)
+    assert codec.bytes(state) == slots + B * codec.bytes_per_layer(H, dim)
+    assert all(tensor.shape[:3] == (B, H, 1 if name == CHANNEL else N) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize(("name", "saving"), [("as computed", 1), ("fp8", 1.96), ("int8", 1.96), ("int4", 3.5)])
@@ -291,16 +291,16 @@ class Allocations(TorchDispatchMode):
 @both
 @pytest.mark.parametrize("work", ["read", "keep"])
 def test_reading_and_keeping_allocate_no_more_than_a_block(codec: Codec, which: Any, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", R * H * D * 2)
+    monkeypatch.setattr(module, "BLOCK", B * H * D * 2)
     out, state = through(codec, uneven(200), which)
     index = torch.arange(50, 200)
     with Allocations([out, index, *state.values()]) as seen:
         if work == "read":
             codec.read(state, which, 200, out)
         else:
-            codec.keep(state, index.expand(R, -1), 200)
+            codec.keep(state, index.expand(B, -1), 200)
     assert (seen.largest > 0) != (codec.lossless and work == "read")
-    assert seen.largest <= R * H * D * 2 < out.numel() / 50
+    assert seen.largest <= B * H * D * 2 < out.numel() / 50
 
 
 @named
@@ -335,7 +335,7 @@ def test_codecs_are_found_by_name_and_unknown_names_are_refused() -> None:
 @pytest.mark.parametrize("largest", [TINY, 1e-20, 1e20])
 @lossy
 def test_no_magnitude_is_out_of_range(codec: Codec, largest: float) -> None:
-    x = torch.randn(R, H, N, 128)
+    x = torch.randn(B, H, N, 128)
     x *= largest / x.abs().amax()
     y, _ = through(codec, x, "k")
     assert y.isfinite().all()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from flowcache_core.kv.named import policy_named, settings_of
+from flowcache_core.kv.named import policy_named
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.h2o import H2O
 from flowcache_core.kv.scores.importance import ImportanceRedundancy
 from flowcache_core.kv.scores.salience import Salience
 from flowcache_core.kv.scores.snapkv import SnapKV
+from flowcache_core.settings import settings_of
 
 
 @pytest.mark.parametrize("kind", KV_POLICIES, ids=lambda kind: kind.name)

@@ -14,7 +14,8 @@ from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.run.footprint import footprint
-from flowcache_core.run.report import STAGES_TOLD, RunReport
+from flowcache_core.run.history import STAGES_TOLD
+from flowcache_core.run.report import RunReport
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.show.plot import KEPT_SHADES, PLACES_AT_MOST, history_map
@@ -23,23 +24,23 @@ FRAME, SINK = 4, 4
 """Tokens of a frame; tokens that stay whatever comes."""
 
 
-def told(chunks: int, rows: int, layers: int = 2) -> RunReport:
+def told(chunks: int, slots: int, layers: int = 2) -> RunReport:
     """Chunks of one frame of 2 x 2 tokens, of which the first frame and the newest tokens stay."""
     report = RunReport(chunks + 1, 2, (chunks + 1, 2, 2))
     for k in range(chunks):
         seen = np.arange(FRAME * (k + 1))
-        kept = seen if len(seen) <= rows else np.concatenate([seen[:SINK], seen[len(seen) - rows + SINK :]])
-        report.kept(Chunk(k, k, 1, 2, 2), np.broadcast_to(kept, (2, layers, 1, len(kept))), FRAME, 1024 * len(kept))
+        kept = seen if len(seen) <= slots else np.concatenate([seen[:SINK], seen[len(seen) - slots + SINK :]])
+        report.history.kept(Chunk(k, k, 1, 2, 2), np.broadcast_to(kept, (2, layers, 1, len(kept))), FRAME, 1024 * len(kept))
     return report
 
 
 def test_history_is_counted_over_time() -> None:
     report = told(5, 10)
-    assert report.history_tokens == [4, 8, 10, 10, 10]
-    assert report.history_bytes == [4096, 8192, 10240, 10240, 10240]
-    assert [frames.tolist() for frames in report.history[2:]] == [[4, 2, 4], [4, 0, 2, 4], [4, 0, 0, 2, 4]]
-    assert report.places is not None
-    assert report.places.tolist() == [1] * 4 + [0] * 8 + [0, 0] + [1] * 6
+    assert report.history.tokens == [4, 8, 10, 10, 10]
+    assert report.history.bytes == [4096, 8192, 10240, 10240, 10240]
+    assert [frames.tolist() for frames in report.history.frames[2:]] == [[4, 2, 4], [4, 0, 2, 4], [4, 0, 0, 2, 4]]
+    assert report.history.places is not None
+    assert report.history.places.tolist() == [1] * 4 + [0] * 8 + [0, 0] + [1] * 6
 
 
 def test_the_text_tells_each_stage_of_history_once() -> None:
@@ -48,7 +49,7 @@ def test_the_text_tells_each_stage_of_history_once() -> None:
 
 
 def test_a_history_of_many_stages_is_told_by_its_ends() -> None:
-    said = told(STAGES_TOLD + 3, 1000).history_line()
+    said = told(STAGES_TOLD + 3, 1000).history.line()
     assert "4 after chunk 1 (0.0 MiB), ..., 36 after chunk 9 (0.0 MiB), of 36" in said
 
 
@@ -95,12 +96,12 @@ def test_films_of_every_length_are_drawn(chunks: int) -> None:
 
 def test_a_frame_of_many_tokens_is_drawn() -> None:
     report = RunReport(2, 2, (2, 30, 52))
-    report.kept(Chunk(0, 0, 1, 2, 2), np.arange(1000).reshape(1, 1, 1, -1), 1560)
+    report.history.kept(Chunk(0, 0, 1, 2, 2), np.arange(1000).reshape(1, 1, 1, -1), 1560)
     assert history_map(report).width < 1300
 
 
 @pytest.mark.parametrize(
-    ("ar_step", "rows", "prefix", "sentence"),
+    ("ar_step", "slots", "prefix", "sentence"),
     [
         (5, 20, 0, "history is kept to 20 tokens per layer: 5 latent frames of up to 9"),
         (5, 36, 0, "the budget saves nothing here: it has room for 9 latent frames, and the history of this film is never longer than 9"),
@@ -109,11 +110,11 @@ def test_a_frame_of_many_tokens_is_drawn() -> None:
         (2, 60, 0, "history is kept to 60 tokens per layer: 15 latent frames of up to 27; it is chosen from the whole film, but the KV cache is"),
     ],
 )
-def test_what_a_budget_will_do_is_said_before_the_run(ar_step: int, rows: int, prefix: int, sentence: str) -> None:
+def test_what_a_budget_will_do_is_said_before_the_run(ar_step: int, slots: int, prefix: int, sentence: str) -> None:
     schedule = ChunkSchedule(30, 3, 10, ar_step, 5) if ar_step == 2 else ChunkSchedule(12, 3, 10, ar_step, None, prefix)
-    assert foresee_history(Budget(rows, FRAME, 3 * FRAME, "token", KV_POLICIES[0]()), schedule, FRAME).startswith(sentence)
+    assert foresee_history(Budget(slots, FRAME, 3 * FRAME, "token", KV_POLICIES[0]()), schedule, FRAME).startswith(sentence)
     no_less = "saves nothing" in sentence or "the KV cache is" in sentence
-    assert (capacity(schedule, FRAME, rows).total >= capacity(schedule, FRAME).total) == no_less
+    assert (capacity(schedule, FRAME, slots).total >= capacity(schedule, FRAME).total) == no_less
 
 
 def test_fewer_bits_save_memory_even_where_all_is_kept() -> None:

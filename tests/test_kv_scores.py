@@ -58,7 +58,7 @@ def again(view: KVView, **kw: Any) -> KVView:
 
 
 def random_view(frames: int = 9, heads: int = 2, group: int = 1, lean: float = 0.3) -> KVView:
-    """A film and its other branch; what their keys and queries have in common is `lean`; some older rows are gone."""
+    """A film and its other branch; what their keys and queries have in common is `lean`; some older slots are gone."""
     n = frames * FRAME
     tokens = torch.stack([torch.cat([torch.randperm(n - NEW)[: n - NEW - 13].sort().values, torch.arange(n - NEW, n)]) for _ in range(2)])
     keys, values = torch.randn(2, 2, heads, tokens.shape[1], HEAD_DIM)
@@ -95,7 +95,7 @@ def source(make_net: Callable[..., SkyReelsV2], texts: Tensor, noise_of: Callabl
 
 
 def logits64(view: KVView, last: int) -> Tensor:
-    """[R, H, G, W, N]."""
+    """[B, H, G, W, N]."""
     q, k = view.queries[:, :, -last:].double(), view.keys.double()
     group = q.shape[1] // k.shape[1]
     each = torch.stack([q[:, h] @ k[:, h // group].mT / math.sqrt(q.shape[-1]) for h in range(q.shape[1])], 1)
@@ -130,9 +130,9 @@ def importance_redundancy64(view: KVView, last: int) -> Tensor:
 
 def r_kv64(view: KVView, alike: float = 0.5) -> Tensor:
     c = cosines64(view.keys)
-    for row in c.flatten(0, 2):
-        if (row > alike).any():
-            row[max(j for j, value in enumerate(row.tolist()) if value > alike)] = 0
+    for one in c.flatten(0, 2):
+        if (one > alike).any():
+            one[max(j for j, value in enumerate(one.tolist()) if value > alike)] = 0
     return 0.07 * importance64(view, 8) - 0.93 * c.mean(-2).softmax(-1)
 
 
@@ -141,14 +141,14 @@ def key_diff64(view: KVView) -> Tensor:
     return -torch.cosine_similarity(k, (k / k.norm(dim=-1, keepdim=True)).mean(2, keepdim=True), dim=-1)
 
 
-def rotation64(frame: int, row: int, column: int) -> Tensor:
-    """The whole matrix that turns a vector at this position: 22 pairs of channels for time, 21 for row, 21 for column."""
-    angles = [p * 10000.0 ** (-2 * i / size) for p, size in ((frame, 44), (row, 42), (column, 42)) for i in range(size // 2)]
+def rotation64(frame: int, y: int, x: int) -> Tensor:
+    """The whole matrix that turns a vector at this position: 22 pairs of channels for time, 21 for height, 21 for width."""
+    angles = [p * 10000.0 ** (-2 * i / size) for p, size in ((frame, 44), (y, 42), (x, 42)) for i in range(size // 2)]
     return torch.block_diag(*(torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=torch.float64) for a in angles))
 
 
 def expected64(view: KVView, ahead: int = 10) -> Tensor:
-    spots = [(row, column) for row in range(GRID[0]) for column in range(GRID[1])]
+    spots = [(y, x) for y in range(GRID[0]) for x in range(GRID[1])]
     place = torch.stack([rotation64(0, *spot) for spot in spots])
     first = int(view.tokens[0, -NEW]) // FRAME
     here = torch.cat([rotation64(first + f, 0, 0) @ place for f in range(CHUNK)])
@@ -185,7 +185,7 @@ every_policy = pytest.mark.parametrize("policy", [kind() for kind in KV_POLICIES
 
 @pytest.mark.parametrize("kind", ["real", "random", "grouped"])
 @pytest.mark.parametrize(("policy", "formula"), PUBLISHED, ids=NAMED)
-def test_a_score_is_the_published_formula_and_keeps_its_rows(
+def test_a_score_is_the_published_formula_and_keeps_its_slots(
     policy: KVPolicy, formula: Callable[[KVView], Tensor], source: Source, kind: str
 ) -> None:
     view = source(kind)
@@ -206,7 +206,7 @@ def test_a_score_is_the_published_formula_and_keeps_its_rows(
 
 @every_policy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_float32_finite_and_one_per_row(policy: KVPolicy, dtype: torch.dtype) -> None:
+def test_scores_are_float32_finite_and_one_per_slot(policy: KVPolicy, dtype: torch.dtype) -> None:
     view = random_view(group=2)
     view = again(view, **{name: getattr(view, name).to(dtype) for name in ("keys", "values", "queries")})
     score = policy.score(view)
@@ -253,7 +253,7 @@ def test_a_key_of_length_zero_has_a_score(policy: KVPolicy) -> None:
     [ImportanceRedundancy(kernel=1), SnapKV(kernel=1), H2O(), StreamingLLM(), KeyDiff(), KeyNorm(), ExpectedAttention(), Random()],
     ids=lambda policy: policy.name,
 )
-def test_permuting_rows_permutes_scores_that_do_not_look_at_neighbours(policy: KVPolicy) -> None:
+def test_permuting_slots_permutes_scores_that_do_not_look_at_neighbours(policy: KVPolicy) -> None:
     view = random_view()
     old = view.tokens.shape[1] - NEW
     order = torch.cat([torch.randperm(old), torch.arange(old, old + NEW)])
@@ -439,7 +439,7 @@ def test_expectation_is_taken_in_bounded_memory() -> None:
 # order and chance
 
 
-def test_the_newest_rows_score_highest_however_long_the_film() -> None:
+def test_the_newest_tokens_score_highest_however_long_the_film() -> None:
     view = random_view()
     late = again(view, tokens=view.tokens + 2**33)
     score = StreamingLLM().score(late)
@@ -448,7 +448,7 @@ def test_the_newest_rows_score_highest_however_long_the_film() -> None:
     assert (score[..., -1] == 0).all()
 
 
-def test_chance_gives_a_row_the_same_number_whichever_rows_lie_beside_it() -> None:
+def test_chance_gives_a_token_the_same_number_whichever_slots_lie_beside_it() -> None:
     view, policy = random_view(), Random(7)
     score = policy.score(view)
     fewer = torch.arange(0, view.tokens.shape[1], 3)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowcache_core.models.checkpoint import load_skyreels, load_skyreels_file, release_of, skyreels_config, without_prefix
+from flowcache_core.models.checkpoint import load_network, load_network_file, recognise
 from flowcache_core.models.key_names import original_names
 from flowcache_core.models.shards import open_checkpoint
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
@@ -95,9 +95,9 @@ def test_the_released_shapes_are_recognised_in_every_layout(release: str, layout
         state = SkyReelsV2(config).state_dict()
     assert len(state) == tensors
     assert sum(v.numel() for v in state.values()) == pytest.approx(parameters, rel=1e-4)
-    found = skyreels_config(without_prefix({LAYOUTS[layout](k): v for k, v in state.items()}), "file")
-    assert found == config
-    assert release_of(found).startswith(release)
+    found = recognise({LAYOUTS[layout](k): v for k, v in state.items()}, "file")
+    assert found.config == config
+    assert found.release.startswith(release)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,7 +107,7 @@ def test_every_layout_gives_the_same_values(make_net: Callable[..., SkyReelsV2],
     named = {LAYOUTS[layout](k): v for k, v in weights.items()}
     assert len(named) == len(weights)
     save_file(named, tmp_path / "net.safetensors")
-    assert same(load_skyreels_file(tmp_path / "net.safetensors"), weights)
+    assert same(load_network_file(tmp_path / "net.safetensors"), weights)
 
 
 def test_the_affine_norm_of_diffusers_is_the_one_before_cross_attention(weights: Weights) -> None:
@@ -118,14 +118,14 @@ def test_the_affine_norm_of_diffusers_is_the_one_before_cross_attention(weights:
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_a_folder_and_any_of_its_shards_give_the_whole_network(tmp_path: Path, weights: Weights, layout: str, index: bool) -> None:
     folder = sharded(tmp_path / "set", {LAYOUTS[layout](k): v for k, v in weights.items()}, index=index)
-    assert same(load_skyreels_file(folder), weights)
-    assert same(load_skyreels_file(folder / "model-00002-of-00003.safetensors"), weights)
+    assert same(load_network_file(folder), weights)
+    assert same(load_network_file(folder / "model-00002-of-00003.safetensors"), weights)
 
 
 def test_an_original_folder_with_one_file_is_that_file(tmp_path: Path, weights: Weights) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert same(load_skyreels_file(tmp_path), weights)
+    assert same(load_network_file(tmp_path), weights)
 
 
 def test_shards_that_only_an_index_knows_are_found(tmp_path: Path, weights: Weights) -> None:
@@ -134,7 +134,7 @@ def test_shards_that_only_an_index_knows_are_found(tmp_path: Path, weights: Weig
     for number, name in ((1, "first"), (2, "second")):
         (folder / f"model-{number:05d}-of-00002.safetensors").rename(folder / f"{name}.safetensors")
     index.write_text(index.read_text().replace("model-00001-of-00002", "first").replace("model-00002-of-00002", "second"))
-    assert same(load_skyreels_file(folder / "second.safetensors"), weights)
+    assert same(load_network_file(folder / "second.safetensors"), weights)
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -157,7 +157,7 @@ def test_two_sets_in_one_folder_are_refused_but_a_file_of_one_is_enough(tmp_path
     sharded(folder, weights, count=2, stem="other")
     with pytest.raises(ValueError, match=r"set holds shards of 2 models \(model-...-of-00003 and other-...-of-00002\): choose a file"):
         open_checkpoint(folder)
-    assert same(load_skyreels_file(folder / "other-00001-of-00002.safetensors"), weights)
+    assert same(load_network_file(folder / "other-00001-of-00002.safetensors"), weights)
 
 
 def test_a_shard_of_another_width_is_refused_with_the_shapes(tmp_path: Path, weights: Weights) -> None:
@@ -167,7 +167,7 @@ def test_a_shard_of_another_width_is_refused_with_the_shapes(tmp_path: Path, wei
     last = sorted(weights)[2::3]
     save_file({k: torch.zeros(wide[k]) for k in last}, folder / "model-00003-of-00003.safetensors")
     with pytest.raises(ValueError, match=r"has shape .* needs .*more keys another shape: are the files of one model\?"):
-        load_skyreels_file(folder)
+        load_network_file(folder)
 
 
 @pytest.mark.parametrize("change", ["drop", "add"])
@@ -198,14 +198,14 @@ def test_sizes_of_the_small_release_without_its_frame_rate_are_refused() -> None
     with torch.device("meta"):
         state = SkyReelsV2(SkyReelsConfig(1536, 8960, 30)).state_dict()
     with pytest.raises(ValueError, match="but not its frame-rate tensors"):
-        skyreels_config(state, "wan")
+        recognise(state, "wan")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_plain_fp8_files_load_to_their_rounded_values(tmp_path: Path, weights: Weights, dtype: torch.dtype) -> None:
     rounded = {k: v.to(dtype) if v.ndim == 2 else v for k, v in weights.items()}
     save_file(rounded, tmp_path / "net.safetensors")
-    assert same(load_skyreels_file(tmp_path / "net.safetensors", torch.float32), {k: v.float() for k, v in rounded.items()})
+    assert same(load_network_file(tmp_path / "net.safetensors", torch.float32), {k: v.float() for k, v in rounded.items()})
 
 
 @pytest.mark.parametrize("convention", ["scale_weight", "weight_scale"])
@@ -220,7 +220,7 @@ def test_scaled_fp8_files_load_close_to_the_weights(tmp_path: Path, weights: Wei
         else:
             scaled[LAYOUTS[layout](key)] = value
     save_file(scaled, tmp_path / "net.safetensors")
-    for network in (load_skyreels_file(tmp_path / "net.safetensors", torch.float32), load_skyreels(without_prefix(scaled), "net", torch.float32)):
+    for network in (load_network_file(tmp_path / "net.safetensors", torch.float32), load_network(scaled, "net", torch.float32)):
         for key, value in network.state_dict().items():
             assert (value - weights[key]).abs().max() <= weights[key].abs().max() / 16
 
@@ -229,18 +229,18 @@ def test_weights_that_only_the_host_can_read_are_refused(tmp_path: Path, weights
     key = "blocks.0.ffn.0.weight"
     save_file({**weights, key: weights[key].to(torch.int8), key.replace("weight", "weight_scale"): torch.ones(1)}, tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight is quantised as int8"):
-        load_skyreels_file(tmp_path / "net.safetensors", torch.float32)
+        load_network_file(tmp_path / "net.safetensors", torch.float32)
 
 
 PEAK = """
 import sys, torch
-from flowcache_core.models.checkpoint import load_skyreels_file
+from flowcache_core.models.checkpoint import load_network_file
 
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 before = peak()
-network = load_skyreels_file(sys.argv[1], getattr(torch, sys.argv[2]))
+network = load_network_file(sys.argv[1], getattr(torch, sys.argv[2]))
 touched = sum(int(p.data.view(torch.uint8).flatten()[::2048].sum()) for p in network.parameters())
 print(peak() - before)
 """

@@ -27,8 +27,10 @@ from flowcache_core.run.report import REFRESHED, RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas, timestep
+from flowcache_core.sampling.noise import flow_sigmas, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver, UniPC
+from tests.driven import Driven
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 Noise = Callable[..., Tensor]
@@ -41,7 +43,7 @@ FINE: dict[str, Any] = {"threshold": 0.1, "alpha": 0.2, "coarse": 0.0, "min_refr
 class Given:
     """Signals of a given sequence of changes and one map of motion, in a network of the size 1.3B."""
 
-    outlook = Outlook(1, (1.0, 0.0), list, POLYNOMIALS["skyreels-v2-df", 1536, 30])
+    outlook = Outlook(1, (1.0, 0.0), list, POLYNOMIALS[1536, 30])
 
     def __init__(self, changes: list[float], motion: Tensor) -> None:
         self.changes, self.seen, self.at, self.reads = changes, motion, 0, 0
@@ -277,20 +279,19 @@ def test_motion_is_seen_on_the_tensor_it_is_named_after(net: SkyReelsV2, texts: 
 
     policy = Watching(measure=measure, base=Chunkwise(replay=replay))
     with Session(Recording(net), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
-        sample_chunks(lambda x, c: session.denoise(x, c, texts[:1], ("cond",)), noise_of(6, side=SIDE), schedule, sigmas, Euler(), session.commit,
-                      lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+        sample_chunks(Driven(lambda x, c: session.denoise(x, c, texts[:1], ("cond",)), session), noise_of(6, side=SIDE), schedule, sigmas, Euler())
     _, velocity, clean, residual = path[1, 3]
     now = path[1, 4][0]
     if measure == "noisy":
-        expected = pooled(frame_difference(now, path[0, 5][0][:, :, -1]), 2)
+        expected = pooled(frame_difference(now, path[0, 5][0][:, :, -1]), (2, 2))
     elif measure == "clean":
-        expected = pooled(frame_difference(clean, path[0, 5][0][:, :, -1]), 2)
+        expected = pooled(frame_difference(clean, path[0, 5][0][:, :, -1]), (2, 2))
     elif measure == "output":
         out, last = net.embed(now) + residual, net.embed(path[0, 4][0]) + path[0, 3][3]
         out, last = (t.unflatten(1, GRID).movedim(-1, 1) for t in (out, last))
         expected = frame_difference(out, last[:, :, -1], relative=True)
     elif replay == "velocity":
-        expected = pooled((velocity - path[1, 2][1]).abs().mean((0, 1)) / (sigmas[2] - sigmas[3]), 2)
+        expected = pooled((velocity - path[1, 2][1]).abs().mean((0, 1)) / (sigmas[2] - sigmas[3]), (2, 2))
     else:
         expected = ((residual - path[1, 2][3]).abs().mean((0, 2)) / (sigmas[2] - sigmas[3])).view(GRID)
     torch.testing.assert_close(given[4], expected, rtol=1e-4, atol=1e-5)
@@ -405,9 +406,13 @@ class Fields:
     """A network that is a formula in the noise level; a refresh gives it for the tokens asked for."""
 
     name, layers, heads, head_dim, width, rotary = "fields", 1, 1, 4, 4, None
+    polynomial = ()
 
     def __init__(self, field: Callable[[float], Tensor]) -> None:
         self.field = field
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // 2, width // 2
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         return height * width // 4
@@ -444,7 +449,7 @@ def test_replayed_tokens_are_exact_on_a_linear_field(order: int, linear: bool) -
 
     def film(policy: Motion | None) -> Tensor:
         with Session(Fields(lambda sigma: a + linear * sigma * b), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
-            return sample_chunks(lambda x, chunk: session.denoise(x, chunk, x, ("cond",)), noise, schedule, sigmas, Euler(), session.commit)
+            return sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, x, ("cond",)), session), noise, schedule, sigmas, Euler())
 
     error = (film(Scripted(base=Chunkwise(order=order))) - film(None)).abs().max()
     assert error > 1e-3 if linear and order == 0 else error < 1e-5
@@ -497,7 +502,7 @@ def guided(net: SkyReelsV2, texts: Tensor, noise: Tensor, cfg: float = 3.0, apar
                 cond, uncond = session.denoise(x.repeat(2, 1, 1, 1, 1), chunk, texts, (0, 1)).chunk(2)
             return uncond + cfg * (cond - uncond)
 
-        film = sample_chunks(predict, noise, schedule, sigmas, Euler(), session.commit, lambda chunk, clean, film: session.note(chunk, clean))
+        film = sample_chunks(Driven(predict, session), noise, schedule, sigmas, Euler())
     assert session.report.chunk_steps_refreshed > 0
     return film
 
@@ -527,8 +532,7 @@ def test_nothing_of_a_run_survives_into_the_next(net: SkyReelsV2, texts: Tensor,
     stopping = Stopping(**{f.name: getattr(RUN, f.name) for f in fields(RUN)})
     session = Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), policy=stopping)
     with pytest.raises(KeyboardInterrupt), session:
-        sample_chunks(lambda x, c: session.denoise(x, c, texts[:1], (0,)), noise_of(6, side=SIDE), schedule, sigmas, Euler(), session.commit,
-                      lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+        sample_chunks(Driven(lambda x, c: session.denoise(x, c, texts[:1], (0,)), session), noise_of(6, side=SIDE), schedule, sigmas, Euler())
     assert len(session.state) == 0
     assert not session.state.edges
     assert session._kv.bytes == 0
@@ -545,7 +549,7 @@ def test_edges_of_chunks_that_are_history_are_forgotten(net: SkyReelsV2, texts: 
             most = max(most, len(session.state.edges))
             return out
 
-        sample_chunks(predict, noise_of(12), schedule, sigmas, Euler(), session.commit, lambda chunk, clean, film: session.note(chunk, clean))
+        sample_chunks(Driven(predict, session), noise_of(12), schedule, sigmas, Euler())
     assert most == 2
 
 
@@ -571,8 +575,7 @@ def test_a_short_last_chunk_of_one_frame_works(cached: Cached, noise_of: Noise) 
 def test_films_of_a_batch_share_one_mask(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
     schedule, sigmas, noise = ChunkSchedule(6, 3, 12, 3), flow_sigmas(12), noise_of(6, side=SIDE).repeat(2, 1, 1, 1, 1)
     with Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), batch=2, policy=RUN) as session:
-        film = sample_chunks(lambda x, c: session.denoise(x, c, texts[:1].repeat(2, 1, 1), (0,)), noise, schedule, sigmas, Euler(), session.commit,
-                             lambda chunk, clean, film: session.note(chunk, clean))  # fmt: skip
+        film = sample_chunks(Driven(lambda x, c: session.denoise(x, c, texts[:1].repeat(2, 1, 1), (0,)), session), noise, schedule, sigmas, Euler())
     assert session.report.chunk_steps_refreshed > 0
     torch.testing.assert_close(film[0], film[1], rtol=1e-4, atol=1e-4)
 
@@ -584,10 +587,11 @@ def test_a_model_that_cannot_refresh_is_refused(net: SkyReelsV2) -> None:
     class Plain:
         name, layers, heads, head_dim, width, rotary = "plain", 1, 1, 4, 4, None
         tokens_per_frame = staticmethod(lambda height, width: 4)
+        token_grid = staticmethod(lambda height, width: (2, 2))
         text = forward = replay = time_changes = staticmethod(lambda *unused: None)
 
     schedule, sigmas = ChunkSchedule(6, 3, 4, 2), flow_sigmas(4)
-    with pytest.raises(ValueError, match="Motion Cache refreshes single tokens, which plain cannot do here: use Chunkwise Cache"):
+    with pytest.raises(ValueError, match="Motion Cache by a threshold runs single tokens, which plain cannot do here: use Chunkwise Cache"):
         Session(Plain(), schedule, sigmas, (4, 4), policy=Motion())  # type: ignore[arg-type]
     for policy in (Always(), Chunkwise()):
         Session(Plain(), schedule, sigmas, (4, 4), policy=policy)  # type: ignore[arg-type]
@@ -596,4 +600,4 @@ def test_a_model_that_cannot_refresh_is_refused(net: SkyReelsV2) -> None:
 def test_chunks_of_one_frame_are_refused(net: SkyReelsV2) -> None:
     with pytest.raises(ValueError, match="chunks of 1 latent frame have none: use chunk_frames 2 or more, or Chunkwise Cache"):
         Session(SkyReelsAdapter(net), ChunkSchedule(3, 1, 4, 2), flow_sigmas(4), (4, 4), policy=Motion())
-    assert require_tokens(SkyReelsAdapter(net), 2).name == "skyreels-v2-df"
+    assert require_tokens(SkyReelsAdapter(net), "", 2).name == "skyreels-v2-df"

@@ -27,12 +27,14 @@ from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import GivenNoise
 from flowcache_core.sampling.histories import Histories
 from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.planner import plan_for, steps_in_part
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
+from tests.driven import Driven
 
 Noise = Callable[..., Tensor]
 SIDE, TOKENS = 8, 16
@@ -46,7 +48,7 @@ def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, policy: PlanPolicy, sche
          cfg: float = 2.0, apart: bool = False, compressor: Compressor | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Guided, the branches in one batch or `apart`."""
     adapter, levels, grid = SkyReelsAdapter(net), flow_sigmas(schedule.steps), tuple(noise.shape[3:])
-    budget = compressor.plan(adapter, schedule, grid, 24, 2, noise.element_size(), noise.device) if compressor else None
+    budget = compressor.budget_for(adapter, schedule, grid, 24, 2, noise.element_size(), noise.device) if compressor else None
     light = GivenNoise(20, 0)
     with Session(adapter, schedule, levels, grid, noise.shape[0], policy, prefix_sigma=light.sigma, budget=budget) as session:
 
@@ -57,8 +59,7 @@ def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, policy: PlanPolicy, sche
                 parts = list(session.denoise(x.repeat(2, 1, 1, 1, 1), chunk, texts.repeat_interleave(len(x), 0), (0, 1)).chunk(2))
             return parts[1] + cfg * (parts[0] - parts[1])
 
-        out = sample_chunks(predict, noise, schedule, levels, solver, session.commit, lambda chunk, clean, film: session.note(chunk, clean),
-                            light, session.plan, session.choose)  # fmt: skip
+        out = sample_chunks(Driven(predict, session), noise, schedule, levels, solver, light)  # fmt: skip
     return out, session.report
 
 
@@ -146,7 +147,7 @@ def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Solver, f
         x, clean = walk.step(x, arrived, velocity(arrived, step), step, chosen)
         assert clean.shape == x.shape
     for group in range(groups):
-        alone, memory, path = noise.clone(), kind.start(), Path(levels, tuple(own[group]))
+        alone, memory, path = noise.clone(), kind.start(torch.Generator()), Path(levels, tuple(own[group]))
         for number, step in enumerate(own[group]):
             alone = kind.step(alone, velocity(alone, step), number, path, memory)
         mine = (owner == group).expand_as(x)
@@ -245,7 +246,7 @@ def test_a_history_in_a_budget_works_and_one_with_room_for_all_changes_nothing(n
     assert torch.equal(room, plain)
     small, report = film(net, texts, noise, policy, schedule, compressor=Compressor(Even(), 2, dtype="int8"))
     assert torch.isfinite(small).all()
-    assert max(report.history_tokens) <= 2 * 3 * TOKENS
+    assert max(report.history.tokens) <= 2 * 3 * TOKENS
 
 
 class Stopped(Exception):
@@ -266,7 +267,7 @@ def test_nothing_that_waits_outlives_its_chunk_or_its_run(net: SkyReelsV2, texts
             return out
 
         try:
-            sample_chunks(predict, noise_of(9, side=SIDE), schedule, levels, UniPC(), session.commit, None, plan=session.plan, choose=session.choose)
+            sample_chunks(Driven(predict, session), noise_of(9, side=SIDE), schedule, levels, UniPC())
         except Stopped:
             assert stop
             assert session._kv._waiting
@@ -279,7 +280,7 @@ def test_nothing_that_waits_outlives_its_chunk_or_its_run(net: SkyReelsV2, texts
 def test_the_footprint_is_what_a_run_holds(net: SkyReelsV2, texts: Tensor, noise_of: Noise, schedule: ChunkSchedule) -> None:
     policy = Multirate(share=0.4)
     _, report = film(net, texts, noise_of(schedule.frames, side=SIDE), policy, schedule)
-    said = footprint(SkyReelsAdapter(net), schedule, (16, SIDE, SIDE), 2, 2 * texts.shape[1], 4, policy.keeps, plan=policy.plan(schedule))
+    said = footprint(SkyReelsAdapter(net), schedule, (16, SIDE, SIDE), 2, 2 * texts.shape[1], 4, policy, plan=policy.plan(schedule))
     assert report.kv_peak_bytes == said.kv
 
 
@@ -352,9 +353,7 @@ def test_what_cannot_be_run_in_part_is_refused(net: SkyReelsV2, noise_of: Noise)
         def __init__(self) -> None:
             own = SkyReelsAdapter(net)
             self.forward, self.text, self.replay, self.whole = own.forward, own.text, own.replay, own.whole
-            self.tokens_per_frame, self.time_changes = own.tokens_per_frame, own.time_changes
+            self.tokens_per_frame, self.token_grid, self.time_changes = own.tokens_per_frame, own.token_grid, own.time_changes
 
-    with pytest.raises(ValueError, match="refreshes single tokens, which plain cannot do here"):
+    with pytest.raises(ValueError, match="runs single tokens, which plain cannot do here"):
         Session(Plain(), FILM, flow_sigmas(20), (SIDE, SIDE), policy=Multirate(share=0.4))
-    with pytest.raises(ValueError, match="nothing chooses the part"):
-        sample_chunks(lambda x, chunk: x, noise_of(8), FILM, flow_sigmas(20), UniPC(), plan=Multirate(share=0.4).plan(FILM))

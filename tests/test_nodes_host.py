@@ -7,14 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import shlex
-import socket
-import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,168 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowcache_core.models.bundle import load_bundle
+from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import PLANS, preset
 from flowcache_core.run.generate import Job, generate, generate_upstream
 from flowcache_core.sampling.schedule import ChunkSchedule
+from tests.host import NEEDS_HOST, PACK, WORKFLOWS, Graph, Host, after_loader, error_of, node, put, quick, small, without_cache
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not (os.environ.get("COMFYUI_PATH") and os.environ.get("COMFYUI_PYTHON")), reason="set COMFYUI_PATH and COMFYUI_PYTHON to test the nodes"
-    ),
-]
-
-PACK = Path(__file__).resolve().parent.parent
-WORKFLOWS = sorted((PACK / "workflows" / "api").glob("*.json"))
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-Graph = dict[str, dict[str, Any]]
-
-
-class Host:
-    """A ComfyUI process with this pack alone, in a base folder of its own."""
-
-    def __init__(self, base: Path) -> None:
-        self.base, self.log = base, base / "host.log"
-        for folder in ("custom_nodes", "input", "output", "temp", "user"):
-            (base / folder).mkdir(exist_ok=True)
-        (base / "custom_nodes" / "flowcache").symlink_to(PACK, target_is_directory=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        tree, launch = Path(os.environ["COMFYUI_PATH"]).absolute(), os.environ.get("COMFYUI_LAUNCH")
-        command = [os.environ["COMFYUI_PYTHON"], *([launch, str(tree)] if launch else [str(tree / "main.py")])]
-        command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-auto-launch", "--cpu", *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=tree,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            )
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
-        try:
-            with OPENER.open(request, timeout=60) as answer:
-                return json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as refused:
-            with refused:
-                return json.loads(refused.read())
-
-    def __enter__(self) -> Host:
-        try:
-            self._wait()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stop()
-
-    def _wait(self, seconds: float = 180) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                self.ask("/queue")
-            except OSError:
-                time.sleep(0.3)
-            else:
-                return
-        pytest.fail(f"the host did not answer in {seconds} s: {self.log.read_text()[-3000:]}")
-
-    def run(self, graph: Graph, seconds: float = 300) -> dict[str, Any]:
-        """Queue a graph and wait -> its entry in the history; a refused graph gives the refusal."""
-        answer = self.ask("/prompt", {"prompt": graph})
-        if "prompt_id" not in answer:
-            return {"refused": answer, "status": {"status_str": "error", "messages": []}}
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            if done := self.ask(f"/history/{answer['prompt_id']}").get(answer["prompt_id"]):
-                return done  # type: ignore[no-any-return]
-            time.sleep(0.1)
-        self.ask("/interrupt", {})
-        pytest.fail(f"not finished after {seconds} s")
-
-    def latents(self, graph: Graph) -> Tensor:
-        """The sampled latents of a graph that has to succeed."""
-        name = f"t{time.monotonic_ns()}"
-        sampler = node(graph, "SamplerCustomAdvanced")
-        done = self.run({**graph, "save": {"class_type": "SaveLatent", "inputs": {"samples": [sampler, 0], "filename_prefix": name}}})
-        assert done["status"]["status_str"] == "success", error_of(done)
-        (path,) = (self.base / "output").glob(f"{name}*.latent")
-        return load_file(path)["latent_tensor"]
-
-    def _stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(15)
-
-
-def error_of(done: dict[str, Any]) -> str:
-    said = [data for kind, data in done["status"]["messages"] if kind == "execution_error"]
-    return said[0]["exception_message"] if said else json.dumps(done.get("refused", ""))
-
-
-def node(graph: Graph, kind: str) -> str:
-    """The id of the one node of a kind."""
-    (found,) = (key for key, one in graph.items() if one["class_type"] == kind)
-    return found
-
-
-def put(graph: Graph, kind: str, **inputs: Any) -> Graph:
-    """The graph with other inputs of one node."""
-    out = copy.deepcopy(graph)
-    out[node(out, kind)]["inputs"].update(inputs)
-    return out
-
-
-def small(graph: Graph, steps: int = 4, length: float = 9) -> Graph:
-    return put(put(graph, "BasicScheduler", steps=steps), "FlowCacheLatent", length=length, unit="frames", width=128, height=128)
-
-
-def quick(graph: Graph) -> Graph:
-    """Any workflow with two steps and as short as it still makes sense: a film longer than the window stays longer."""
-    out = copy.deepcopy(graph)
-    for one in out.values():
-        inputs = one["inputs"]
-        if one["class_type"] == "BasicScheduler":
-            inputs["steps"] = 2
-        if one["class_type"] == "FlowCacheLatent":
-            inputs.update(length=69 if inputs["unit"] == "seconds" else min(inputs["length"], 33), unit="frames")
-    return out
-
-
-def after_loader(graph: Graph, kind: str, **inputs: Any) -> Graph:
-    """The graph with one more model node between the loader and everything that took its MODEL."""
-    out, loader = copy.deepcopy(graph), node(graph, "FlowCacheLoadModel")
-    for one in out.values():
-        one["inputs"] = {k: ["extra", 0] if v == [loader, 0] else v for k, v in one["inputs"].items()}
-    return {**out, "extra": {"class_type": kind, "inputs": {"model": [loader, 0], **inputs}}}
-
-
-def without_cache(graph: Graph, kind: str = "FlowCacheChunkwise") -> Graph:
-    """The graph with the cache node taken out."""
-    gone = node(graph, kind)
-    source = graph[gone]["inputs"]["model"]
-    out = {k: v for k, v in copy.deepcopy(graph).items() if k != gone}
-    for one in out.values():
-        one["inputs"] = {k: source if v == [gone, 0] else v for k, v in one["inputs"].items()}
-    return out
+pytestmark = NEEDS_HOST
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +58,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheConditionFrames",
         "FlowCacheChunkwise",
         "FlowCacheMotion",
+        "FlowCachePolicy",
         "FlowCacheKVCompressor",
         "FlowCacheSampler",
         "FlowCacheReport",
@@ -549,7 +392,7 @@ EITHER = pytest.mark.parametrize("attention", ["block-causal (KV cache)", BIDIRE
 class HostJob(Job):
     """A film at the noise levels of the host's scheduler "simple", whose first is 1."""
 
-    def sigmas(self) -> tuple[float, ...]:
+    def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
         times = [(1000 - int(i * 1000 / self.steps)) / 1000 for i in range(self.steps)]
         return (*(self.shift * t / (1 + (self.shift - 1) * t) for t in times), 0.0)
 
@@ -723,7 +566,7 @@ def test_motion_cache_spends_by_token_what_the_plan_in_front_may_spend(host: Hos
 
 
 def test_motion_cache_by_a_plan_behind_a_threshold_is_refused(host: Host, by_token: Graph) -> None:
-    refused(host, after_loader(by_token, CHUNKWISE, preset="custom", **THRESHOLD), "decides while the run goes on")
+    refused(host, after_loader(by_token, CHUNKWISE, preset="custom", **THRESHOLD), "preset turbo cannot refine Chunkwise Cache by a threshold, which")
 
 
 THRESHOLD = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
@@ -783,7 +626,7 @@ def test_motion_cache_refines_the_threshold_rule_of_the_share_that_a_plan_has(ho
                 "end_percent": 1.0, "preset": "safe"}  # fmt: skip
     made = put(small(motion, steps=16), "RandomNoise", noise_seed=51)
     assert "target 55% of chunk-steps" in said(host, after_loader(made, CHUNKWISE, **settings), "FlowCacheMotion")
-    refused(host, after_loader(made, CHUNKWISE, **settings, target="seconds"), "the Chunkwise Cache in front of it has a budget in seconds")
+    refused(host, after_loader(made, CHUNKWISE, **settings, target="seconds"), "custom cannot refine Chunkwise Cache by a plan, which is in front")
 
 
 def test_motion_cache_under_a_stock_sampler_is_refused(host: Host, motion: Graph) -> None:

@@ -16,12 +16,14 @@ from torch import Tensor
 from flowcache_core.policies.planned import Planned
 from flowcache_core.run.report import RunReport
 from flowcache_core.sampling.loop import sample_chunks, sample_window
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import FORMAT, Plan, attended
 from flowcache_core.sampling.planner import evenly, least_share, plan_for
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
+from tests.driven import Driven
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 
@@ -184,7 +186,7 @@ def test_the_network_is_asked_at_the_computed_steps_alone() -> None:
         asked.append((chunk.index, chunk.step))
         return torch.sin(x)
 
-    sample_chunks(predict, torch.randn(1, 2, 6, 2, 2), schedule, sigmas, UniPC(), plan=plan)
+    sample_chunks(Driven(predict, exact=plan), torch.randn(1, 2, 6, 2, 2), schedule, sigmas, UniPC())
     assert sorted(asked) == sorted([(k, step) for k in range(2) for step in plan.computed[k]] + [(0, 12)])
 
 
@@ -207,7 +209,7 @@ Field = Callable[[Tensor, float], Tensor]
 
 
 def walk(field: Field, x: Tensor, path: Path, kind: Solver) -> Tensor:
-    memory = kind.start()
+    memory = kind.start(torch.Generator())
     for number, sigma in enumerate(path.sigmas[:-1]):
         x = kind.step(x, field(x, sigma), number, path, memory)
     return x
@@ -240,7 +242,7 @@ def error(kind: Solver, steps: int, field: Field, x: Tensor, kept: tuple[int, ..
     path = Path(levels, kept or tuple(range(steps)))
     end = 2 / 3  # the clean step from the last level to 0 is of first order for every solver, so all stop before it
     stop = next(i for i, s in enumerate(path.sigmas) if s < 1 - end)
-    memory, truth = kind.start(), reference(field, x, levels[0], path.sigmas[stop])
+    memory, truth = kind.start(torch.Generator()), reference(field, x, levels[0], path.sigmas[stop])
     for number in range(stop):
         x = kind.step(x, field(x, path.sigmas[number]), number, path, memory)
     return float((x - truth).norm() / truth.norm())

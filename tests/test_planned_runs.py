@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import flowcache_core.sampler as sampler
 import pytest
 import torch
 from torch import Tensor
 
+import flowcache_core.sampling.loop as loop
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise, Motion
@@ -22,10 +22,12 @@ from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise
 from flowcache_core.sampling.loop import frame_seconds, sample_chunks, sample_windows
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.plan import read_plan
 from flowcache_core.sampling.planner import plan_in_part
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, plan_windows
 from flowcache_core.sampling.solvers import Solver, UniPC
+from tests.driven import Driven, DrivenWindows
 
 Noise = Callable[..., Tensor]
 
@@ -46,11 +48,7 @@ class Runs:
             def predict(x: Tensor, chunk: Chunk) -> Tensor:
                 return session.denoise(x, chunk, self.text, ("cond",))
 
-            def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
-                session.note(chunk, clean)
-
-            plan = session.plan or session.settle
-            film = sample_chunks(predict, noise, schedule, levels, solver or UniPC(), session.commit, moved, given, plan)
+            film = sample_chunks(Driven(predict, session), noise, schedule, levels, solver or UniPC(), given)
         return film, session.report
 
     def windows(self, noise: Tensor, windows: Sequence[Window], policy: CachePolicy | None = None,
@@ -62,10 +60,7 @@ class Runs:
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
                 return session.denoise(x, sigmas, self.text, ("cond",))
 
-            def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
-                session.note(chunk, clean)
-
-            film = sample_windows(predict, noise, windows, levels, UniPC(), moved, given, session.plans or session.settle)
+            film = sample_windows(DrivenWindows(predict, session), noise, windows, levels, UniPC(), given)
         return film, session.report
 
 
@@ -165,7 +160,7 @@ def test_a_budget_in_seconds_makes_the_film_of_the_plan_it_settles_on(
     runs: Runs, noise_of: Noise, monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
     """A frame that takes 10 ms: the timing itself leaves no trace in film or counts."""
-    monkeypatch.setattr(sampler, "seconds_of", lambda evaluate, chunk, device: (evaluate(chunk), 0.01 * 9)[1])
+    monkeypatch.setattr(loop, "seconds_of", lambda evaluate, chunk, device: (evaluate(chunk), 0.01 * 9)[1])
     for make, what in ((runs.causal, SCHEDULES[2]), (runs.windows, FILMS[4])):
         frames = what.frames if isinstance(what, ChunkSchedule) else what[-1].end
         film, report = make(noise_of(frames), what, Planned(seconds=budget), LIGHT)  # type: ignore[operator]
@@ -195,7 +190,7 @@ def test_a_chunk_that_sees_more_takes_longer_by_what_the_second_one_shows(monkey
     schedule = ChunkSchedule(15, 3, 10, 3, 4)
     seen = {k: sum(schedule.span(k)) - schedule.span(schedule.oldest(k))[0] for k in range(5)}
     assert seen == {0: 3, 1: 6, 2: 9, 3: 12, 4: 12}
-    monkeypatch.setattr(sampler, "seconds_of", lambda evaluate, chunk, device: chunk.frames * (1 + 0.1 * seen[chunk.index]))
+    monkeypatch.setattr(loop, "seconds_of", lambda evaluate, chunk, device: chunk.frames * (1 + 0.1 * seen[chunk.index]))
     assert frame_seconds(schedule, lambda chunk: None, torch.device("cpu")) == pytest.approx(1 + 0.1 * sum(seen.values()) / 5)
     alone = replace(schedule, ar_step=10)
     assert frame_seconds(alone, lambda chunk: None, torch.device("cpu")) == pytest.approx(1.3)
@@ -262,7 +257,7 @@ def test_a_plan_of_another_run_is_refused_with_both_numbers() -> None:
 
 @pytest.mark.parametrize("policy", [Chunkwise(), Motion()])
 def test_a_policy_that_decides_for_every_chunk_is_refused_in_a_window(net: SkyReelsV2, policy: CachePolicy) -> None:
-    with pytest.raises(ValueError, match=f"the policy {policy.name} decides for every chunk by itself"):
+    with pytest.raises(ValueError, match=f"{policy.title} decides for every chunk by itself"):
         WindowSession(SkyReelsAdapter(net), FILMS[0], (4, 4), policy=policy)
 
 
@@ -275,5 +270,5 @@ def test_a_plan_in_part_is_refused_as_a_plan_by_chunk() -> None:
     schedule = ChunkSchedule(9, 3, 50, 5)
     plan = plan_in_part(schedule, 0.13, 0.25)
     assert any(plan.partial)
-    with pytest.raises(ValueError, match="which Motion Cache chooses"):
+    with pytest.raises(ValueError, match="use that one with the same budget, or the plan of a run of Chunkwise Cache"):
         Planned(exact=plan).plan(schedule)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import flowcache_core.models.published as published
-from flowcache_core.models.published import POLYNOMIALS, time_polynomial
-from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.published import POLYNOMIALS
+from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Always, Chunkwise
 from flowcache_core.policies.foresight import free_steps, headroom
@@ -25,11 +24,13 @@ from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.planner import least_share
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
+from tests.driven import Driven
 
-SMALL, LARGE = (POLYNOMIALS["skyreels-v2-df", 1536, 30], POLYNOMIALS["skyreels-v2-df", 5120, 40])
+SMALL, LARGE = (POLYNOMIALS[1536, 30], POLYNOMIALS[5120, 40])
 PUBLISHED = [
     ("flowcache-slow", 0.1, True),
     ("flowcache-fast", 0.15, True),
@@ -142,22 +143,11 @@ def test_clamping_matters_where_the_polynomial_is_negative() -> None:
     assert decisions(preset("flowcache-slow"), [0.002] * 50, SMALL) == "C" * 5 + "r" * 44 + "C"
 
 
-class Sized:
-    name = "skyreels-v2-df"
-
-    def __init__(self, width: int, layers: int) -> None:
-        self.layers, self.heads, self.head_dim = layers, width // 128, 128
-
-
 @pytest.mark.parametrize(("width", "layers", "polynomial"), [(1536, 30, SMALL), (5120, 40, LARGE), (128, 2, ()), (1536, 40, ())])
 def test_the_polynomial_is_read_from_the_size_of_the_network(width: int, layers: int, polynomial: Sequence[float]) -> None:
-    assert time_polynomial(Sized(width, layers)) == tuple(polynomial)  # type: ignore[arg-type]
-
-
-def test_another_network_of_that_size_has_no_polynomial() -> None:
-    other = Sized(1536, 30)
-    other.name = "another"
-    assert time_polynomial(other) == ()  # type: ignore[arg-type]
+    with torch.device("meta"):
+        network = SkyReelsV2(SkyReelsConfig(width, 256, layers))
+    assert SkyReelsAdapter(network).polynomial == tuple(polynomial)
 
 
 def test_without_a_polynomial_changes_are_added_up_as_they_are_and_that_is_said() -> None:
@@ -179,7 +169,7 @@ def test_a_whole_run_with_a_polynomial_follows_the_published_rule(
 ) -> None:
     changes = SkyReelsAdapter(net).time_changes(flow_sigmas(30)[:-1], 24, "cpu")  # type: ignore[arg-type]
     line = (0.1 / max(changes), -0.01)
-    monkeypatch.setattr(published, "POLYNOMIALS", {("skyreels-v2-df", 128, 2): line})
+    monkeypatch.setitem(POLYNOMIALS, (128, 2), line)
     for name, threshold, clamp in PUBLISHED:
         _, report = cached(noise_of(6), ChunkSchedule(6, 3, 30, 4), policy=preset(name))
         expected = reference(changes, line, threshold, clamp).replace("C", "2").replace("r", "1")
@@ -247,7 +237,7 @@ def test_what_is_foretold_under_the_time_signature_is_what_happens(
         policy = Chunkwise(threshold=threshold, signature="time", **settings)  # type: ignore[arg-type]
         with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=policy) as session:
             (said, *_) = session.foresee(noise.device)
-            sample_chunks(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), noise, schedule, sigmas, Euler(), session.commit)
+            sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session), noise, schedule, sigmas, Euler())
         done = session.report
         assert f"{done.chunk_steps_computed} of {done.chunk_steps} chunk-steps" in said or (threshold == 0 and "all 72 chunk-steps" in said)
         assert done.notes[0] == said

@@ -30,7 +30,7 @@ from flowcache_core.training.salience_targets import Student, Teacher, counted, 
 
 INFO = HeadInfo(2, 128, 16, 3, "some-model", "0" * 64, "some-model, bidirectional", 5, "Apache-2.0")
 GRID, FRAME, CHUNK, FRAMES = (2, 2), 4, 12, 8
-"""Rows and columns of a frame, tokens of a frame and of a chunk, latent frames of a film whose last chunk is short."""
+"""Height and width of a frame in tokens, tokens of a frame and of a chunk, latent frames of a film whose last chunk is short."""
 
 
 def naive(q: Tensor, k: Tensor, chunk: int) -> Tensor:
@@ -157,10 +157,10 @@ def test_some_tokens_of_a_clip_are_those_of_the_whole(net: SkyReelsV2, texts: Te
 def test_places_tell_all_tokens_of_a_chunk_apart() -> None:
     waves = places(torch.arange(3 * 5 * 7), 3, (5, 7))
     assert float(torch.cdist(waves, waves).fill_diagonal_(1.0).min()) > 0.1
-    frame, row, column = waves[50].split(8)
+    frame, height, width = waves[50].split(8)
     assert torch.equal(frame, waves[69, :8])
-    assert torch.equal(row, waves[50 + 35, 8:16])
-    assert torch.equal(column, waves[50 + 7, 16:])
+    assert torch.equal(height, waves[50 + 35, 8:16])
+    assert torch.equal(width, waves[50 + 7, 16:])
 
 
 def test_the_place_in_a_short_chunk_is_counted_over_its_own_frames(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:

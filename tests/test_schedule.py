@@ -8,7 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, flow_sigmas, nearest_frames, plan_windows, timestep
+from flowcache_core.sampling.frames import FOUR_N_PLUS_1
+from flowcache_core.sampling.noise import flow_sigmas, timestep
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
 
 FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
 LAST_SIX = [521, 470, 409, 337, 249, 140]
@@ -255,7 +257,7 @@ def test_denoise_keeps_the_tail_of_a_longer_schedule_as_the_host_does() -> None:
     [(97, 4, (93, 109)), (93, 4, (93, 93)), (57, 3, (57, 57)), (58, 3, (57, 69)), (1, 3, (9, 21)), (96, 5, (77, 97)), (97, 5, (97, 97))],
 )
 def test_nearest_whole_chunks_enclose_the_asked_length(asked: int, chunk: int, nearest: tuple[int, int]) -> None:
-    assert nearest_frames(asked, chunk) == nearest
+    assert FOUR_N_PLUS_1.nearest(asked, chunk) == nearest
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from flowcache_core.__main__ import main
 from flowcache_core.bench import seam
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import WanVAE
 from flowcache_core.run.generate import Given, Job, decode, generate
 
@@ -24,7 +25,7 @@ JOB = Job("red circle", frames=33, steps=2, size=16, cfg=1, ar_step=1)
 @pytest.fixture
 def bundle(net: SkyReelsV2) -> Bundle:
     torch.manual_seed(3)
-    return Bundle(net, WanVAE(4).eval(), chunk_frames=3, window=3)
+    return Bundle(SKYREELS, net, WanVAE(4).eval(), replace(SKYREELS.layout, chunk_frames=3, window=3))
 
 
 def test_jumps_are_grey_levels_at_the_seam_and_inside() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels import segments
+from flowcache_core.kernels.attention import attention
 from flowcache_core.kernels.segments import attention_with_lse, has_flash, merge, products_with_lse
 from flowcache_core.models.skyreels import HEAD_DIM, Rope
 
@@ -82,6 +83,30 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, held:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_query_heads_that_share_a_key_head_attend_as_if_each_had_a_copy(form: WithLse, dtype: torch.dtype, kv_heads: int) -> None:
+    q = torch.randn(2, 9, 6, 16).transpose(1, 2).to(dtype)
+    k, v = torch.randn(2, 2, kv_heads, 30, 16).to(dtype)
+    repeated = [x.repeat_interleave(6 // kv_heads, 1) for x in (k, v)]
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    expected, lse = exact(q, *repeated)
+    out, total = form(q, k, v)
+    assert (out.shape, total.shape) == (q.shape, q.shape[:3])
+    torch.testing.assert_close(out.double(), expected, **close)
+    torch.testing.assert_close(total.double(), lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(q, k, v).double(), expected, **close)
+    torch.testing.assert_close(by_segments(form, q, k, v, [11, 1, 18]).double(), expected, **close)
+
+
+def test_query_heads_that_do_not_divide_are_refused() -> None:
+    q, k, v = torch.randn(1, 5, 4, 16), *torch.randn(2, 1, 2, 9, 16)
+    for form in (attention, *FORMS):
+        with pytest.raises(ValueError, match="5 query heads cannot share 2 key heads evenly"):
+            form(q, k, v)
+
+
 def test_a_device_without_flash_attention_is_found_out() -> None:
     assert not has_flash(torch.device("cpu"), torch.float16, 64)
 
@@ -90,6 +115,7 @@ def test_a_device_without_flash_attention_is_found_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_cuda_the_fused_form_equals_the_products(dtype: torch.dtype) -> None:
     q, k, v = (x.cuda() for x in qkv(33, 300, 64, dtype))
+    q = torch.cat([q, -q, q.flip(2)], 1)
     (fused, lse), (plain, total) = attention_with_lse(q, k, v), products_with_lse(q, k, v)
     torch.testing.assert_close(lse, total, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-2)

@@ -15,8 +15,10 @@ from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, UniPC
+from tests.driven import Driven
 
 POLICY = Chunkwise(threshold=0.2, warmup_steps=2)
 
@@ -35,7 +37,7 @@ def run(session: Session, noise: Tensor, text: Tensor, stop_at: int = -1, error:
             raise error("stop")
         return session.denoise(x, chunk, text, ("cond",))
 
-    return sample_chunks(predict, noise, session.schedule, session.sigmas, Euler(), session.commit)
+    return sample_chunks(Driven(predict, session), noise, session.schedule, session.sigmas, Euler())
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_only_chunks_in_flight_are_remembered(session: Session, noise_of: Callab
             most = max(most, len(session.state))
             return out
 
-        sample_chunks(predict, noise_of(9), session.schedule, session.sigmas, Euler(), session.commit)
+        sample_chunks(Driven(predict, session), noise_of(9), session.schedule, session.sigmas, Euler())
     assert most == max(len(row.active) for row in session.schedule.rows)
 
 
@@ -137,7 +139,7 @@ def test_on_step_sees_every_step_and_the_last_clean_prediction_is_the_result(net
     schedule, sigmas = ChunkSchedule(6, 3, 5, 2), flow_sigmas(5)
     with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4)) as session:
         film = sample_chunks(
-            lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), noise_of(6), schedule, sigmas, Euler(), session.commit, on_step
+            Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session, on_step), noise_of(6), schedule, sigmas, Euler()
         )
     assert sorted(seen) == [(k, j) for k in range(2) for j in range(5)]
     torch.testing.assert_close(torch.cat([clean[0], clean[1]], 2), film, rtol=1e-5, atol=1e-5)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import SOLVERS, Euler, Solver, UniPC, require_finite, solver
+from tests.driven import Driven
 
 Field = Callable[[Tensor, float], Tensor]
 
 
 def integrate(kind: Solver, field: Field, x: Tensor, sigmas: tuple[float, ...]) -> Tensor:
-    memory = kind.start()
+    memory = kind.start(torch.Generator())
     for i in range(len(sigmas) - 1):
         x = kind.step(x, field(x, sigmas[i]), i, Path.whole(sigmas), memory)
     return x
@@ -111,7 +113,7 @@ def test_chunks_do_not_share_memory(kind: Solver) -> None:
     field, sigmas = random_field(0, 6), flow_sigmas(5)
     a, b = torch.randn(2, 4, 6, dtype=torch.float64)
     alone = [integrate(kind, field, x, sigmas) for x in (a, b)]
-    memories = kind.start(), kind.start()
+    memories = kind.start(torch.Generator()), kind.start(torch.Generator())
     for i in range(5):
         a = kind.step(a, field(a, sigmas[i]), i, Path.whole(sigmas), memories[0])
         b = kind.step(b, field(b, sigmas[i]), i, Path.whole(sigmas), memories[1])
@@ -123,13 +125,15 @@ def test_chunks_do_not_share_memory(kind: Solver) -> None:
 def test_the_loop_over_chunks_equals_the_solver_alone(kind: Solver) -> None:
     noise, steps = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64), 6
     sigmas, field = flow_sigmas(steps), lambda x, sigma: torch.sin(3 * x + sigma)
-    looped = sample_chunks(lambda x, chunk: field(x, sigmas[chunk.step]), noise, ChunkSchedule(3, 3, steps), sigmas, kind)
+    looped = sample_chunks(
+        Driven(lambda x, chunk: field(x, sigmas[chunk.step]), schedule=ChunkSchedule(3, 3, steps)), noise, ChunkSchedule(3, 3, steps), sigmas, kind
+    )
     torch.testing.assert_close(looped, integrate(kind, field, noise, sigmas), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [k() for k in SOLVERS])
 def test_a_solver_leaves_its_arguments_alone(kind: Solver) -> None:
-    sigmas, memory, x = flow_sigmas(4), kind.start(), torch.randn(3)
+    sigmas, memory, x = flow_sigmas(4), kind.start(torch.Generator()), torch.randn(3)
     for i in range(4):
         velocity = torch.randn(3)
         given = x.clone(), velocity.clone()

@@ -20,8 +20,10 @@ from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
-from flowcache_core.sampling.schedule import ChunkSchedule, flow_sigmas
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
+from tests.driven import Driven
 
 Changes = Callable[[int, int], float]
 
@@ -163,7 +165,7 @@ def test_an_interrupted_run_leaves_no_controller_behind(
         return session.denoise(x, chunk, texts[:1], ("cond",))
 
     with pytest.raises(KeyboardInterrupt), session:
-        sample_chunks(predict, noise_of(6), schedule, sigmas, Euler(), session.commit)
+        sample_chunks(Driven(predict, session), noise_of(6), schedule, sigmas, Euler())
     assert session.state.memory.find(Pace) is None
     assert session.state.memory.find(Found) is None
     assert len(session.state) == 0

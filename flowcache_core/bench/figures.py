@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
 CHART = "docs/frontier.png"
 DATA = "docs/bench"
-MAIN = "frontier-drawn"
-"""The run of `bench frontier` that the pages show; a second one, of the same films in bidirectional attention, stands beside it."""
+MAIN, DRAWN = "frontier", "frontier-drawn"
+"""The run of `bench frontier` that the pages show, and the one of films that were drawn at random."""
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Rows = Sequence[dict[str, Any]]
@@ -102,12 +102,11 @@ def origin(name: str, command: str) -> str:
     return f"`{command}`, {d['device']}, {d.get('dtype', 'bfloat16')}, commit {d['commit']}, {d['date']}.\n"
 
 
-def usual(attention: str = "block-causal") -> Rows:
+def usual(attention: str = "block-causal", name: str = MAIN) -> Rows:
     """The rows of the usual setting: that of the first row, with this attention."""
-    rows: Rows = data(MAIN)["rows"]
+    rows: Rows = data(name)["rows"]
     first = {**{key: rows[0][key] for key in SETTING}, "attention": attention}
-    both = [row for row in rows if all(row[key] == first[key] for key in SETTING)]
-    return both or data(f"{MAIN}-{attention}")["rows"]
+    return [row for row in rows if all(row[key] == first[key] for key in SETTING)]
 
 
 def arms_at(rows: Rows) -> dict[float, dict[str, dict[str, Any]]]:
@@ -128,8 +127,8 @@ def signed(row: dict[str, Any], key: str) -> str:
     return f"{row[key]:+.1f} ± {row[key + '_se']:.1f}"
 
 
-def frontier(attention: str = "block-causal") -> str:
-    rows = usual(attention)
+def frontier(attention: str = "block-causal", name: str = MAIN) -> str:
+    rows = usual(attention, name)
     whole = next(row for row in rows if row["arm"] == "uncached")
     lines = []
     for arms in arms_at(rows).values():
@@ -228,6 +227,7 @@ def demo() -> str:
     return table(head, lines) + "\n" + origin("demo", "make demo")
 
 
+COMMAND = "python -m flowcache_core bench frontier"
 FIGURES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "frontier-motion": motion,
@@ -235,11 +235,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "frontier-arms": all_arms,
     "frontier-arms-bidirectional": all_arms_bidirectional,
     "frontier-settings": settings,
-    "demo": demo,
-    "frontier-origin": lambda: origin(
-        MAIN,
-        f"python -m flowcache_core bench frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
+    "frontier-origin": lambda: origin(MAIN, f"{COMMAND} --workers 2"),
+    "drawn": lambda: frontier(name=DRAWN),
+    "drawn-origin": lambda: origin(
+        DRAWN, f"{COMMAND} --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2"
     ),
+    "demo": demo,
 }
 
 

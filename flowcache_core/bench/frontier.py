@@ -9,7 +9,8 @@ is the mean of paired differences to the best arm that takes fewer steps, with i
 `even` spaces the computed rows of `steps-fractional` and integrates with this project's multistep solver: what is left of `default`
 without its choice of rows. `default` is Chunkwise Cache with a plan, at exactly the tokens of `steps`. `motion` refines that plan by
 token. `threshold` is the rule of drift with its threshold found for the share, and `published-residual` and `published-increment` are the rules
-published for SkyReels-V2 and MAGI-1 (FlowCache, ICLR 2026, section 3), theirs too.
+published for SkyReels-V2 and MAGI-1 (FlowCache, ICLR 2026, section 3), theirs too. On request
+any policy that has a share is an arm by its own name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from torch import Tensor
 
 from ..device import commit, fast_dtype
 from ..models.bundle import Bundle, load_bundle
+from ..policies import POLICIES
 from ..policies.multirate import Multirate
+from ..policies.named import policy_named
 from ..policies.planned import Planned
+from ..policies.protocol import CachePolicy, Foresees, PlanPolicy, WindowPolicy
 from ..policies.target import Target
 from ..policies.thresholds import least_computed
 from ..run.generate import Job, decode, generate, generate_upstream
@@ -37,8 +42,9 @@ from ..sampling.plan import Plan
 from ..sampling.planner import evenly
 from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import UniPC
+from ..settings import settings_of
 from ..show.metrics import mean_and_error, perceptual, psnr, ssim
-from .increment import IncrementAdapter
+from .increment import incremental
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 
@@ -138,6 +144,8 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
         return make(bundle, job, setting, Planned(share=same))
     if arm == "motion":
         return make(bundle, job, setting, Multirate(share=same))
+    if arm in BY_NAME:
+        return make(bundle, job, setting, by_name(bundle, film, arm, share))
     chunk_share = min(n / job.steps, 1.0)
     if arm == "threshold":
         rule = Target(share=chunk_share)
@@ -147,7 +155,22 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
     if arm == "published-residual":
         return generate(bundle, job, Target(share=chunk_share, **published))
     increment = Target(share=chunk_share, signature="latent", **published)
-    return generate(bundle, replace(job, solver="euler"), increment, adapter=IncrementAdapter)
+    return generate(bundle, replace(job, solver="euler"), increment, adapter=incremental)
+
+
+def by_name(bundle: Bundle, film: Film, arm: str, share: float) -> CachePolicy:
+    """The policy of that name with the share: of all tokens where it plans, of chunk-steps where it decides while the run goes on."""
+    n = steps_for(bundle, film.job, film.setting, share)
+    same = tokens(bundle, fewer(film.job, n), film.setting) / tokens(bundle, film.job, film.setting)
+    return policy_named(arm, f"share={same if isinstance(policy_named(arm), PlanPolicy) else n / film.job.steps}")
+
+
+def _check_named(bundle: Bundle, film: Film) -> None:
+    """Raises ValueError for a share that a policy by name cannot reach."""
+    for arm, share in product(set(film.arms) & set(BY_NAME), film.shares):
+        policy = by_name(bundle, film, arm, share)
+        if isinstance(policy, Foresees):
+            policy.check_run(film.setting.steps)
 
 
 def _reachable(share: float, steps: int) -> dict[str, Any]:
@@ -159,6 +182,8 @@ CAUSAL_ARMS = (*RIVALS, "even", "default", "motion", "threshold", "published-res
 MAIN_ARMS = ("steps", "steps-fractional", "default", "motion")
 """Of these all films are made in the reduced grid."""
 BIDIRECTIONAL_ARMS = (*RIVALS, "even", "default")
+BY_NAME = tuple(kind.name for kind in POLICIES if "share" in settings_of(kind))
+"""Arms on request alone."""
 
 
 def measure(bundle: Bundle, film: Film) -> list[dict[str, Any]]:
@@ -243,14 +268,15 @@ def films(args: argparse.Namespace) -> list[Film]:
     shares = tuple(_share(text) for text in args.shares.split(","))
     usual = Setting(args.frames, args.steps, args.cfg, args.shift, args.ar_step, args.attention)
     wanted = tuple(a for a in args.arms.split(",") if a)
-    if unknown := set(wanted) - set(CAUSAL_ARMS):
-        raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {', '.join(CAUSAL_ARMS)}")
+    if unknown := set(wanted) - {*CAUSAL_ARMS, *BY_NAME}:
+        raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {', '.join(CAUSAL_ARMS)}, and on request {', '.join(BY_NAME)}")
 
-    def those(arms: Sequence[str]) -> tuple[str, ...]:
-        return tuple(a for a in arms if not wanted or a in wanted)
+    def those(arms: Sequence[str], attention: str = CAUSAL) -> tuple[str, ...]:
+        more = [name for name in BY_NAME if attention == CAUSAL or isinstance(policy_named(name), WindowPolicy)]
+        return tuple(a for a in (*arms, *more) if a in wanted) if wanted else tuple(arms)
 
     if args.attention == BIDIRECTIONAL:
-        return [Film(usual, prompt, seed, those(BIDIRECTIONAL_ARMS), shares) for seed, prompt in prompts]
+        return [Film(usual, prompt, seed, those(BIDIRECTIONAL_ARMS, BIDIRECTIONAL), shares) for seed, prompt in prompts]
 
     if args.grid != "reduced":
         out = [Film(usual, prompt, seed, those(CAUSAL_ARMS), shares) for seed, prompt in prompts]
@@ -262,12 +288,12 @@ def films(args: argparse.Namespace) -> list[Film]:
     both = replace(usual, attention=BIDIRECTIONAL)
     if args.grid == "reduced":
         others, some, few, at = REDUCED, prompts[:OTHERS], those(("steps", "steps-fractional", "default")), tuple(s for s in shares if s == 0.3)
-        out += [Film(both, prompt, seed, those(BIDIRECTIONAL_ARMS), shares) for seed, prompt in prompts[:BOTH_WAYS]]
+        out += [Film(both, prompt, seed, those(BIDIRECTIONAL_ARMS, BIDIRECTIONAL), shares) for seed, prompt in prompts[:BOTH_WAYS]]
     else:
         others = [Setting(f, n, c, s, a) for f in (33, 57) for n in (30, 50, 100) for c in (1.0, 3.0, 5.0) for s in (3.0, 8.0)
                   for a in (0, 5, 25, -1)]  # fmt: skip
         some, few, at = prompts, those(CAUSAL_ARMS), shares
-        out += [Film(both, prompt, seed, those(BIDIRECTIONAL_ARMS), shares) for seed, prompt in prompts]
+        out += [Film(both, prompt, seed, those(BIDIRECTIONAL_ARMS, BIDIRECTIONAL), shares) for seed, prompt in prompts]
     return out + [Film(setting, prompt, seed, few, at or shares) for setting in others if setting != usual for seed, prompt in some]
 
 
@@ -364,6 +390,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
     for film in dict.fromkeys(replace(film, prompt="", seed=0) for film in todo):
         schedule_of(bundle, film.job, film.setting)
+        _check_named(bundle, film)
     kept = Kept(args.json.with_suffix(".films.jsonl") if args.json else None, args.precision)
     over([film for film in todo if film not in kept.films], measure, args.workers, bundle, kept.add)
     entries = [entry for film in todo for entry in kept.films[film]]

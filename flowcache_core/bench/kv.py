@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -27,16 +27,15 @@ from ..kv.policy import STORED, Granularity, KVPolicy, Stored
 from ..kv.scores import KV_POLICIES
 from ..kv.scores.even import Even
 from ..kv.scores.random import Random
-from ..models.adapter import Call
+from ..models.adapter import Call, ModelAdapter
 from ..models.bundle import Bundle, load_bundle
-from ..models.skyreels_adapter import SkyReelsAdapter
-from ..models.wan_vae import TEMPORAL, pixel_frames
 from ..network import Attend
-from ..run.generate import BRANCHES, Job, decode, generate
+from ..run.generate import Job, decode, generate
 from ..run.session import Session
 from ..sampling.schedule import ChunkSchedule
 from ..show.metrics import mean_and_error, psnr, ssim
 from ..training.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Sprite, motion_mask, render
+from .around import Around
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 
@@ -44,6 +43,7 @@ NAME = "kv"
 FRACTIONS = (0.5, 0.25, 0.125)
 QUARTER = 0.25
 DEFAULT, CHANCE = Even.name, Random.name
+BRANCH = ("cond",)
 SINK = 1
 """Latent frames at the start that every policy is made to keep, and the latest chunk in films; the rest is its own choice."""
 COMPARED = 2
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 12 chunks and 1 clip")
     wanted = [Point("whole history", WHOLE, 1.0), *points(args.policies, args.granularity)]
     bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
-    frames = pixel_frames(args.chunks * bundle.chunk_frames)
+    frames = bundle.family.frames.pixel(args.chunks * bundle.layout.chunk_frames)
     jobs = [Job(PROMPTS[i], frames, args.steps, seed_of(i), ar_step=args.steps) for i in range(args.prompts)]
     films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
     clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
@@ -134,14 +134,14 @@ def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
     chunks, out = job.schedule(bundle).chunks, list[Values]()
     for point in wanted:
         latents, report = generate(bundle, job, compressor=point.compressor(chunks))
-        frames = bundle.chunk_frames
+        frames = bundle.layout.chunk_frames
         film = decode(bundle, latents[:, :, -COMPARED * frames :])
         if not out:
             whole, reference, begin = latents, film, decode(bundle, latents[:, :, :frames])
             exact = attention_outputs(bundle, job, whole, point)
         attended = attention_outputs(bundle, job, whole, point) if out else exact
         errors = [relative(a, b) for a, b in zip(attended, exact, strict=True)]
-        drift = float((film[-TEMPORAL * frames :].mean(0) - begin.mean(0)).abs().mean()) * 255
+        drift = float((film[-bundle.family.frames.each * frames :].mean(0) - begin.mean(0)).abs().mean()) * 255
         same = film is reference
         out.append({"psnr": None if same else psnr(film, reference), "ssim": None if same else ssim(film, reference), "drift": drift,
                     "seconds": report.wall_s, "peak": report.kv_peak_bytes, "errors": errors})  # fmt: skip
@@ -151,38 +151,38 @@ def measure(bundle: Bundle, job: Job, wanted: Sequence[Point]) -> list[Values]:
 def attention_outputs(bundle: Bundle, job: Job, latents: Tensor, point: Point) -> list[Tensor]:
     """Clean latents [1, C, F, h, w] pass chunk by chunk -> per layer the attention output of the last chunk."""
     schedule, last = job.schedule(bundle), dict[int, Tensor]()
-    adapter = Watched(bundle, lambda layer, out: last.__setitem__(layer, out))
-    budget = point.compressor(schedule.chunks).plan(adapter, schedule, (latents.shape[3], latents.shape[4]), job.fps, 1, 2)
-    with remembering(bundle, adapter, latents, job.prompt, schedule, job.sigmas(), budget, schedule.chunks):
+    adapter = cast(ModelAdapter, Watched(bundle.adapter(), lambda layer, out: last.__setitem__(layer, out)))
+    budget = point.compressor(schedule.chunks).budget_for(adapter, schedule, (latents.shape[3], latents.shape[4]), job.fps, 1, 2)
+    with remembering(bundle, adapter, latents, job.prompt, schedule, job.sigmas(bundle), budget, schedule.chunks):
         return [last[layer] for layer in range(len(last))]
 
 
-def remembering(bundle: Bundle, adapter: SkyReelsAdapter, latents: Tensor, prompt: str, schedule: ChunkSchedule, sigmas: Sequence[float],
+def remembering(bundle: Bundle, adapter: ModelAdapter, latents: Tensor, prompt: str, schedule: ChunkSchedule, sigmas: Sequence[float],
                 budget: Budget, chunks: int) -> Session:  # fmt: skip
     """A session whose first `chunks` chunks are history, taken from clean latents. The caller closes it."""
     session = Session(adapter, schedule, sigmas, (latents.shape[3], latents.shape[4]), budget=budget)
-    x, text = latents.to(bundle.network.patch_embedding.weight), bundle.text(prompt)
+    x, text = latents.to(bundle.like), bundle.text(prompt)
     for index in range(chunks):
         chunk = schedule.at(index, schedule.steps)
-        session.denoise(x[:, :, chunk.start : chunk.start + chunk.frames], chunk, text, BRANCHES[:1])
+        session.denoise(x[:, :, chunk.start : chunk.start + chunk.frames], chunk, text, BRANCH)
         session.commit(chunk)
     return session
 
 
-class Watched(SkyReelsAdapter):
+class Watched(Around):
     """Tells what attention returned, layer by layer."""
 
-    def __init__(self, bundle: Bundle, seen: Callable[[int, Tensor], None]) -> None:
-        super().__init__(bundle.network)
-        self.seen = seen
+    def __init__(self, inner: ModelAdapter, seen: Callable[[int, Tensor], None]) -> None:
+        super().__init__(inner)
+        self.tell = seen
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
         def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
             out = attend(layer, q, k, v, x)
-            self.seen(layer, out)
+            self.tell(layer, out)
             return out
 
-        return super().forward(call, watched)
+        return self.inner.forward(call, watched)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -205,8 +205,8 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     """
     film = render(hidden_scene(seed))
     clean = bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
-    schedule, levels = ChunkSchedule(clean.shape[2], bundle.chunk_frames, len(LEVELS), window=bundle.window), (*LEVELS, 0.0)
-    adapter, target = SkyReelsAdapter(bundle.network), schedule.at(HIDDEN_CHUNK, 0)
+    schedule, levels = ChunkSchedule(clean.shape[2], bundle.layout.chunk_frames, len(LEVELS), window=bundle.layout.window), (*LEVELS, 0.0)
+    adapter, target = bundle.adapter(), schedule.at(HIDDEN_CHUNK, 0)
     mine, frame_tokens = slice(target.start, target.start + target.frames), adapter.tokens_per_frame(clean.shape[3], clean.shape[4])
     truth, where = clean[:, :, mine], motion_mask(film)[mine]
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
@@ -218,8 +218,8 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
         with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
             errors = []
             for step, sigma in enumerate(LEVELS):
-                part = ((1 - sigma) * truth + sigma * noise).to(bundle.network.patch_embedding.weight)
-                velocity = session.denoise(part, replace(target, step=step), bundle.text(""), BRANCHES[:1])
+                part = ((1 - sigma) * truth + sigma * noise).to(bundle.like)
+                velocity = session.denoise(part, replace(target, step=step), bundle.text(""), BRANCH)
                 errors.append(float((velocity.float() - (noise - truth)).square()[:, :, where].mean()))
         out.append(sum(errors) / len(errors))
     return out

@@ -18,14 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels.tokens import frame_difference, normalised, pooled
-from ..models.adapter import Call
+from ..models.adapter import Call, require_tokens
 from ..models.attention import BlockCausal
 from ..models.bundle import Bundle, load_bundle
-from ..models.skyreels_adapter import SkyReelsAdapter
 from ..policies.protocol import Measure
 from ..run.generate import Job
 from ..sampling.chunk import Chunk
-from ..sampling.schedule import ChunkSchedule, flow_sigmas
+from ..sampling.noise import flow_sigmas
+from ..sampling.schedule import ChunkSchedule
 from ..training.scenes import HELD_OUT, make_scene, motion_mask, render
 
 NAME = "recall"
@@ -91,26 +91,27 @@ def _clip(bundle: Bundle, caption: str, film: Tensor, moving: Tensor, steps: int
     """Every measure at every step looked at and every chunk in which something moves: its recalls, then its correlation."""
     clean = bundle.vae.encode(film.transpose(0, 1)[None] * 2 - 1)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    sigmas, schedule = flow_sigmas(steps, Job.shift), ChunkSchedule(clean.shape[2], bundle.chunk_frames, steps)
-    adapter, text = SkyReelsAdapter(bundle.network), bundle.network.text_kv(bundle.text(caption))
+    sigmas, schedule = flow_sigmas(steps, Job.shift), ChunkSchedule(clean.shape[2], bundle.layout.chunk_frames, steps)
+    adapter = require_tokens(bundle.adapter(), "bench recall")
+    text = adapter.text(bundle.text(caption))
     ends = [sum(schedule.span(k)) * moving[0].numel() for k in range(schedule.chunks)]
 
     def look(step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, velocity, last block's output on the grid of tokens."""
         x = (1 - sigmas[step]) * clean + sigmas[step] * noise
         call = Call(x, sigmas[step], Chunk(0, 0, x.shape[2], step, steps), text, 24)
-        velocity, residual = adapter.forward(call, BlockCausal(ends, bundle.window))
+        velocity, residual = adapter.forward(call, BlockCausal(ends, bundle.layout.window))
         return x, velocity, adapter.output(call, residual).unflatten(1, moving.shape).movedim(-1, 1)
 
     out: list[tuple[str, list[float]]] = []
     for step in range(max(steps // 5, 2), steps, 5):
         (_, v0, _), (x1, v1, h1), (x2, v2, _) = (look(s) for s in (step - 2, step - 1, step))
-        truth = pooled((v2 - v1).abs().mean((0, 1)), 2)
+        truth = pooled((v2 - v1).abs().mean((0, 1)), (2, 2))
         maps = {
-            "clean": pooled(frame_difference(x1 - sigmas[step - 1] * v1, None), 2),
-            "noisy": pooled(frame_difference(x2, None), 2),
+            "clean": pooled(frame_difference(x1 - sigmas[step - 1] * v1, None), (2, 2)),
+            "noisy": pooled(frame_difference(x2, None), (2, 2)),
             "output": frame_difference(h1, None, relative=True),
-            "change": pooled((v1 - v0).abs().mean((0, 1)), 2),
+            "change": pooled((v1 - v0).abs().mean((0, 1)), (2, 2)),
             "chance": torch.rand(moving.shape, generator=torch.Generator().manual_seed(seed + step)),
         }
         for k in range(schedule.chunks):

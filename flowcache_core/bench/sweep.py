@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from ..device import fast_dtype
 from ..models.bundle import Bundle, load_bundle
-from ..models.skyreels_adapter import SkyReelsAdapter
 from ..policies.protocol import CachePolicy, Foresees
 from ..run.generate import Job, MakeAdapter, decode, generate
 from ..show.metrics import psnr, ssim
-from .increment import IncrementAdapter
+from .increment import incremental
 from .prompts import PROMPTS, seed_of
 
 MEASURES = ("share", "chunk_share", "psnr", "ssim", "plain", "cached")
@@ -46,7 +45,7 @@ class Rule:
 
     @property
     def adapter(self) -> MakeAdapter:
-        return IncrementAdapter if self.increment else lambda network, sigmas: SkyReelsAdapter(network)
+        return incremental if self.increment else lambda adapter, sigmas: adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser, rules: Sequence[Rule], usual: str, frames: int) -> None:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from ..device import commit, device_name, fast_dtype
 from ..models.bundle import NAME, Bundle, load_bundle, weights_id
+from ..policies import POLICIES
 from ..policies.multirate import Multirate
+from ..policies.named import policy_named
 from ..policies.planned import Planned
-from ..policies.protocol import CachePolicy
+from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..run.generate import Job, decode, generate, generate_upstream
 from ..run.report import RunReport
 from ..show.film import frames_of, side_by_side, write_film
@@ -25,7 +27,10 @@ from ..show.metrics import psnr, ssim
 from ..show.overlay import overlay
 from ..show.plot import chunk_map
 
-ARMS = ("upstream", "uncached", "chunkwise", "motion")
+UPSTREAM = "upstream"
+OURS: dict[str, CachePolicy | None] = {"uncached": None, "chunkwise": Planned(), "motion": Multirate()}
+"""Arms with a KV cache that have a name here; every policy is one by its own name."""
+ARMS = (UPSTREAM, *OURS)
 USUAL = ARMS[:3]
 PROMPT = "red circle moves right, blue square moves down"
 
@@ -34,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="sprites, colours and directions, such as: %(default)s")
     parser.add_argument("--frames", type=int, default=57, help="pixel frames, 4n + 1 (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default %(default)s)")
-    parser.add_argument("--arms", default=",".join(USUAL), help=f"which ways to run it, of {', '.join(ARMS)} (default %(default)s)")
+    parser.add_argument("--arms", default=",".join(USUAL), help=f"which ways to run it, with commas between: {_there_are()}, with its settings "
+                        "behind it if not the usual ones, as in 'planned share=0.3' (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
 
@@ -61,10 +67,11 @@ def main(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = [_row(arm, films, reports[arm], decode_s[arm]) for arm in arms]
     for arm in arms:
-        write_film(out / f"{arm}.mp4", frames_of(films[arm]), job.fps)
-        chunk_map(reports[arm]).save(out / f"{arm}_map.png")
-        if arm == "motion":
-            write_film(out / "motion_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
+        file = "_".join(arm.split())
+        write_film(out / f"{file}.mp4", frames_of(films[arm]), job.fps)
+        chunk_map(reports[arm]).save(out / f"{file}_map.png")
+        if arm != UPSTREAM and isinstance(policy_of(arm), TokenPolicy | PartPolicy):
+            write_film(out / f"{file}_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
         "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "date": f"{date.today()}",
@@ -77,24 +84,29 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
-    schedules = [w.schedule for w in job.windows(bundle)] if arm == "upstream" else [job.schedule(bundle)]
+    schedules = [w.schedule for w in job.windows(bundle)] if arm == UPSTREAM else [job.schedule(bundle)]
     with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
-        if arm == "upstream":
+        if arm == UPSTREAM:
             return generate_upstream(bundle, job, lambda chunk: bar.update())
-        policies: dict[str, CachePolicy] = {"chunkwise": Planned(), "motion": Multirate()}
-        return generate(bundle, job, policies.get(arm), lambda chunk: bar.update())
+        return generate(bundle, job, policy_of(arm), lambda chunk: bar.update())
+
+
+def policy_of(arm: str) -> CachePolicy | None:
+    """Of an arm with a KV cache: ours, or any policy by its name with its settings behind it. Raises ValueError."""
+    return OURS[arm] if arm in OURS else policy_named(*arm.split(maxsplit=1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of the report as aligned text; speed is against the uncached arm."""
     base = next((r["wall_s"] for r in rows if r["arm"] == "uncached"), None)
-    lines = [f"{'arm':>10}  {'seconds':>8}  {'speed':>6}  {'chunk-steps':>12}  {'tokens':>7}  {'PSNR dB':>8}  {'SSIM':>6}  {'KV MiB':>7}"]
+    width = max(10, *(len(r["arm"]) for r in rows))
+    lines = [f"{'arm':>{width}}  {'seconds':>8}  {'speed':>6}  {'chunk-steps':>12}  {'tokens':>7}  {'PSNR dB':>8}  {'SSIM':>6}  {'KV MiB':>7}"]
     for r in rows:
         speed = f"{base / r['wall_s']:.2f}x" if base else "-"
         share = f"{r['tokens_computed'] / r['tokens']:.0%}"
         psnr_db, ssim_ = ("-", "-") if r["psnr"] is None else (f"{r['psnr']:.1f}", f"{r['ssim']:.3f}")
         steps, kv = f"{r['chunk_steps_computed']}/{r['chunk_steps']}", r["kv_peak_bytes"] / 2**20
-        lines.append(f"{r['arm']:>10}  {r['wall_s']:8.2f}  {speed:>6}  {steps:>12}  {share:>7}  {psnr_db:>8}  {ssim_:>6}  {kv:7.1f}")
+        lines.append(f"{r['arm']:>{width}}  {r['wall_s']:8.2f}  {speed:>6}  {steps:>12}  {share:>7}  {psnr_db:>8}  {ssim_:>6}  {kv:7.1f}")
     return "\n".join(lines)
 
 
@@ -120,16 +132,25 @@ def _row(arm: str, films: dict[str, Tensor], report: RunReport, decode_s: float)
 def _tinted(film: Tensor, report: RunReport) -> np.ndarray:
     """[T, 3, H, W] -> uint8 [T, H, W, 3]: the film under a tint of how often each place was computed."""
     assert report.visits is not None
-    tinted, _ = overlay(film.permute(0, 2, 3, 1).numpy(), report.visits, report.map.shape[1])
+    tinted, _ = overlay(film.permute(0, 2, 3, 1).numpy(), report.visits, report.map.shape[1], pixels=report.pixels)
     return (tinted * 255).round().astype(np.uint8)
 
 
 def _arms(text: str) -> list[str]:
+    """Raises ValueError for an arm that there is not, and for settings that a policy has not."""
     arms = [a.strip() for a in text.split(",") if a.strip()]
-    unknown = [a for a in arms if a not in ARMS]
+    names = {*ARMS, *(kind.name for kind in POLICIES)}
+    unknown = [a for a in arms if a.split()[0] not in names]
     if unknown or not arms:
-        raise ValueError(f"there is no arm {', '.join(unknown) or '(none given)'}: choose from {', '.join(ARMS)}")
+        raise ValueError(f"there is no arm {', '.join(unknown) or '(none given)'}: choose from {_there_are()}")
+    for arm in arms:
+        if arm != UPSTREAM:
+            policy_of(arm)
     return arms
+
+
+def _there_are() -> str:
+    return f"{', '.join(ARMS)}, or a cache policy, {', '.join(kind.name for kind in POLICIES)}"
 
 
 def _warm_up(bundle: Bundle) -> None:

@@ -5,10 +5,13 @@ The scores are made for a block of queries at a time, so their memory is bounded
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import logging
 import os
+import re
+import subprocess
 from types import ModuleType
 from typing import Literal
 
@@ -20,8 +23,14 @@ SCORES_AT_MOST = 2**25
 
 Grouped = Literal["mean", "max"]
 
+CANNOT = re.compile(
+    "C compiler|C[+][+] compiler|newly compiled|cache dir|active drivers|libcuda|kernel image|unsupported toolchain|PassManager|CUDA 10"
+)
+"""What Triton says, in errors of no kind of its own, where there is no compiler, no driver, or a card that it does not know."""
+
 log = logging.getLogger(__name__)
-_failed: list[Exception] = []
+_off: list[str] = []
+"""Why there are no kernels in this process; empty as long as there are."""
 
 
 def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:
@@ -31,14 +40,34 @@ def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = 
     largest of their logits (R-KV, and FlowCache after it). Whatever the dtypes, sums and softmax are in float32. Triton
     kernels do it on CUDA where triton is installed, `in_blocks` elsewhere.
     """
-    if q.is_cuda and not _failed and (kernels := _triton()) is not None and kernels.serves(q, k):
-        try:
-            with torch.cuda.device(q.device):
-                return kernels.column_sums(q, k, grouped == "max")
-        except Exception as error:  # no C compiler, a card that triton does not know, ...
-            _failed.append(error)
-            log.warning("attention sums are made by PyTorch from now on, since the Triton kernels cannot be used here: %s", error)
-    return in_blocks(q, k, grouped, at_most)
+    sums = _by_triton(q, k, grouped == "max") if q.is_cuda and not _off else None
+    return in_blocks(q, k, grouped, at_most) if sums is None else sums
+
+
+def _by_triton(q: Tensor, k: Tensor, largest: bool) -> Tensor | None:
+    """None where the kernels are not for such tensors, or cannot be made on this machine, which is found once. Other errors are the caller's."""
+    try:
+        kernels = _triton()
+        if kernels is None or not kernels.serves(q, k):
+            return None
+        with torch.cuda.device(q.device):
+            sums: Tensor = kernels.column_sums(q, k, largest)
+            return sums
+    except Exception as error:
+        if not cannot_be_made(error):
+            raise
+        _off.append(str(error))
+        log.warning("attention sums are made by PyTorch from now on, since the Triton kernels cannot be made here: %s", error)
+        return None
+
+
+def cannot_be_made(error: Exception) -> bool:
+    """Whether an error means that kernels cannot be compiled or loaded on this machine: not a lack of memory, nor a fault in a call."""
+    if isinstance(error, OSError):
+        return error.errno != errno.ENOMEM
+    if isinstance(error, ImportError | subprocess.CalledProcessError) or type(error).__module__.startswith("triton."):
+        return True
+    return isinstance(error, RuntimeError | AssertionError) and CANNOT.search(str(error)) is not None
 
 
 def in_blocks(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:

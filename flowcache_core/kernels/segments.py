@@ -11,17 +11,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention import SCORES_AT_MOST
+from .attention import SCORES_AT_MOST, heads_apart, heads_together
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, heads, T, D], [B, heads, L, D] twice -> [B, heads, T, D] and log sum exp(q k^T / sqrt(D)), float32 [B, heads, T].
+    """[B, G * heads, T, D], [B, heads, L, D] twice -> [B, G * heads, T, D] and log sum exp(q k^T / sqrt(D)), float32 [B, G * heads, T].
 
-    L is at least 1. In float64 the log-sum-exp is float64 too. On the processor 16-bit inputs are computed in float32, which is
-    as fast as their own kernels there.
+    L is at least 1; `G` neighbouring query heads share a key head. In float64 the log-sum-exp is float64 too. On the processor
+    16-bit inputs are computed in float32, which is as fast as their own kernels there.
     """
+    if q.shape[1] != k.shape[1]:
+        out, lse = attention_with_lse(heads_together(q, k.shape[1]), k, v)
+        return heads_apart(out, q.shape[1]), heads_apart(lse, q.shape[1])
     if q.device.type == "cuda" and q.dtype in HALF and has_flash(q.device, q.dtype, q.shape[3]):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
         return out, lse
@@ -45,6 +48,9 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 def products_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The textbook form of the same, in float32 and in blocks of queries: the scores of one block are all that is held of them."""
+    if q.shape[1] != k.shape[1]:
+        out, lse = products_with_lse(heads_together(q, k.shape[1]), k, v)
+        return heads_apart(out, q.shape[1]), heads_apart(lse, q.shape[1])
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
     k, v, scale = k.to(wide).transpose(-1, -2), v.to(wide), q.shape[-1] ** -0.5

@@ -22,7 +22,7 @@ def directions(k: Tensor) -> Tensor:
 
 
 def mean_similarity(k: Tensor, at_most: int = NUMBERS_AT_MOST) -> Tensor:
-    """r_j = 1/N sum_{i != j} cos(k_i, k_j): [R, H, N, D] -> float32 [R, H, N].
+    """r_j = 1/N sum_{i != j} cos(k_i, k_j): [B, H, N, D] -> float32 [B, H, N].
 
     In time and memory linear in N: r_j = (u_j . S - |u_j|^2) / N with S the sum of all directions. |u_j|^2 is subtracted and
     not 1, which would be wrong by 1/N for a key of length 0.
@@ -33,7 +33,7 @@ def mean_similarity(k: Tensor, at_most: int = NUMBERS_AT_MOST) -> Tensor:
 
 
 def cosine_to_mean(k: Tensor, at_most: int = NUMBERS_AT_MOST) -> Tensor:
-    """cos(k_j, mean_i u_i): [R, H, N, D] -> float32 [R, H, N]."""
+    """cos(k_j, mean_i u_i): [B, H, N, D] -> float32 [B, H, N]."""
     mean = directions(_total(k, at_most))[..., None]
     return torch.cat([(u @ mean).squeeze(-1) for u in _blocks(k, at_most)], 2)
 
@@ -41,25 +41,25 @@ def cosine_to_mean(k: Tensor, at_most: int = NUMBERS_AT_MOST) -> Tensor:
 def mean_similarity_but_to_newest(k: Tensor, threshold: float, at_most: int = NUMBERS_AT_MOST) -> Tensor:
     """1/N sum_i c_ij, c_ij = cos(k_i, k_j), but 0 where j = i or where j is the newest key with c_ij > threshold.
 
-    [R, H, N, D] -> float32 [R, H, N]. R-KV's rule: of keys that repeat each other the newest is not held against itself. It
-    has no linear form; pairs are compared in blocks of rows i, in time N^2.
+    [B, H, N, D] -> float32 [B, H, N]. R-KV's rule: of keys that repeat each other the newest is not held against itself. It
+    has no linear form; pairs are compared in blocks of keys i, in time N^2.
     """
     batch, heads, n, _ = k.shape
     order, sums = torch.arange(n, device=k.device), []
     for head in k.flatten(0, 1):
         u, column, start = directions(head), k.new_zeros(n, dtype=torch.float32), 0
-        for rows in u.split(max(1, at_most // n)):
-            c = rows @ u.mT
+        for some in u.split(max(1, at_most // n)):
+            c = some @ u.mT
             c.diagonal(start).zero_()
             newest = torch.where(c > threshold, order, -1).amax(-1, keepdim=True)
             column += c.masked_fill_(order == newest, 0).sum(0)
-            start += len(rows)
+            start += len(some)
         sums.append(column)
     return torch.stack(sums).view(batch, heads, n) / n
 
 
 def _blocks(k: Tensor, at_most: int) -> Iterator[Tensor]:
-    """Directions of [R, H, N, D], some rows of all heads at a time."""
+    """Directions of [B, H, N, D], some keys of all heads at a time."""
     batch, heads, _, d = k.shape
     return (directions(part) for part in k.split(max(1, at_most // (batch * heads * d)), 2))
 

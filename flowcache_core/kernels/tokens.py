@@ -1,7 +1,7 @@
 """Maps of tokens: how far every token differs from the frame before, scaled to weights; masks laid over latents.
 
-A token is a patch of `patch` x `patch` cells of one latent frame. Token maps are [F, h / patch, w / patch] and flatten in
-the order frame, row, column.
+A token is a patch of so many cells of one latent frame, given as (height, width). Token maps are [F, h / height, w / width] and
+flatten in the order frame, row, column.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def frame_difference(now: Tensor, before: Tensor | None, relative: bool = False)
     return torch.cat([out[1:2], out[1:]]) if len(out) > 1 else torch.ones_like(out)
 
 
-def pooled(cells: Tensor, patch: int) -> Tensor:
-    """[F, h, w] -> [F, h / patch, w / patch]: the mean over each token's cells."""
-    return cells if patch == 1 else F.avg_pool2d(cells, patch)
+def pooled(cells: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[F, h, w] -> a token map: the mean over each token's cells."""
+    return cells if patch == (1, 1) else F.avg_pool2d(cells, patch)
 
 
-def spread(tokens: Tensor, patch: int) -> Tensor:
-    """[F, h, w] of tokens -> [F, h * patch, w * patch] of latent cells."""
-    return tokens.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+def spread(tokens: Tensor, patch: tuple[int, int]) -> Tensor:
+    """A token map -> [F, h, w] of latent cells."""
+    return tokens.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
 
 
 def normalised(motion: Tensor, quantile: float = 1.0, together: bool = False) -> Tensor:
@@ -59,4 +59,4 @@ def mask_over(value: Tensor, tokens: Tensor, grid: tuple[int, int, int]) -> Tens
     chosen = torch.zeros(frames * height * width, dtype=torch.bool, device=value.device).index_fill_(0, tokens, True)
     if value.ndim == 3:
         return chosen.view(1, -1, 1)
-    return spread(chosen.view(grid), value.shape[3] // height)[None, None]
+    return spread(chosen.view(grid), (value.shape[3] // height, value.shape[4] // width))[None, None]

@@ -1,15 +1,18 @@
 """The KV cache: per layer one buffer for keys and one for values, allocated once; history first, then the active chunks.
 
 An active chunk writes its own span and attends to one contiguous range that ends with it, so no mask is needed and
-nothing is copied: this equals block-causal attention over the whole window. When a chunk becomes history, rows may go
-(`rows.py` says how many, `keeper.py` which), and those behind them move up.
+nothing is copied: this equals block-causal attention over the whole window. When a chunk becomes history, slots may be given up
+(`layout.py` says how many, `keeper.py` which), and what lies behind them moves up.
+
+A slot is the place of one token's key and value in the buffers. Films x branches lie side by side in the batch dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,17 +22,20 @@ from ..kernels.segments import attention_with_lse, merge
 from ..network import NetworkSizes
 from ..sampling.chunk import Chunk
 from .keeper import Choice, Keeper, Segment
-from .layout import Capacity, Layout
+from .layout import Capacity, Layout, Range
 from .waiting import Waiting
 
 Branches = tuple[Hashable, ...]
+Seen = Callable[[Chunk, Hashable], int | None]
+"""How many chunks, itself included, a branch of a chunk sees at this step; None: as many as the schedule allows."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class KVSizes:
-    """What all caches of a run have in common. `films`: batch size; `capacity`: rows at most, in all.
+    """What all caches of a run have in common. `films`: of a batch; `heads`: of keys and values; `capacity`: slots at most, in all.
 
-    `history` and `active`: rows at most of each, where the two are stored apart.
+    `history` and `active`: slots at most of each, where the two are stored apart; `group`: query heads that share a key head.
     """
 
     films: int
@@ -39,10 +45,13 @@ class KVSizes:
     capacity: int
     history: int = 0
     active: int = 0
+    group: int = 1
 
     @classmethod
     def of(cls, network: NetworkSizes, films: int, room: Capacity) -> KVSizes:
-        return cls(films, network.layers, network.heads, network.head_dim, room.total, room.history, room.active)
+        """The query heads of a network fill its width."""
+        group = max(1, network.width // (network.heads * network.head_dim))
+        return cls(films, network.layers, network.heads, network.head_dim, room.total, room.history, room.active, group)
 
 
 class KVCache:
@@ -50,6 +59,8 @@ class KVCache:
 
     def __init__(self, branches: Branches, sizes: KVSizes) -> None:
         self.branches, self.sizes = branches, sizes
+        self.syncs = 0
+        """How often the host has waited for the device to store history elsewhere."""
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -57,10 +68,10 @@ class KVCache:
         return sum(k.nbytes + v.nbytes for k, v in self._buffers)
 
     def history_bytes(self, kept: int) -> int:
-        """Of these, what `kept` rows of history take."""
+        """Of these, what `kept` slots of history take."""
         return self.bytes * kept // self.sizes.capacity
 
-    def rows(self, branches: Branches) -> slice | None:
+    def batch_of(self, branches: Branches) -> slice | None:
         """Where some of the branches lie next to each other in the batch, or None."""
         films = self.sizes.films
         for at in range(len(self.branches) - len(branches) + 1):
@@ -76,38 +87,38 @@ class KVCache:
             self._buffers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(sizes.layers)]
         return self._buffers[index]
 
-    def write(self, layer: int, rows: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
+    def write(self, layer: int, batch: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
         """Slots `at` of the buffers, by range or by index."""
         for buffer, fresh in zip(self.layer(layer, k), (k, v), strict=True):
             if isinstance(at, slice):
-                buffer[rows, :, at] = fresh
+                buffer[batch, :, at] = fresh
             else:
-                buffer[rows].index_copy_(2, at, fresh)
+                buffer[batch].index_copy_(2, at, fresh)
 
-    def own(self, layer: int, rows: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    def own(self, layer: int, batch: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of an active chunk, to be written in place."""
         keys, values = self.layer(layer, like)
-        return keys[rows, :, at], values[rows, :, at]
+        return keys[batch, :, at], values[batch, :, at]
 
-    def read(self, layer: int, rows: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, batch: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers[layer]
-        return keys[rows, :, first:end], values[rows, :, first:end]
+        return keys[batch, :, first:end], values[batch, :, first:end]
 
     def join(self, before: int, count: int, after: int) -> None:
-        """A finished chunk's `count` rows become history, which ends at `before`: here they lie right behind it already."""
+        """A finished chunk's `count` slots become history, which ends at `before`: here they lie right behind it already."""
 
-    def keep(self, layer: int, rows: slice, choice: Choice, before: int, after: int) -> None:
-        """Of the first `before` rows those of `choice` stay, in order; the `after` rows behind them move up."""
+    def keep(self, layer: int, batch: slice, choice: Choice, before: int, after: int) -> None:
+        """Of the first `before` slots those of `choice` stay, in order; the `after` slots behind them move up."""
         stay = choice.index.shape[1]
         for buffer in self._buffers[layer]:
-            mine = buffer[rows]
+            mine = buffer[batch]
             if choice.pooled is not None:
                 pool(mine, choice.pooled)
             mine[:, :, :stay] = mine[:, :, :before].take_along_dim(choice.index[:, None, :, None], 2)
             mine[:, :, stay : stay + after] = mine[:, :, before : before + after].clone()
 
     def drop(self, gone: int, stay: int) -> None:
-        """The first `gone` rows go, the `stay` rows behind them move up."""
+        """The first `gone` slots are given up, the `stay` slots behind them move up."""
         for pair in self._buffers:
             for buffer in pair:
                 buffer[:, :, :stay] = buffer[:, :, gone : gone + stay].clone()
@@ -115,7 +126,7 @@ class KVCache:
     def adopt(self, other: KVCache) -> None:
         """Copy the branches that another cache holds: the host has begun to batch them differently."""
         for branch in set(self.branches) & set(other.branches):
-            mine, theirs = self.rows((branch,)), other.rows((branch,))
+            mine, theirs = self.batch_of((branch,)), other.batch_of((branch,))
             for index, (k, v) in enumerate(other._buffers):
                 keys, values = self.layer(index, k)
                 keys[mine], values[mine] = k[theirs], v[theirs]
@@ -124,94 +135,104 @@ class KVCache:
         self._buffers.clear()
 
 
-def pool(rows: Tensor, groups: Tensor) -> None:
-    """Of rows [films, heads, N, D], in place: the middle row of every group, int64 [films, n, m], becomes the group's mean."""
-    for film, of_film in zip(rows, groups, strict=True):
+def pool(slots: Tensor, groups: Tensor) -> None:
+    """Of slots [films, heads, N, D], in place: the middle one of every group, int64 [films, n, m], becomes the group's mean."""
+    for film, of_film in zip(slots, groups, strict=True):
         film[:, of_film[:, of_film.shape[1] // 2]] = film[:, of_film].float().mean(2).to(film.dtype)
 
 
 class CachedAttention:
-    """Attention of one chunk: writes rows `start`..`end`, sees rows `first`..`end`. One per call of the network.
+    """Attention of one chunk: writes slots `start`..`end`, sees slots `first`..`end`. One per call of the network.
 
-    With `tokens`, int64 [n] counted from `start`, it writes these rows only; what it sees stays the same, so the queries of
-    refreshed tokens meet the fresh rows and the old ones of their own chunk. With a `keeper` and the `chunk`, rows beyond
-    the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the rows
-    of its other tokens are written too, as they would be by now.
+    With `tokens`, int64 [n] counted from `start`, it writes these slots only; what it sees stays the same, so the queries of
+    refreshed tokens meet the fresh slots and the old ones of their own chunk. With a `keeper` and the `chunk`, slots beyond
+    the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the slots
+    of its other tokens are written too, as they would be by now. With `ranges`, one per branch, each branch sees no more than its own.
     """
 
-    def __init__(self, cache: KVCache, rows: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
-                 keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None) -> None:  # fmt: skip
-        self.cache, self.rows, self.first, self.end = cache, rows, first, end
+    def __init__(self, cache: KVCache, batch: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
+                 keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None,
+                 ranges: tuple[Range | None, ...] = ()) -> None:  # fmt: skip
+        self.cache, self.batch, self.first, self.end, self.ranges = cache, batch, first, end, ranges
         self.at = slice(start, end) if tokens is None or waiting else tokens + start
         self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if self.waiting and isinstance(self.at, slice):
-            self.waiting.write(layer, (k, v), self.cache.own(layer, self.rows, self.at, k))
+            self.waiting.write(layer, (k, v), self.cache.own(layer, self.batch, self.at, k))
         else:
-            self.cache.write(layer, self.rows, self.at, k, v)
-        keys, values = self.cache.read(layer, self.rows, self.first, self.end)
+            self.cache.write(layer, self.batch, self.at, k, v)
+        keys, values = self.cache.read(layer, self.batch, self.first, self.end)
         if self.keeper is None or self.chunk is None:
-            return attention(q, keys, values)
+            return self._ranged(q, keys, values)
         return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+
+    def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        firsts = [self.first if one is None else one.first for one in self.ranges for _ in range(self.cache.sizes.films)]
+        if not firsts:
+            return attention(q, keys, values)
+        return _grouped(firsts, q, lambda first, mine: attention(q[mine], keys[mine, :, first - self.first :], values[mine, :, first - self.first :]))
 
     def _bounded(self, keeper: Keeper, chunk: Chunk, layer: int, q: Tensor, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
         films = self.cache.sizes.films
-        branches = self.cache.branches[self.rows.start // films : self.rows.stop // films]
-        beyond = []
-        for number, branch in enumerate(branches):
+        branches = self.cache.branches[self.batch.start // films : self.batch.stop // films]
+        views = []
+        for number, (branch, limit) in enumerate(zip(branches, self.ranges or (None,) * len(branches), strict=True)):
             mine = slice(number * films, (number + 1) * films)
-            beyond += keeper.segments(layer, branch, chunk)
+            views += keeper.visible(layer, branch, chunk, limit)
             if chunk.committing:
                 keeper.observe(layer, branch, chunk, keys[mine], values[mine], q[mine], x[mine])
-        if not any(beyond) and not keeper.middle.weight:
-            return attention(q, keys, values)
-        out = torch.empty_like(q)
-        for segments, alike in _grouped(beyond):
-            out[alike] = self._across(keeper, segments, q[alike], keys[alike], values[alike])
-        return out
+        return _grouped(views, q, lambda view, mine: self._across(keeper, view[1], q[mine], keys[mine], values[mine], view[0]))
 
-    def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them.
+    def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor, first: int = 0) -> Tensor:
+        """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them, from `first` on.
 
         A few segments: queries are turned for each, and its keys stay as they are. Many short ones: then a copy of their keys
         is fewer to turn, and it is thrown away after the call. What stands for others counts that many times.
         """
-        far = segments[-1][1] if segments else 0
-        pieces = [(q, keys, far, keys.shape[2])]
+        if not segments and not keeper.middle.weight:
+            return attention(q, keys[:, :, first:], values[:, :, first:])
+        far = segments[-1][1] if segments else first
+        pieces = [(q, keys[:, :, far:], far, keys.shape[2])]
         if segments:
             phases, lengths = keeper.turns(segments, q.device)
-            if len(segments) * q.shape[2] <= far:
-                back = phases.conj().split(1)
-                pieces += [(keeper.rotary.turn(q, turn), keys, start, end) for turn, (start, end, _) in zip(back, segments, strict=True)]
+            if len(segments) * q.shape[1] * q.shape[2] <= keys.shape[1] * (far - first):
+                back = zip(phases.conj().split(1), segments, strict=True)
+                pieces += [(keeper.rotary.turn(q, turn), keys[:, :, start:end], start, end) for turn, (start, end, _) in back]
             else:
-                phases = phases.repeat_interleave(lengths, 0, output_size=far)
-                pieces.append((q, keeper.rotary.turn(keys[:, :, :far], phases), 0, far))
+                phases = phases.repeat_interleave(lengths, 0, output_size=far - first)
+                pieces.append((q, keeper.rotary.turn(keys[:, :, first:far], phases), first, far))
         parts = []
-        for queries, turned, first, last in pieces:
-            for start, end, weight in keeper.middle.cut(first, last):
-                out, lse = attention_with_lse(queries, turned[:, :, start:end], values[:, :, start:end])
+        for queries, piece, begin, last in pieces:
+            for start, end, weight in keeper.middle.cut(begin, last):
+                out, lse = attention_with_lse(queries, piece[:, :, start - begin : end - begin], values[:, :, start:end])
                 parts.append((out, lse + weight if weight else lse))
         return merge(parts)
 
 
-def _grouped(beyond: list[list[Segment]]) -> list[tuple[list[Segment], slice]]:
-    """Neighbouring films and branches whose segments are the same run together."""
-    out, at = [], 0
-    for segments, same in groupby(beyond):
+def _grouped(views: Sequence[T], q: Tensor, attend: Callable[[T, slice], Tensor]) -> Tensor:
+    """What each film of each branch sees -> attention, of neighbours that see the same in one call."""
+    groups, at = [], 0
+    for view, same in groupby(views):
         end = at + len(list(same))
-        out.append((segments, slice(at, end)))
+        groups.append((view, slice(at, end)))
         at = end
+    if len(groups) == 1:
+        return attend(groups[0][0], slice(None))
+    out = torch.empty_like(q)
+    for view, mine in groups:
+        out[mine] = attend(view, mine)
     return out
 
 
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    def __init__(self, sizes: KVSizes, rows: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
-                 waits: Callable[[int], bool] = lambda index: False) -> None:  # fmt: skip
-        """`waits`: whether tokens of a chunk may wait while others of it are computed."""
-        self.sizes, self.layout, self.keeper, self.waits = sizes, rows, keeper, waits
+    def __init__(self, sizes: KVSizes, layout: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
+                 waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None) -> None:  # fmt: skip
+        """`waits`: whether tokens of a chunk may wait while others of it are computed; `seen`: for a network that lets some steps
+        or branches see fewer chunks than the schedule allows."""
+        self.sizes, self.layout, self.keeper, self.waits, self.seen = sizes, layout, keeper, waits, seen
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
         self._waiting: dict[tuple[int, Branches], Waiting] = {}
@@ -221,18 +242,29 @@ class KVStore:
         return sum(cache.bytes for cache in self._caches) + sum(one.bytes for one in self._waiting.values())
 
     @property
+    def syncs(self) -> int:
+        return sum(cache.syncs for cache in self._caches)
+
+    @property
     def history_bytes(self) -> int:
-        """What the rows of a history under a budget take, wherever they lie."""
+        """What the slots of a history under a budget take, wherever they lie."""
         return sum(cache.history_bytes(self.layout.kept) for cache in self._caches)
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
         """What the network attends with when these branches of a chunk run."""
-        (cache, rows), place = self.of(branches), self.layout.begin(chunk.index)
+        (cache, batch), place = self.of(branches), self.layout.begin(chunk.index)
         waiting = None
         if self.waits(chunk.index) and not chunk.committing:
             waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
-        return CachedAttention(cache, rows, *place, tokens, self.keeper, chunk, waiting)
+        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, self._ranges(branches, chunk))
+
+    def _ranges(self, branches: Branches, chunk: Chunk) -> tuple[Range | None, ...]:
+        """One per branch; () where all of them see what the schedule allows."""
+        seen = [self.seen(chunk, branch) for branch in branches] if self.seen else []
+        if all(count is None for count in seen):
+            return ()
+        return tuple(None if count is None else self.layout.range(chunk.index, count) for count in seen)
 
     def can_wait(self, branches: Branches, chunk: Chunk) -> bool:
         """Whether the keys and values of tokens that are not computed can be drawn on for these branches."""
@@ -254,17 +286,17 @@ class KVStore:
                 continue
             cache.join(history - count, count, self.layout.active)
             for branch in cache.branches:
-                rows = cache.rows((branch,))
-                assert rows is not None
+                batch = cache.batch_of((branch,))
+                assert batch is not None
                 for layer, choice in enumerate(self.keeper.settle(chunk, branch, stays)):
                     if choice is not None:
-                        cache.keep(layer, rows, choice, history, self.layout.active)
+                        cache.keep(layer, batch, choice, history, self.layout.active)
 
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
-        """The cache that holds these branches, in this order, and their rows in it."""
+        """The cache that holds these branches, in this order, and where they lie in its batch."""
         for cache in self._caches:
-            if (rows := cache.rows(branches)) is not None:
-                return cache, rows
+            if (batch := cache.batch_of(branches)) is not None:
+                return cache, batch
         fresh = self._new(branches)
         for cache in [c for c in self._caches if set(c.branches) & set(branches)]:
             fresh.adopt(cache)

@@ -1,11 +1,11 @@
 """How the keys and values of finished chunks are stored: as they were computed, or with fewer bits.
 
-Rows are quantised once, when their chunk becomes history, and never again: what restores a row lies in the row, so rows may be
+Slots are quantised once, when their chunk becomes history, and never again: what restores a slot lies in the slot, so slots may be
 dropped and moved at any time. Reading fills a buffer that the caller owns and uses for one layer after the other; a whole cache
 restored at once would save nothing.
 
-A codec is frozen and knows tensors only. The state of one layer is a dict of tensors, [R, H, N, ...] each: R counts films and
-branches side by side, H heads, N rows. The one that belongs to no row, CHANNEL, has N = 1.
+A codec is frozen and knows tensors only. The state of one layer is a dict of tensors, [B, H, N, ...] each: B is the
+batch, films x branches, H heads, N slots. The one that belongs to no slot, CHANNEL, has N = 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 State = dict[str, Tensor]
 Which = Literal["k", "v"]
 Part = tuple[int, torch.dtype | None]
-"""Numbers per row and head, and their dtype; None is the dtype of computation."""
+"""Numbers per slot and head, and their dtype; None is the dtype of computation."""
 
 CHANNEL = "k.channel"
-"""float32 [R, H, 1, D]: what keys are divided by before they are quantised; 0 until the first keys are written."""
+"""float32 [B, H, 1, D]: what keys are divided by before they are quantised; 0 until the first keys are written."""
 BLOCK = 2**24
-"""Numbers that are converted at a time, so that what lies between stored and restored rows stays small."""
+"""Numbers that are converted at a time, so that what lies between stored and restored slots stays small."""
 EVEN = 1 / 16
 """Least magnitude of a channel, in terms of the head's mean, that its scale follows: a channel that is silent in the first chunk
 and speaks later must not drown the others."""
@@ -45,29 +45,29 @@ class Codec(ABC):
 
     @abstractmethod
     def parts(self, head_dim: int) -> dict[str, Part]:
-        """What is stored for a row, by name. Raises ValueError for a size of heads that does not divide."""
+        """What is stored for a slot, by name. Raises ValueError for a size of heads that does not divide."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """[R, H, n, D] -> the parts, [R, H, n, width] each."""
+        """[B, H, n, D] -> the parts, [B, H, n, width] each."""
 
     @abstractmethod
     def decode(self, parts: dict[str, Tensor], out: Tensor) -> None:
-        """Into out [R, H, n, D], rounded to its dtype once."""
+        """Into out [B, H, n, D], rounded to its dtype once."""
 
-    def new(self, rows: int, heads: int, capacity: int, head_dim: int, device: torch.device | str, like: torch.dtype) -> State:
-        """Buffers for keys and values of one layer. `rows`: films x branches; `capacity`: rows of the cache; `like`: dtype of computation."""
+    def new(self, batch: int, heads: int, capacity: int, head_dim: int, device: torch.device | str, like: torch.dtype) -> State:
+        """Buffers for keys and values of one layer. `batch`: films x branches; `capacity`: slots of the cache; `like`: dtype of computation."""
         state = {
-            f"{which}.{name}": torch.empty(rows, heads, capacity, width, dtype=dtype or like, device=device)
+            f"{which}.{name}": torch.empty(batch, heads, capacity, width, dtype=dtype or like, device=device)
             for which in ("k", "v")
             for name, (width, dtype) in self.parts(head_dim).items()
         }
         if self.evens_keys:
-            state[CHANNEL] = torch.zeros(rows, heads, 1, head_dim, device=device)
+            state[CHANNEL] = torch.zeros(batch, heads, 1, head_dim, device=device)
         return state
 
     def write(self, state: State, which: Which, at: slice, x: Tensor) -> None:
-        """x [R, H, n, D] becomes the rows `at`. The first keys that are written fix the scale of the channels."""
+        """x [B, H, n, D] becomes the slots `at`. The first keys that are written fix the scale of the channels."""
         if x.shape[2] == 0:
             return
         channel = state.get(CHANNEL) if which == "k" else None
@@ -79,7 +79,7 @@ class Codec(ABC):
                 state[f"{which}.{name}"][:, :, at.start + start : at.start + end] = value
 
     def read(self, state: State, which: Which, end: int, out: Tensor, start: int = 0) -> Tensor:
-        """Rows `start`..`end` into out [R, H, end - start, D] of any floating dtype, which is returned. Nothing else of that size is allocated."""
+        """Slots `start`..`end` into out [B, H, end - start, D] of any floating dtype, which is returned. Nothing else of that size is allocated."""
         channel = state.get(CHANNEL) if which == "k" else None
         for first, last in _blocks(out):
             part = out[:, :, first:last]
@@ -91,15 +91,15 @@ class Codec(ABC):
                 part.mul_(channel)
         return out
 
-    def keep(self, state: State, index: Tensor, rows: int) -> None:
-        """Of `rows` rows in use, those of index, int64 [R, B], become the first B, in place; codes stay as they are.
+    def keep(self, state: State, index: Tensor, slots: int) -> None:
+        """Of `slots` in use, those of index, int64 [B, kept], become the first `kept`, in place; codes stay as they are.
 
-        Every line of index ascends without repeats, so no block of rows overwrites one that is still to be moved.
+        Every film's index ascends without repeats, so no block of slots overwrites one that is still to be moved.
         """
         kept = index.shape[1]
-        if kept > rows:
-            raise ValueError(f"{kept} rows of the KV cache cannot be kept out of {rows}: give each row at most once")
-        if kept == rows:
+        if kept > slots:
+            raise ValueError(f"{kept} slots of the KV cache cannot be kept out of {slots}: give each slot at most once")
+        if kept == slots:
             return
         for name, tensor in state.items():
             if name == CHANNEL:
@@ -117,11 +117,11 @@ class Codec(ABC):
         return 2 * heads * sum(width * (dtype.itemsize if dtype else itemsize) for width, dtype in self.parts(head_dim).values())
 
     def bytes_per_layer(self, heads: int, head_dim: int) -> int:
-        """What a layer holds for each of the R besides its tokens."""
+        """What a layer holds for each film and branch besides its slots."""
         return heads * head_dim * torch.float32.itemsize if self.evens_keys else 0
 
     def require(self, device: torch.device | str) -> None:
-        """Raises ValueError where the device cannot hold or convert this dtype: it is tried once on one row."""
+        """Raises ValueError where the device cannot hold or convert this dtype: it is tried once on one slot."""
         x = torch.ones(1, 1, 1, 2, device=device)
         try:
             state = self.new(1, 1, 1, 2, device, torch.float32)
@@ -233,7 +233,7 @@ def codec_of(name: str) -> Codec:
 
 
 def evening(k: Tensor) -> Tensor:
-    """Keys [R, H, n, D] -> float32 [R, H, 1, D]: the square root of each channel's largest magnitude over the mean of its head.
+    """Keys [B, H, n, D] -> float32 [B, H, 1, D]: the square root of each channel's largest magnitude over the mean of its head.
 
     Keys have a few large channels, and queries are often large in the same ones: of no scale, the whole one and its root
     (SmoothQuant, section 4, with alpha 0.5), the root gave the least error of attention, in int8 and in int4.
@@ -248,7 +248,7 @@ def _largest(x: Tensor, dim: int) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of the rows of x [R, H, n, D], of BLOCK numbers at most or of one row."""
-    rows = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
-    for start in range(0, x.shape[2], rows):
-        yield start, min(start + rows, x.shape[2])
+    """Ranges of the slots of x [B, H, n, D], of BLOCK numbers at most or of one slot."""
+    slots = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
+    for start in range(0, x.shape[2], slots):
+        yield start, min(start + slots, x.shape[2])

@@ -16,8 +16,8 @@ from .layout import Layout
 from .packed import PackedCache
 from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, RememberingKVPolicy, Stored, Unit
 
-TEMPORAL = 4
-"""Pixel frames per latent frame."""
+BOOKS = 12
+"""Bytes by which the keeper knows a slot: the number of its token, and its last score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +37,31 @@ class Compressor:
     granularity: Granularity = setting("token", "What is kept or given up as a whole.", options=("token", "frame", "chunk"), advanced=True)
     dtype: Stored = setting("as computed", "In how many bits history is stored: 16 as computed, 8, or 4.", options=STORED)
     offload: bool = setting(False, "Keep history in the computer's memory and bring it to the GPU a layer at a time.", advanced=True)
-    soft: float = setting(0.0, "Share of the budget for what is given up: each of these rows is the mean of a group of neighbours that go. 0: they "
-                          "leave nothing behind.", low=0.0, high=0.5, step=0.01, advanced=True)  # fmt: skip
+    soft: float = setting(0.0, "Share of the budget for what is given up: each of these slots holds the mean of a group of neighbours that go. 0: "
+                          "they leave nothing behind.", low=0.0, high=0.5, step=0.01, advanced=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
         if self.soft and (self.dtype != "as computed" or self.offload):
             raise ValueError(
-                f"soft {self.soft:g} makes new rows of history, which needs it as computed and on the device: "
+                f"soft {self.soft:g} puts means into slots of history, which needs it as computed and on the device: "
                 "set soft to 0, or dtype to as computed and offload off"
             )
 
-    def plan(self, network: NetworkSizes, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, rows: int, itemsize: int,
-             device: torch.device | str = "cpu") -> Budget:  # fmt: skip
-        """The budget in rows of the cache. Raises ValueError, with the smallest one that works, for weights of another model, and
+    def budget_for(self, network: NetworkSizes, schedule: ChunkSchedule, grid: tuple[int, int], fps: int, batch: int, itemsize: int,
+                   device: torch.device | str = "cpu", temporal: int = 4) -> Budget:  # fmt: skip
+        """The budget in slots of the cache. Raises ValueError, with the smallest one that works, for weights of another model, and
         for a dtype that the device cannot hold.
 
-        `grid`: height and width of a latent frame; `rows`: films x branches; `itemsize`: bytes of a number as computed.
+        `grid`: height and width of a latent frame; `batch`: films x branches; `itemsize`: bytes of a number as computed;
+        `temporal`: pixel frames per latent frame.
         """
         codec_of(self.dtype).require("cpu" if self.offload else device)
         if isinstance(self.policy, LearntKVPolicy):
             self.policy.check_network(network.layers, network.width)
         chunk_frames, frame_tokens = schedule.chunk_frames, network.tokens_per_frame(*grid)
-        token_bytes = 2 * network.layers * network.heads * network.head_dim * itemsize * rows
-        frame = {"chunks": 1 / chunk_frames, "seconds": TEMPORAL / fps, "GiB": frame_tokens * token_bytes / 2**30}[self.unit]
+        token_bytes = 2 * network.layers * network.heads * network.head_dim * itemsize * batch
+        frame = {"chunks": 1 / chunk_frames, "seconds": temporal / fps, "GiB": frame_tokens * token_bytes / 2**30}[self.unit]
         recent = self.recent or chunk_frames
         least = self.sink + max(recent, chunk_frames)
         frames = self.budget / frame
@@ -70,16 +71,16 @@ class Compressor:
                 f"{self.sink} of the sink and {least - self.sink} of the latest chunk; use {_up(least * frame)} {self.unit} or more"
             )
         whole = {"token": 1, "frame": frame_tokens, "chunk": frame_tokens * chunk_frames}[self.granularity]
-        rows = int(frames * frame_tokens + 1e-6)
-        rows = max(rows // whole * whole, least * frame_tokens)
-        return Budget(rows, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload, self.soft)
+        slots = int(frames * frame_tokens + 1e-6)
+        slots = max(slots // whole * whole, least * frame_tokens)
+        return Budget(slots, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload, self.soft)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`rows` of history per layer; the film's first `sink` tokens and the latest `recent` rows stay."""
+    """`slots` of history per layer; the film's first `sink` tokens and the latest `recent` slots stay."""
 
-    rows: int
+    slots: int
     sink: int
     recent: int
     granularity: Granularity
@@ -88,25 +89,27 @@ class Budget:
     offload: bool = False
     soft: float = 0.0
 
-    def cache_of(self, sizes: KVSizes, rows: Layout) -> Callable[[Branches], KVCache]:
+    def cache_of(self, sizes: KVSizes, layout: Layout) -> Callable[[Branches], KVCache]:
         """How the caches of a run are made."""
         if self.dtype == "as computed" and not self.offload:
             return lambda branches: KVCache(branches, sizes)
         codec = codec_of(self.dtype)
-        return lambda branches: PackedCache(branches, sizes, rows, codec, self.offload)
+        return lambda branches: PackedCache(branches, sizes, layout, codec, self.offload)
 
     def bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
-        """What caches and policy hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
+        """What caches, keeper and policy hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
         policy = self.policy.holds(sizes, branches) if isinstance(self.policy, RememberingKVPolicy) else 0
-        return policy + self._cache_bytes(sizes, branches, itemsize)
+        books = branches * sizes.films * sizes.layers * min(self.slots, sizes.history) * BOOKS
+        return policy + books + self.cache_bytes(sizes, branches, itemsize)
 
-    def _cache_bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
-        rows, token = branches * sizes.films, 2 * sizes.heads * sizes.head_dim * itemsize
+    def cache_bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
+        """Of these, what the caches hold."""
+        batch, token = branches * sizes.films, 2 * sizes.heads * sizes.head_dim * itemsize
         if self.dtype == "as computed" and not self.offload:
-            return rows * sizes.layers * sizes.capacity * token
+            return batch * sizes.layers * sizes.capacity * token
         codec = codec_of(self.dtype)
         stored = sizes.history * codec.bytes_per_token(sizes.heads, sizes.head_dim, itemsize) + codec.bytes_per_layer(sizes.heads, sizes.head_dim)
-        return rows * (sizes.layers * (sizes.active * token + (0 if self.offload else stored)) + sizes.capacity * token)
+        return batch * (sizes.layers * (sizes.active * token + (0 if self.offload else stored)) + sizes.capacity * token)
 
 
 def _up(number: float) -> str:

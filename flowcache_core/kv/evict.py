@@ -1,4 +1,4 @@
-"""The one top-k: which rows of history stay."""
+"""The one top-k: which slots of history stay."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def select(scores: Tensor, keep: int, protected: Tensor, groups: Tensor | None = None, count: int = 0) -> Tensor:
-    """-> int64 [R, keep], ascending: the rows with the highest scores, of equal ones the newer.
+    """-> int64 [B, keep], ascending: the slots with the highest scores, of equal ones the newer.
 
-    scores: float32 [R, N], the newest row last; `protected`: bool [R, N], these stay first of all; `groups`: int64 [R, N],
-    below `count`: rows of one group (a frame, a chunk) share the mean of their scores, so that they stay or go together
+    scores: float32 [B, N], the newest slot last; `protected`: bool [B, N], these stay first of all; `groups`: int64 [B, N],
+    below `count`: slots of one group (a frame, a chunk) share the mean of their scores, so that they stay or go together
     wherever `keep` allows it.
     """
     if groups is not None:
@@ -21,7 +21,7 @@ def select(scores: Tensor, keep: int, protected: Tensor, groups: Tensor | None =
 
 
 def _shared(scores: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Every row's score becomes the mean over its group."""
+    """Every slot's score becomes the mean over its group."""
     total = scores.new_zeros(len(scores), count).scatter_add_(1, groups, scores)
-    rows = scores.new_zeros(len(scores), count).scatter_add_(1, groups, torch.ones_like(scores))
-    return (total / rows.clamp(min=1)).gather(1, groups)
+    sizes = scores.new_zeros(len(scores), count).scatter_add_(1, groups, torch.ones_like(scores))
+    return (total / sizes.clamp(min=1)).gather(1, groups)

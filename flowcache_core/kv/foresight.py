@@ -11,11 +11,11 @@ def foresee_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) 
     """One sentence. `frame_tokens`: tokens of a latent frame."""
     together = schedule.ar_step == 0
     longest = schedule.span(schedule.given if together else schedule.chunks - 1)[0]
-    frames, plain = budget.rows / frame_tokens, budget.dtype == "as computed" and not budget.offload
+    frames, plain = budget.slots / frame_tokens, budget.dtype == "as computed" and not budget.offload
     if frames < longest:
-        kept = f"history is kept to {budget.rows} tokens per layer: {frames:.4g} latent frames of up to {longest}"
+        kept = f"history is kept to {budget.slots} tokens per layer: {frames:.4g} latent frames of up to {longest}"
         without = capacity(schedule, frame_tokens).total
-        if not plain or capacity(schedule, frame_tokens, budget.rows).total < without:
+        if not plain or capacity(schedule, frame_tokens, budget.slots).total < without:
             return kept
         return (
             f"{kept}; it is chosen from the whole film, but the KV cache is no smaller than the {without // frame_tokens} latent frames that the "

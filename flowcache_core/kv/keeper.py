@@ -1,6 +1,6 @@
-"""History under a budget: it lets the policy score rows while a chunk commits, and says which stay, how far away they count as and for how many.
+"""History under a budget: it lets the policy score slots while a chunk commits, and says which stay, how far away they count as and for how many.
 
-Rows are chosen per layer, branch and film; the heads of a layer share the choice, so that the positions of a layer's rows
+Slots are chosen per layer, branch and film; the heads of a layer share the choice, so that the positions of a layer's slots
 are known. A chunk that lies farther back than the network has seen in training counts as just within that horizon: queries
 are turned for it, stored keys never are.
 """
@@ -22,46 +22,47 @@ from ..network import Rotary
 from ..sampling.chunk import Chunk
 from ..sampling.schedule import ChunkSchedule
 from .evict import select
+from .layout import Range
 from .policy import KVView, SamplingKVPolicy
 
 if TYPE_CHECKING:
     from .compressor import Budget
 
 Segment = tuple[int, int, int]
-"""First row, end, and by how many latent frames farther away it is than the horizon (0: within it)."""
+"""First slot, end, and by how many latent frames farther away it is than the horizon (0: within it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Middle:
-    """Rows `start`..`end` of history; each stands for exp(`weight`) tokens."""
+    """Slots `start`..`end` of history; each stands for exp(`weight`) tokens."""
 
     start: int = 0
     end: int = 0
     weight: float = 0.0
 
     def cut(self, start: int, end: int) -> list[tuple[int, int, float]]:
-        """A range of rows in parts that lie within the middle or without: start, end, weight."""
+        """A range of slots in parts that lie within the middle or without: start, end, weight."""
         edges = sorted({start, end, *(edge for edge in (self.start, self.end) if self.weight and start < edge < end)})
         return [(a, b, self.weight if self.start <= a < self.end else 0.0) for a, b in pairwise(edges)]
 
 
 @dataclass
 class Kept:
-    """One layer of one branch. tokens: int64 [films, rows of history], numbers of tokens in the film; carried: their last scores."""
+    """One layer of one branch. tokens: int64 [films, slots of history], numbers of tokens in the film; carried: their last scores."""
 
     tokens: Tensor
     carried: Tensor
     scores: Tensor | None = None
     memory: RunMemory = field(default_factory=RunMemory)
     runs: list[list[tuple[int, int, int]]] = field(default_factory=list)
-    """Per film: chunk, first row, end."""
+    """Per film: chunk, first slot, end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """Which rows of one layer and branch stay. index: int64 [films, stays], ascending.
+    """Which slots of one layer and branch stay. index: int64 [films, stays], ascending.
 
-    pooled: int64 [films, n, m] or None: n groups of m neighbours that go; the mean of each takes the place of its middle row,
+    pooled: int64 [films, n, m] or None: n groups of m neighbours that go; the mean of each takes the place of its middle slot,
     which is in `index`.
     """
 
@@ -70,21 +71,23 @@ class Choice:
 
 
 class Keeper:
-    """Of one run. `films`: batch size; `grid`: rows and columns of tokens in a frame."""
+    """Of one run. `films`: of a batch; `grid`: height and width of a frame in tokens."""
 
     def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary) -> None:
         self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary
         self.frame_tokens = grid[0] * grid[1]
         self._ends = torch.tensor([sum(schedule.span(k)) * self.frame_tokens for k in range(schedule.chunks)])
         self.middle = Middle()
-        """Rows of history that stand for others, the same in all layers and branches."""
+        """Slots of history that stand for others, the same in all layers and branches."""
         self._kept: dict[Hashable, list[Kept]] = {}
         self._shared = RunMemory()
         self._segments: dict[tuple[int, Hashable, int], list[list[Segment]]] = {}
-        self._turns: dict[tuple[Segment, ...], tuple[Tensor, Tensor]] = {}
+        self._lengths: dict[tuple[Segment, ...], Tensor] = {}
+        self._shifts: dict[int, Tensor] = {}
+        """By distance: there are as many as chunks, however many segments the layers have."""
 
     def observe(self, layer: int, branch: Hashable, chunk: Chunk, keys: Tensor, values: Tensor, queries: Tensor, hidden: Tensor) -> None:
-        """The clean pass of a chunk: rows of history and its own [films, heads, N, D], its queries and the layer's input."""
+        """The clean pass of a chunk: slots of history and its own [films, heads, N, D], its queries and the layer's input."""
         kept, new = self._of(branch, keys.device)[layer], chunk.frames * self.frame_tokens
         own = torch.arange(new, device=keys.device) + chunk.start * self.frame_tokens
         tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
@@ -95,12 +98,11 @@ class Keeper:
         kept.scores = self.budget.policy.score(view).mean(1)
 
     def settle(self, chunk: Chunk, branch: Hashable, stays: int) -> list[Choice | None]:
-        """The chunk joins history, of which `stays` rows stay -> per layer which; None for all."""
+        """The chunk joins history, of which `stays` slots stay -> per layer which; None for all."""
         out: list[Choice | None] = []
         self.middle = self._middle((chunk.start + chunk.frames) * self.frame_tokens, stays)
-        own = torch.arange(chunk.frames * self.frame_tokens) + chunk.start * self.frame_tokens
         for kept in self._of(branch, None):
-            own = own.to(kept.tokens.device)
+            own = torch.arange(chunk.frames * self.frame_tokens, device=kept.tokens.device) + chunk.start * self.frame_tokens
             kept.tokens = torch.cat([kept.tokens, own.expand(self.films, -1)], 1)
             scores = kept.tokens.new_zeros(kept.tokens.shape, dtype=torch.float32) if kept.scores is None else kept.scores
             kept.scores, choice = None, None
@@ -112,19 +114,19 @@ class Keeper:
         return out
 
     def locate(self) -> np.ndarray:
-        """Notes which rows are of which chunk, for attention and the report: one host sync -> tokens [branches, layers, films, rows]."""
+        """Notes which slots are of which chunk, for attention and the report: one host sync -> tokens [branches, layers, films, slots]."""
         together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()]).cpu()
         chunks = torch.bucketize(together, self._ends, right=True).numpy()
         for layers, of_branch in zip(self._kept.values(), chunks, strict=True):
             for kept, of_layer in zip(layers, of_branch, strict=True):
                 kept.runs = [_runs(film) for film in of_layer]
         self._segments.clear()
-        self._turns.clear()
+        self._lengths.clear()
         found: np.ndarray = together.numpy()
         return found
 
     def segments(self, layer: int, branch: Hashable, chunk: Chunk) -> list[list[Segment]]:
-        """Per film the rows of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
+        """Per film the slots of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
         kept = self._kept[branch][layer].runs if branch in self._kept else []
         key = layer, branch, chunk.index
         if key not in self._segments:
@@ -133,22 +135,36 @@ class Keeper:
             self._segments[key] = [[segment for segment in film if segment[2] > 0] for film in far] or [[]] * self.films
         return self._segments[key]
 
+    def visible(self, layer: int, branch: Hashable, chunk: Chunk, limit: Range | None) -> list[tuple[int, list[Segment]]]:
+        """Per film the first slot that a chunk sees, and what it sees beyond the horizon. `limit`: None where it sees all of history."""
+        beyond = self.segments(layer, branch, chunk)
+        if limit is None:
+            return [(0, film) for film in beyond]
+        runs = (self._kept[branch][layer].runs if branch in self._kept else None) or [[]] * self.films
+        firsts = (next((start for k, start, _ in film if k >= limit.oldest), limit.first) for film in runs)
+        return [(first, [segment for segment in film if segment[0] >= first]) for first, film in zip(firsts, beyond, strict=True)]
+
     def turns(self, segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Phases that bring each segment within the horizon, complex64 [segments, head_dim / 2], and how many rows it has."""
+        """Phases that bring each segment within the horizon, complex64 [segments, head_dim / 2], and how many slots it has."""
         key = tuple(segments)
-        if key not in self._turns:
-            phases = torch.cat([self.rotary.shift(farther) for _, _, farther in key])
-            self._turns[key] = phases.to(device), torch.tensor([end - start for start, end, _ in key]).to(device)
-        return self._turns[key]
+        if key not in self._lengths:
+            self._lengths[key] = torch.tensor([end - start for start, end, _ in key]).to(device, non_blocking=True)
+        return torch.cat([self._shift(farther, device) for _, _, farther in key]), self._lengths[key]
+
+    def _shift(self, farther: int, device: torch.device) -> Tensor:
+        if farther not in self._shifts:
+            self._shifts[farther] = self.rotary.shift(farther).to(device, non_blocking=True)
+        return self._shifts[farther]
 
     def free(self) -> None:
         self._kept.clear()
         self._shared.clear()
         self._segments.clear()
-        self._turns.clear()
+        self._lengths.clear()
+        self._shifts.clear()
 
     def _middle(self, so_far: int, kept: int) -> Middle:
-        """What lies between sink and recent, when of the film's first `so_far` tokens `kept` rows are history."""
+        """What lies between sink and recent, when of the film's first `so_far` tokens `kept` slots are history."""
         budget, protected = self.budget, self.budget.sink + self.budget.recent
         if not isinstance(budget.policy, SamplingKVPolicy) or not protected < kept < so_far:
             return Middle()
@@ -175,7 +191,8 @@ class Keeper:
             case "frame":
                 return select(scores, stays, protected, tokens // self.frame_tokens, self.schedule.frames)
             case "chunk":
-                return select(scores, stays, protected, torch.bucketize(tokens, self._ends.to(tokens.device), right=True), self.schedule.chunks)
+                ends = self._ends.to(tokens.device, non_blocking=True)
+                return select(scores, stays, protected, torch.bucketize(tokens, ends, right=True), self.schedule.chunks)
 
     def _of(self, branch: Hashable, device: torch.device | None) -> list[Kept]:
         if branch not in self._kept:
@@ -186,7 +203,7 @@ class Keeper:
 
 
 def _runs(chunks: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Chunk numbers of rows, ascending -> per chunk: number, first row, end."""
+    """Chunk numbers of slots, ascending -> per chunk: number, first slot, end."""
     numbers = np.fromiter(chunks, np.int64)
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
     return [(int(numbers[a]), a, b) for a, b in pairwise(edges) if a < b]

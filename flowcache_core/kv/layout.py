@@ -1,4 +1,4 @@
-"""Which rows of the buffers belong to whom: history first, in order of position, then the chunks that are being denoised."""
+"""Which slots of the buffers belong to whom: history first, in order of position, then the chunks that are being denoised."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from dataclasses import dataclass
 from ..sampling.schedule import ChunkSchedule
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a branch that does not see all of what the schedule allows sees of a chunk: nothing of the chunks before `oldest`.
+
+    `first`: first slot of the chunks from there on that lie whole. What is left of them in a history under a budget lies
+    before it, where the keeper knows.
+    """
+
+    oldest: int
+    first: int
+
+
 class Layout:
     """Book-keeping of one run, the same for all layers and branches; no tensors.
 
     Without a `budget` history is whole chunks, and one is dropped when no later chunk sees it. With one, history is the
-    first `kept` rows, whatever chunks they are of, and every chunk sees all of it.
+    first `kept` slots, whatever chunks they are of, and a chunk sees all of it where no `range` says less.
     """
 
     def __init__(self, schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> None:
         self.schedule, self.frame_tokens, self.budget = schedule, frame_tokens, budget
         self.kept = 0
         self.spans: dict[int, tuple[int, int]] = {}
-        """First row and number of rows of every chunk that lies there whole."""
+        """First slot and number of slots of every chunk that lies there whole."""
 
     @property
     def total(self) -> int:
@@ -31,18 +43,26 @@ class Layout:
         return self.total - self.kept
 
     def begin(self, index: int) -> tuple[int, int, int]:
-        """A chunk's first visible row, first own row and end; its rows are given to it on the first call."""
+        """A chunk's first visible slot, first own slot and end; its slots are given to it on the first call."""
         if index not in self.spans:
             self.spans[index] = (self.total, self.schedule.span(index)[1] * self.frame_tokens)
         start, count = self.spans[index]
-        oldest = self.schedule.oldest(index)
-        first = min(at for k, (at, _) in self.spans.items() if k >= oldest) if self.budget is None else 0
-        return first, start, start + count
+        return self._first(self.schedule.oldest(index)) if self.budget is None else 0, start, start + count
+
+    def range(self, index: int, seen: int) -> Range:
+        """Of a chunk that has begun, for a branch that sees `seen` chunks, itself included, and no more than the schedule allows."""
+        if seen < 1:
+            raise ValueError(f"chunk {index + 1} was to see {seen} chunks: a chunk sees at least itself, so use 1 or more")
+        oldest = max(index - seen + 1, self.schedule.oldest(index) if self.budget is None else 0)
+        return Range(oldest, self._first(oldest))
+
+    def _first(self, oldest: int) -> int:
+        return min(at for k, (at, _) in self.spans.items() if k >= oldest)
 
     def settle(self, index: int) -> tuple[int, int]:
-        """A finished chunk becomes history -> rows of history with it, and how many of them can stay.
+        """A finished chunk becomes history -> slots of history with it, and how many of them can stay.
 
-        Without a budget what has to go are the first rows; with one, a score decides. The rows behind move up.
+        Without a budget the first slots are given up; with one, a score decides. The slots behind move up.
         """
         if self.budget is None:
             seen = self.schedule.oldest(min(index + 1, self.schedule.chunks - 1))
@@ -68,17 +88,17 @@ class Capacity:
 
 def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> Capacity:
     """Found by going through the run's book-keeping."""
-    rows, total, history, active = Layout(schedule, frame_tokens, budget), 0, 0, 0
+    layout, total, history, active = Layout(schedule, frame_tokens, budget), 0, 0, 0
 
     def begin(indices: Iterable[int]) -> None:
         nonlocal total, active
         for index in indices:
-            rows.begin(index)
-        total, active = max(total, rows.total), max(active, rows.active)
+            layout.begin(index)
+        total, active = max(total, layout.total), max(active, layout.active)
 
     def settle(index: int) -> None:
         nonlocal history
-        history = max(history, rows.settle(index)[0])
+        history = max(history, layout.settle(index)[0])
 
     for index in range(schedule.given):
         begin([index])

@@ -1,4 +1,4 @@
-"""What a KV policy may look at when a chunk becomes history, and what it says: a number per row, higher is kept."""
+"""What a KV policy may look at when a chunk becomes history, and what it says: a number per slot, higher is kept."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ STORED: tuple[Stored, ...] = ("as computed", "fp8", "int8", "int4")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVView:
-    """One layer of the cache right after the clean pass of the chunk that becomes history. Its rows are the last `new` of N.
+    """One layer of the cache right after the clean pass of the chunk that becomes history. Its slots are the last `new` of N.
 
-    R counts films and branches side by side, H heads, D channels of a head. All N rows are clean, in order of position.
+    B is the batch, films x branches, H heads, D channels of a head. All N slots are clean, in order of position.
     """
 
     layer: int
     keys: Tensor
-    """[R, H, N, D], rotated, as attention sees them (read back from storage where that has fewer bits)."""
+    """[B, H, N, D], rotated, as attention sees them (read back from storage where that has fewer bits)."""
     values: Tensor
-    """[R, H, N, D]."""
+    """[B, H, N, D]."""
     queries: Tensor
-    """[R, H, new, D]: of the finished chunk in its clean pass, rotated. H may be a multiple of that of the keys (grouped heads)."""
+    """[B, H, new, D]: of the finished chunk in its clean pass, rotated. H may be a multiple of that of the keys (grouped heads)."""
     hidden: Tensor
-    """[R, new, C]: what the layer's self-attention was given in that pass."""
+    """[B, new, C]: what the layer's self-attention was given in that pass."""
     tokens: Tensor
-    """int64 [R, N], ascending: number of each row's token in the film, frame x `frame_tokens` + place."""
+    """int64 [B, N], ascending: number of each slot's token in the film, frame x `frame_tokens` + place."""
     carried: Tensor
-    """float32 [R, N]: what the policy's scores of the older rows were the last time, mean over heads; 0 for new rows."""
+    """float32 [B, N]: what the policy's scores of the older slots were the last time, mean over heads; 0 for new slots."""
     new: int
     frame_tokens: int
     grid: tuple[int, int]
-    """Rows and columns of tokens in a frame."""
+    """Height and width of a frame in tokens."""
     rotary: Rotary
     """How the network turns queries and keys by their position."""
     memory: RunMemory
@@ -57,7 +57,7 @@ class KVPolicy(Protocol):
     name: ClassVar[str]
 
     def score(self, view: KVView) -> Tensor:
-        """-> float32 [R, H or 1, N]. No host sync, no randomness but a seeded one: two runs give the same."""
+        """-> float32 [B, H or 1, N]. No host sync, no randomness but a seeded one: two runs give the same."""
         ...
 
 
@@ -72,7 +72,7 @@ class LearntKVPolicy(KVPolicy, Protocol):
 
 @runtime_checkable
 class SamplingKVPolicy(KVPolicy, Protocol):
-    """A policy whose rows are a fair sample of all that are not protected, so that each stands for its share of those that went."""
+    """A policy whose slots are a fair sample of all that are not protected, so that each stands for its share of those that went."""
 
     @property
     def stands_for(self) -> float:
@@ -82,7 +82,7 @@ class SamplingKVPolicy(KVPolicy, Protocol):
 
 @runtime_checkable
 class RememberingKVPolicy(KVPolicy, Protocol):
-    """A policy that needs memory worth counting beside the rows' scores."""
+    """A policy that needs memory worth counting beside the slots' scores."""
 
     def holds(self, sizes: KVSizes, branches: int) -> int:
         """Bytes, for a whole run."""

@@ -42,15 +42,15 @@ class Waiting:
         self.histories.computed(step, chosen)
 
     def write(self, layer: int, fresh: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> None:
-        """`fresh`: keys and values of the tokens of this step; `out`: the rows of all. Those that wait get their line."""
+        """`fresh`: keys and values of the tokens of this step; `out`: the slots of all. Those that wait get their line."""
         kept, only = self._pairs.setdefault(layer, []), self._only
         if only is None:
             self._pairs[layer] = [*kept[-1:], fresh]
-            for rows, new in zip(out, fresh, strict=True):
-                rows.copy_(new)
+            for slots, new in zip(out, fresh, strict=True):
+                slots.copy_(new)
             return
-        for before, last, new, rows in zip(*kept, fresh, out, strict=True):
-            torch.lerp(before, last, self._ahead.to(last.dtype) if isinstance(self._ahead, Tensor) else self._ahead, out=rows)
-            rows.index_copy_(2, only, new)
+        for before, last, new, slots in zip(*kept, fresh, out, strict=True):
+            torch.lerp(before, last, self._ahead.to(last.dtype) if isinstance(self._ahead, Tensor) else self._ahead, out=slots)
+            slots.index_copy_(2, only, new)
             before.index_copy_(2, only, last.index_select(2, only))
             last.index_copy_(2, only, new)

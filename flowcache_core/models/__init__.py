@@ -1,5 +1,5 @@
-"""Networks and their adapters. To add one: a file for the network, one for its adapter, and the adapter's name in ADAPTERS."""
+"""Families of networks. To add one: a file for the network, one for its adapter, one that describes the family, and its name in FAMILIES."""
 
-from .skyreels_adapter import SkyReelsAdapter
+from .skyreels_family import SKYREELS
 
-ADAPTERS = (SkyReelsAdapter,)
+FAMILIES = (SKYREELS,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -32,6 +32,10 @@ class ModelAdapter(NetworkSizes, Protocol):
 
     name: ClassVar[str]
 
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in tokens of one latent frame of h x w. Raises ValueError for a frame that does not divide."""
+        ...
+
     def text(self, context: Tensor) -> Any:
         """What is computed once per prompt: the text's keys and values of every layer."""
         ...
@@ -44,8 +48,14 @@ class ModelAdapter(NetworkSizes, Protocol):
         """Velocity from an old residual: embedding and head run at the current noise level, the blocks do not."""
         ...
 
-    def whole(self, x: Tensor, sigmas: Sequence[float], text: Any, fps: int) -> Tensor:
-        """Velocity of a whole window at one noise level per latent frame; every frame sees every other."""
+
+@runtime_checkable
+class TimeSignature(ModelAdapter, Protocol):
+    """An adapter that can say before a run how fast the time modulation changes."""
+
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        """Published rescaling of these changes, highest power first; () when none was published for this network."""
         ...
 
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
@@ -54,8 +64,48 @@ class ModelAdapter(NetworkSizes, Protocol):
 
 
 @runtime_checkable
+class WholeWindow(ModelAdapter, Protocol):
+    """An adapter of a network that can see a whole window, every frame every other."""
+
+    def whole(self, x: Tensor, sigmas: Sequence[float], text: Any, fps: int) -> Tensor:
+        """Velocity of a whole window at one noise level per latent frame."""
+        ...
+
+    def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """Velocity of a whole film at one timestep per film [B]: how samplers that know no chunks call a network."""
+        ...
+
+
+@runtime_checkable
+class ChunkTexts(ModelAdapter, Protocol):
+    """An adapter whose text depends on the chunk."""
+
+    def text_of(self, text: Any, chunk: Chunk, chunks: int) -> Any:
+        """`text`: as `ModelAdapter.text` made it; `chunks`: of the film."""
+        ...
+
+
+@runtime_checkable
+class OwnTexts(ModelAdapter, Protocol):
+    """An adapter of a family that is guided inside the run: it knows the texts of the branches that the prompt has no part in."""
+
+    def branch_texts(self, context: Tensor, branches: Sequence[str]) -> Tensor:
+        """The prompt's context [B, words, channels] -> those of all branches, one after the other, [branches * B, words, channels]."""
+        ...
+
+
+@runtime_checkable
+class Ranged(ModelAdapter, Protocol):
+    """An adapter of a network that looks back less far at some steps, or in some branches."""
+
+    def seen(self, chunk: Chunk, branch: Hashable) -> int | None:
+        """Chunks that the chunk sees at its step, itself included; None: all within the window."""
+        ...
+
+
+@runtime_checkable
 class TokenAdapter(ModelAdapter, Protocol):
-    """An adapter that can run single tokens. A token is a square patch of latent cells of one frame."""
+    """An adapter that can run single tokens. A token is a patch of latent cells of one frame."""
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """`forward` for the listed tokens [n] of the chunk alone: velocity in the same shape, zero at all other tokens; residual [B, n, d].
@@ -69,13 +119,27 @@ class TokenAdapter(ModelAdapter, Protocol):
         ...
 
 
-def require_tokens(adapter: ModelAdapter, chunk_frames: int | None = None) -> TokenAdapter:
-    """Raises ValueError where a model cannot refresh single tokens, or where chunks of `chunk_frames` have no neighbouring frames to compare."""
+def require_tokens(adapter: ModelAdapter, policy: str, chunk_frames: int | None = None) -> TokenAdapter:
+    """Raises ValueError, naming the policy, where a model cannot run single tokens, or where chunks of `chunk_frames` have no neighbouring frames."""
     if not isinstance(adapter, TokenAdapter):
-        raise ValueError(f"Motion Cache refreshes single tokens, which {adapter.name} cannot do here: use Chunkwise Cache with this model")
+        raise ValueError(f"{policy} runs single tokens, which {adapter.name} cannot do here: use Chunkwise Cache with this model")
     if chunk_frames is not None and chunk_frames < 2:
         raise ValueError(
-            f"Motion Cache compares neighbouring frames of a chunk, and chunks of {chunk_frames} latent frame have none: "
+            f"{policy} compares neighbouring frames of a chunk, and chunks of {chunk_frames} latent frame have none: "
             "use chunk_frames 2 or more, or Chunkwise Cache"
         )
+    return adapter
+
+
+def require_time(adapter: ModelAdapter) -> TimeSignature:
+    """Raises ValueError where a network has no time modulation that is known before a run."""
+    if not isinstance(adapter, TimeSignature):
+        raise ValueError(f"signature time follows the time modulation, which {adapter.name} does not have: set signature to latent")
+    return adapter
+
+
+def require_whole(adapter: ModelAdapter) -> WholeWindow:
+    """Raises ValueError where a network cannot see a whole window at once."""
+    if not isinstance(adapter, WholeWindow):
+        raise ValueError(f"{adapter.name} looks back only, it cannot see a whole window at once: use block-causal attention")
     return adapter

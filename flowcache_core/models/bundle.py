@@ -1,44 +1,65 @@
-"""The bundled tiny-skyreels: a network, a VAE and a text encoder that together need no download."""
+"""The bundled tiny models: a network, a VAE and a text encoder that together need no download."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import load_skyreels, read
-from .skyreels import SkyReelsV2
-from .wan_vae import WanVAE
-from .word_text import encode_prompt
+from .adapter import ModelAdapter
+from .checkpoint import load_network, read
+from .family import ChunkLayout, Family
+from .skyreels_family import SKYREELS
 
 WEIGHTS = Path(__file__).parent / "weights"
-NETWORK, VAE = WEIGHTS / "tiny-skyreels.safetensors", WEIGHTS / "tiny-wan-vae.safetensors"
-NAME = "tiny-skyreels"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """`chunk_frames` latent frames are one chunk; `window` chunks are the trained horizon."""
+    """A network of `family` with all that makes a film of it: the VAE, and how it was trained."""
 
-    network: SkyReelsV2
-    vae: WanVAE
-    chunk_frames: int
-    window: int
+    family: Family
+    network: Any
+    vae: Any
+    layout: ChunkLayout
+
+    def adapter(self) -> ModelAdapter:
+        return self.family.adapter(self.network, None)
 
     def text(self, prompt: str) -> Tensor:
-        """-> [1, 32, text_dim] in the network's dtype and place."""
-        like = self.network.patch_embedding.weight
-        return encode_prompt(prompt, self.network.config.text_dim).to(like)
+        """-> [1, words, text_dim] in the network's dtype and place."""
+        assert self.family.bundled is not None
+        return self.family.bundled.encode(prompt, self.network.config.text_dim).to(self.like)
+
+    @property
+    def like(self) -> Tensor:
+        """A weight: the dtype and place of the network."""
+        weight: Tensor = next(self.network.parameters())
+        return weight
 
 
-def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
-    weights, metadata = read(NETWORK)
-    network = load_skyreels(weights, NETWORK.name, dtype, device)
-    vae = WanVAE.from_state_dict(read(VAE)[0]).to(device, dtype).requires_grad_(False)
-    return Bundle(network, vae, int(metadata["chunk_frames"]), int(metadata["window_chunks"]))
+def files_of(family: Family = SKYREELS) -> tuple[Path, Path]:
+    """Network and VAE. Raises ValueError where the family has no bundled model."""
+    if family.bundled is None:
+        raise ValueError(f"no tiny model of {family.title} comes with the pack")
+    return WEIGHTS / f"{family.bundled.name}.safetensors", WEIGHTS / f"{family.bundled.vae}.safetensors"
+
+
+NETWORK, VAE = files_of()
+NAME = NETWORK.stem
+
+
+def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", family: Family = SKYREELS) -> Bundle:
+    assert family.bundled is not None
+    network_file, vae_file = files_of(family)
+    weights, metadata = read(network_file)
+    network = load_network(weights, network_file.name, dtype, device, family=family.name)
+    vae = family.bundled.load_vae(read(vae_file)[0]).to(device, dtype).requires_grad_(False)
+    return Bundle(family, network, vae, family.layout_of(metadata))
 
 
 def weights_id() -> str:

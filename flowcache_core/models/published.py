@@ -6,15 +6,8 @@ Wan 2.1: they map the relative change of the time modulation to the expected rel
 
 from __future__ import annotations
 
-from .adapter import ModelAdapter
-
-POLYNOMIALS: dict[tuple[str, int, int], tuple[float, ...]] = {
-    ("skyreels-v2-df", 1536, 30): (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
-    ("skyreels-v2-df", 5120, 40): (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+POLYNOMIALS: dict[tuple[int, int], tuple[float, ...]] = {
+    (1536, 30): (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+    (5120, 40): (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
 }
-"""(network, width, layers) -> coefficients, highest power first. The first is 1.3B, the second 14B."""
-
-
-def time_polynomial(adapter: ModelAdapter) -> tuple[float, ...]:
-    """The polynomial published for a network of this kind and size, or () when there is none."""
-    return POLYNOMIALS.get((adapter.name, adapter.heads * adapter.head_dim, adapter.layers), ())
+"""(width, layers) of a SkyReels-V2 network -> coefficients, highest power first. The first is 1.3B, the second 14B."""

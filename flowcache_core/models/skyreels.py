@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..network import Attend
 
 PATCH = 2
 HEAD_DIM = 128
@@ -26,10 +27,8 @@ EPS = 1e-6
 FPS = (16, 24)
 """Frame rates in the order of their rows in `fps_embedding`."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values, input [B, T, dim]), each but the last [B, heads, T, head_dim] -> [B, heads, T, head_dim]."""
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""The same for one layer."""
+"""(queries, keys, values, input [B, T, dim]), each but the last [B, heads, T, head_dim] -> [B, heads, T, head_dim]: `Attend` of one layer."""
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Per layer: text keys and values, [B, heads, L, head_dim]."""
 
@@ -123,13 +122,6 @@ class Head(nn.Module):
         return y
 
 
-def require_fps(fps: int) -> int:
-    """Raises ValueError for a frame rate that the family has not learnt."""
-    if fps not in FPS:
-        raise ValueError(f"{fps} frames per second were asked for: the network has learnt {' and '.join(map(str, FPS))}, choose one of them")
-    return fps
-
-
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """[B, T, d] with one shift and scale [B, F, d] per latent frame, broadcast over the frame's tokens."""
     x = x.unflatten(1, (shift.shape[1], -1))
@@ -147,7 +139,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Rope:
-    """Rotary positions of the family, as `models.adapter.Rotary` wants them."""
+    """Rotary positions of the family, as `network.Rotary` wants them."""
 
     def phases(self, start: int, frames: int, grid: tuple[int, int]) -> Tensor:
         return rope_table(start, frames, *grid)
@@ -169,13 +161,17 @@ def rope_table(start: int, frames: int, height: int, width: int, device: torch.d
     side = 2 * (HEAD_DIM // 6)
     phases = []
     for axis, (first, count, size) in enumerate(((start, frames, HEAD_DIM - 2 * side), (0, height, side), (0, width, side))):
-        where = torch.arange(first, first + count, dtype=torch.float64)
-        angle = torch.outer(where, 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
         shape = [1, 1, 1, size // 2]
         shape[axis] = count
-        phases.append(angle.view(shape).expand(frames, height, width, -1))
-    angles = torch.cat(phases, -1).flatten(0, 2)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+        phases.append(_axis_phases(first, count, size, device).view(shape).expand(frames, height, width, -1))
+    return torch.cat(phases, -1).flatten(0, 2)
+
+
+def _axis_phases(first: int, count: int, size: int, device: torch.device | str) -> Tensor:
+    """Of the places `first`.. along one axis that has `size` channels of the head: complex64 [count, size / 2], made where it is needed."""
+    where = torch.arange(first, first + count, dtype=torch.float64, device=device)
+    angles = torch.outer(where, 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size))
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
 def sinusoid(t: Tensor) -> Tensor:
@@ -221,7 +217,7 @@ class SkyReelsV2(nn.Module):
         e: Tensor = self.time_embedding(sinusoid(t).to(dtype))
         e0: Tensor = self.time_projection(e).unflatten(-1, (6, -1))
         if self.config.fps:
-            which = torch.full((1, 1), FPS.index(require_fps(fps)), dtype=torch.long, device=t.device)
+            which = torch.full((1, 1), FPS.index(fps), dtype=torch.long, device=t.device)
             e0 = e0 + self.fps_projection(self.fps_embedding(which).to(e)).unflatten(-1, (6, -1))
         return e, e0
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..network import Attend, Rotary
-from ..sampling.schedule import timestep
+from ..sampling.noise import timestep
 from .adapter import Call
 from .attention import bidirectional
+from .published import POLYNOMIALS
 from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
 
 
@@ -26,14 +28,20 @@ class SkyReelsAdapter:
         self.layers, self.heads, self.head_dim = network.config.layers, network.config.heads, HEAD_DIM
         self.width = network.config.dim
         self.rotary: Rotary = Rope()
-        self._ropes: dict[tuple[int, int, int, int], Tensor] = {}
 
-    def tokens_per_frame(self, height: int, width: int) -> int:
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        return POLYNOMIALS.get((self.width, self.layers), ())
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
         if height % PATCH or width % PATCH:
             raise ValueError(
                 f"latents of {width}x{height} do not divide into patches of {PATCH}: use a picture whose sides are multiples of 16 pixels"
             )
-        return (height // PATCH) * (width // PATCH)
+        return height // PATCH, width // PATCH
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return math.prod(self.token_grid(height, width))
 
     def text(self, context: Tensor) -> TextKV:
         return self.network.text_kv(context)
@@ -62,34 +70,37 @@ class SkyReelsAdapter:
         return self.network.embed(call.x) + residual
 
     def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
-        e, e0 = self.network.modulation(torch.tensor([[timestep(s) for s in sigmas]], device=x.device), fps, x.dtype)
+        levels = ((sigma, len(list(same))) for sigma, same in groupby(sigmas))
+        e, e0 = self.network.modulation(_timesteps(levels, x.device)[None], fps, x.dtype)
         grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
-        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, self._rope_of(0, grid, x.device), bidirectional), e, grid)
+        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, rope_table(0, *grid, x.device), bidirectional), e, grid)
+
+    def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return SkyReelsV2.forward(self.network, x, timestep.floor().view(-1, 1), self.text(context), bidirectional)
 
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
-        t = torch.tensor([[timestep(s)] for s in sigmas], device=device)
-        e0 = self.network.modulation(t, fps, self.dtype)[1].float().flatten(1)
+        t = _timesteps(((sigma, 1) for sigma in sigmas), device)
+        e0 = self.network.modulation(t[:, None], fps, self.dtype)[1].float().flatten(1)
         change = (e0[1:] - e0[:-1]).abs().mean(1) / e0[:-1].abs().mean(1)
         return [0.0, *change.tolist()]
 
     def _modulation(self, call: Call) -> tuple[Tensor, Tensor]:
-        moving = call.chunk.frames - call.chunk.held
-        levels = [timestep(call.sigma)] * moving + [0] * call.chunk.held if call.chunk.held else [timestep(call.sigma)]
-        t = torch.tensor([levels], device=call.x.device)
-        return self.network.modulation(t, call.fps, call.x.dtype)
+        chunk = call.chunk
+        levels = [(call.sigma, chunk.frames - chunk.held), (0.0, chunk.held)] if chunk.held else [(call.sigma, 1)]
+        return self.network.modulation(_timesteps(levels, call.x.device)[None], call.fps, call.x.dtype)
 
     def _grid(self, call: Call) -> tuple[int, int, int]:
         return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH
 
     def _rope(self, call: Call) -> Tensor:
-        return self._rope_of(call.chunk.start, self._grid(call), call.x.device)
+        """Made for every evaluation: that is cheap beside the blocks, and kept tables would grow with the film."""
+        return rope_table(call.chunk.start, *self._grid(call), call.x.device)
 
-    def _rope_of(self, start: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        key = (start, *grid)
-        if key not in self._ropes:
-            self._ropes[key] = rope_table(*key, device=device)
-        return self._ropes[key]
+
+def _timesteps(levels: Iterable[tuple[float, int]], device: torch.device) -> Tensor:
+    """Noise levels, and how many latent frames in a row have each -> int64 [frames]. Made on the device: what is sent there is waited for."""
+    return torch.cat([torch.full((frames,), timestep(sigma), device=device) for sigma, frames in levels])
 
 
 def _per_token(modulation: Tensor, frame: Tensor | None) -> Tensor:

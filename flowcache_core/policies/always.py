@@ -13,7 +13,12 @@ from .state import ChunkState
 @dataclass(frozen=True)
 class Always:
     name: ClassVar[str] = "always"
+    title: ClassVar[str] = "No Cache"
     keeps: ClassVar[None] = None
+
+    @classmethod
+    def uncached(cls) -> Always:
+        return cls()
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         return Compute()

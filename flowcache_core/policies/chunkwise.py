@@ -23,7 +23,8 @@ from .thresholds import rescaled
 class Chunkwise:
     """Settings of Chunkwise Cache. Raises ValueError for a value outside its range."""
 
-    name: ClassVar[str] = "chunkwise"
+    name: ClassVar[str] = "threshold"
+    title: ClassVar[str] = "Chunkwise Cache by a threshold"
 
     threshold: float = setting(0.1, "How far a chunk may drift before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005)
     warmup_steps: int = setting(5, "The first steps of every chunk that are always computed.", low=1, high=1000)
@@ -55,9 +56,17 @@ class Chunkwise:
                 "set signature to time, or rescale to none"
             )
 
+    @classmethod
+    def uncached(cls) -> Chunkwise:
+        return cls(threshold=0)
+
     @property
     def keeps(self) -> Replay:
         return self.replay
+
+    @property
+    def follows_time(self) -> bool:
+        return self.signature == "time" and self.threshold > 0
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         if self.threshold == 0:

@@ -19,7 +19,7 @@ from ..kernels.tokens import normalised
 from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .chunkwise import Chunkwise
-from .protocol import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals
+from .protocol import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals, Signature
 from .state import ChunkState
 
 BUCKETS = 16
@@ -34,7 +34,8 @@ class Motion:
     Chunkwise's defaults are taken, at this threshold.
     """
 
-    name: ClassVar[str] = "motion"
+    name: ClassVar[str] = "motion-threshold"
+    title: ClassVar[str] = "Motion Cache by a threshold"
 
     threshold: float = setting(
         0.1, "How far a token may drift, weighed by its motion, before it is computed again. 0 computes every step.", low=0.0, high=10.0, step=0.005
@@ -69,9 +70,21 @@ class Motion:
         if self.min_refresh > self.full_share:
             raise ValueError(f"min_refresh {self.min_refresh} is larger than full_share {self.full_share}: swap them")
 
+    @classmethod
+    def uncached(cls) -> Motion:
+        return cls(threshold=0)
+
     @property
     def chunkwise(self) -> Chunkwise:
         return self.base or Chunkwise(threshold=self.threshold)
+
+    @property
+    def signature(self) -> Signature:
+        return self.chunkwise.signature
+
+    @property
+    def follows_time(self) -> bool:
+        return self.threshold > 0 and self.chunkwise.follows_time
 
     @property
     def keeps(self) -> Replay:
@@ -128,7 +141,7 @@ class Motion:
         return Refresh(tokens, self.chunkwise.replay, self.chunkwise.order)
 
     def _voted(self, due: Tensor) -> Tensor:
-        """[frames, rows, columns]: the majority of the frames at one place."""
+        """[frames, height, width]: the majority of the frames at one place."""
         if self.vote == "off":
             return due
         most = (due.float().mean(0) > 0.5).expand_as(due)

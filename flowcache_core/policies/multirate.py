@@ -35,6 +35,7 @@ class Multirate:
     """
 
     name: ClassVar[str] = "motion-plan"
+    title: ClassVar[str] = "Motion Cache by a plan"
     keeps: ClassVar[None] = None
 
     share: float = setting(0.13, "The share of all network tokens that is computed.", low=0.01, high=1.0, step=0.01)
@@ -46,6 +47,10 @@ class Multirate:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @classmethod
+    def uncached(cls) -> Multirate:
+        return cls(share=1.0)
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         return Compute()

@@ -30,6 +30,7 @@ class Planned:
     """
 
     name: ClassVar[str] = "planned"
+    title: ClassVar[str] = "Chunkwise Cache by a plan"
     keeps: ClassVar[None] = None
 
     share: float = setting(0.4, "The share of all network tokens that is computed; 1 computes every step.", low=0.01, high=1.0, step=0.01)
@@ -41,6 +42,10 @@ class Planned:
         check(self)
         if self.exact and self.seconds:
             raise ValueError("a plan and a budget in seconds were both given: leave one of them out")
+
+    @classmethod
+    def uncached(cls) -> Planned:
+        return cls(share=1.0)
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         return Compute()
@@ -71,8 +76,8 @@ class Planned:
             raise ValueError(f"the plan is for {one} attention, and this run is {other}: make a plan for this run, or set attention to {one}")
         if any(any(plan.partial) for plan in plans):
             raise ValueError(
-                "the plan computes some steps in part, which Motion Cache chooses while the run goes on: use Motion Cache with the same budget, "
-                "or the plan of a run of Chunkwise Cache"
+                "the plan computes some steps in part, and which part is chosen while the run goes on, by the policy that made it: use that one "
+                f"with the same budget, or the plan of a run of {self.title}"
             )
         if len(plans) != windows:
             raise ValueError(

@@ -94,7 +94,7 @@ class Signals(Protocol):
         ...
 
     def motion(self, measure: Measure) -> Tensor:
-        """How much every token moves, [frames, rows, columns], not scaled; ones where nothing is known yet. No host sync.
+        """How much every token moves, [frames, height, width], not scaled; ones where nothing is known yet. No host sync.
 
         "noisy", "clean", "output": difference to the frame before, of the noisy latent, of the clean latent as last
         predicted, or of the last block's output (relative). "change": how fast the kept prediction changed with the noise
@@ -111,6 +111,14 @@ class CachePolicy(Protocol):
     """Frozen settings plus a rule. All memory is in `state`; the session calls `decide` once per chunk and step."""
 
     name: ClassVar[str]
+    """By which it is chosen, in the Cache Policy node and in demo and bench; saved workflows have it."""
+    title: ClassVar[str]
+    """What messages call it."""
+
+    @classmethod
+    def uncached(cls) -> CachePolicy:
+        """The settings at which nothing is ever reused: their film is that of the uncached run, bit for bit."""
+        ...
 
     @property
     def keeps(self) -> Replay | None:
@@ -154,7 +162,7 @@ class PartPolicy(PlanPolicy, Protocol):
     def choose(self, rate: Tensor, count: int) -> Tensor:
         """The `count` tokens that are computed, int64 ascending, flat. No host sync.
 
-        rate: [frames, rows, columns], how much the clean latent of every token is likely to have changed since the token was computed,
+        rate: [frames, height, width], how much the clean latent of every token is likely to have changed since the token was computed,
         squared.
         """
         ...
@@ -168,6 +176,17 @@ class TokenPolicy(CachePolicy, Protocol):
     def watches(self) -> Measure:
         """The measure of motion it asks for: what the session has to remember."""
         ...
+
+
+@runtime_checkable
+class SignaturePolicy(CachePolicy, Protocol):
+    """A policy that goes by the change of a signature. `follows_time`: it needs the network's time modulation."""
+
+    @property
+    def signature(self) -> Signature: ...
+
+    @property
+    def follows_time(self) -> bool: ...
 
 
 @runtime_checkable

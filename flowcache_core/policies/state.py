@@ -74,7 +74,8 @@ class ChunkState:
 class RunState:
     """All chunks in flight: `of` makes or finds one, `drop` forgets it when the chunk has become history.
 
-    `edges`: by chunk, the last frame of what motion was measured on, for the next chunk to compare its first frame with.
+    `edges`: by chunk, the last frame of what motion was measured on, for the next chunk to compare its first frame with; a copy,
+    so that the other frames can go.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,10 @@ class RunState:
 
     def of(self, index: int) -> ChunkState:
         return self._chunks.setdefault(index, ChunkState(run=self.memory))
+
+    def keep_edge(self, index: int, picture: Tensor) -> None:
+        """picture: [batch, channels, frames, h, w]."""
+        self.edges[index] = picture[:, :, -1].clone()
 
     def drop(self, index: int) -> None:
         self._chunks.pop(index, None)

@@ -32,6 +32,7 @@ class Target(Chunkwise):
     """
 
     name: ClassVar[str] = "target"
+    title: ClassVar[str] = "Chunkwise Cache by a target"
 
     share: float = setting(0.5, "The share of a run's chunk-steps that is computed.", low=0.01, high=1.0, step=0.01)
 
@@ -43,9 +44,17 @@ class Target(Chunkwise):
             )
 
     @classmethod
+    def uncached(cls) -> Target:
+        return cls(share=1.0)
+
+    @classmethod
     def of(cls, rule: Chunkwise, share: float) -> Target:
         """The settings of `rule`, with a target in place of its threshold."""
         return cls(**{f.name: getattr(rule, f.name) for f in fields(Chunkwise)}, share=share)
+
+    @property
+    def follows_time(self) -> bool:
+        return self.signature == "time"
 
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
         change = self.change(signals)

@@ -6,12 +6,20 @@ from dataclasses import asdict, dataclass
 
 from ..kv.layout import capacity
 from ..models.adapter import ModelAdapter
-from ..policies.protocol import Replay
+from ..policies.protocol import CachePolicy, SignaturePolicy, TokenPolicy
 from ..sampling.plan import Plan
 from ..sampling.schedule import ChunkSchedule
 
 KEPT = 2
 """Computed steps that a chunk remembers per branch at most, and a token that may wait."""
+FILMS = 2
+"""The film as it was handed over, and as it grows."""
+SOLVED = 3
+"""Latents of a chunk that a solver remembers: its last two clean ones, and those from which its step set out."""
+MOVED = 2
+"""The same of the one chunk that was moved last: those that went in and the clean ones that came out."""
+NUMBER = 4
+"""Bytes of a number of the film, which is float32 whatever the network computes in, and of a count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +30,16 @@ class Footprint:
     kv: int
     text: int
     predictions: int
+    """All that the policy remembers of the chunks in flight."""
     kv_unbounded: int = 0
     """What the KV cache would take without the budget that is set; 0 where none is."""
+    latents: int = 0
+    """The film and how often its tokens ran, which alone grow with its length; what the solver remembers of the chunks in flight."""
 
     @property
     def held(self) -> int:
-        """What lies beside the weights until the run ends."""
-        return self.kv + self.text + self.predictions
+        """What the run holds beside the weights until it ends."""
+        return self.kv + self.text + self.predictions + self.latents
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -37,32 +48,66 @@ class Footprint:
         without = f" ({readable(self.kv_unbounded)} without the budget)" if self.kv_unbounded else ""
         return (
             f"at its peak the run holds weights {readable(self.weights)}, KV cache {readable(self.kv)}{without}, "
-            f"text {readable(self.text)}, kept predictions {readable(self.predictions)}"
+            f"text {readable(self.text)}, kept predictions {readable(self.predictions)}, latents {readable(self.latents)}"
         )
 
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
-              keeps: Replay | None, weights: int = 0, bounded: int | None = None, plan: Plan | None = None) -> Footprint:  # fmt: skip
-    """Of a run over latents [batch, C, frames, h, w].
+              policy: CachePolicy | None, weights: int = 0, bounded: int | None = None, plan: Plan | None = None,
+              films: int = 1, film_frames: int | None = None) -> Footprint:  # fmt: skip
+    """Of a run over latents [films, C, frames, h, w].
 
-    `latent`: C, h, w; `rows`: branches x batch; `text_tokens`: of all rows together; `itemsize`: bytes of one number in the
-    dtype of computation; `keeps`: what the policy wants remembered; `weights`: bytes of the network as it is stored;
-    `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) lies beside the KV cache and counts as its.
+    `latent`: C, h, w; `rows`: branches x films; `text_tokens`: of all of these together; `itemsize`: bytes of one number in the
+    dtype of computation; `policy`: what it wants remembered; `weights`: bytes of the network as it is stored; `films`: side by side;
+    `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) counts as the KV cache's.
 
-    The KV cache holds two numbers per layer, channel and token of all chunks that are seen at once, or `bounded` bytes under a
+    The KV cache holds two numbers per layer, channel of the key heads and token of all chunks that are seen at once, or `bounded` bytes under a
     budget. A chunk keeps predictions only while it is being denoised, so the busiest row counts.
     """
     channels, height, width = latent
-    frame_tokens, channels_inside = adapter.tokens_per_frame(height, width), adapter.heads * adapter.head_dim
-    token = 2 * adapter.layers * channels_inside * itemsize
-    kept = {None: 0, "velocity": channels * height * width, "residual": frame_tokens * channels_inside}[keeps]
+    cells, frame_tokens = height * width, adapter.tokens_per_frame(height, width)
+    token = 2 * adapter.layers * adapter.heads * adapter.head_dim * itemsize
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
+    edges = max(len(row.active) for row in schedule.rows) + 1
+    frame = Frame(films * channels * cells, films * frame_tokens * adapter.width, cells, frame_tokens, itemsize)
     waiting = rows * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
     kv = rows * capacity(schedule, frame_tokens).total * token + waiting
-    predictions = KEPT * rows * frames * kept * itemsize
-    if bounded is None:
-        return Footprint(weights, kv, text_tokens * token, predictions)
-    return Footprint(weights, bounded + waiting, text_tokens * token, predictions, kv)
+    predictions = frames * (rows // films * frame.replayed(policy) + frame.watched(policy)) + edges * frame.edge(policy)
+    latents = (FILMS * (film_frames or schedule.frames) + SOLVED * frames + MOVED * schedule.chunk_frames) * frame.latent * NUMBER
+    visits = (film_frames or schedule.frames) * frame_tokens * NUMBER
+    here, otherwise = (kv, 0) if bounded is None else (bounded + waiting, kv)
+    return Footprint(weights, here, text_tokens * token, predictions, otherwise, latents + visits)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a policy remembers of one latent frame in flight, in bytes. `latent`, `inside`: numbers of its latents and of its tokens
+    in the blocks, all films together; `cells`, `tokens`: places in it; `itemsize`: bytes of a number as computed."""
+
+    latent: int
+    inside: int
+    cells: int
+    tokens: int
+    itemsize: int
+
+    def replayed(self, policy: CachePolicy | None) -> int:
+        """Per branch."""
+        return KEPT * self.itemsize * {None: 0, "velocity": self.latent, "residual": self.inside}[policy.keeps if policy else None]
+
+    def watched(self, policy: CachePolicy | None) -> int:
+        """The latents before, for the change of the signature; what motion is measured on; every token's drift, age and noise levels."""
+        signature = self.latent * self.itemsize if isinstance(policy, SignaturePolicy) and policy.signature == "latent" else 0
+        if not isinstance(policy, TokenPolicy):
+            return signature
+        seen = {"clean": self.latent * NUMBER, "output": self.inside * self.itemsize * (policy.keeps != "residual")}.get(policy.watches, 0)
+        levels = KEPT * (self.cells if policy.keeps == "velocity" else self.tokens)
+        return signature + seen + (levels + 2 * self.tokens) * NUMBER
+
+    def edge(self, policy: CachePolicy | None) -> int:
+        """The last frame of a chunk, which the next compares its first with."""
+        if not isinstance(policy, TokenPolicy):
+            return 0
+        return {"clean": self.latent * NUMBER, "noisy": self.latent * self.itemsize, "output": self.inside * self.itemsize}.get(policy.watches, 0)
 
 
 def waiting_frames(schedule: ChunkSchedule, plan: Plan) -> int:

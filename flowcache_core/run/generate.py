@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,23 +11,17 @@ from torch import Tensor
 from ..kv.compressor import Compressor
 from ..models.adapter import ModelAdapter
 from ..models.bundle import Bundle
-from ..models.skyreels import SkyReelsV2, require_fps
-from ..models.skyreels_adapter import SkyReelsAdapter
-from ..models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL, latent_frames
 from ..policies.protocol import CachePolicy
 from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
-from ..sampling.loop import sample_chunks, sample_windows
-from ..sampling.schedule import ChunkSchedule, Row, Window, flow_sigmas, plan_windows
+from ..sampling.schedule import ChunkSchedule, Window, plan_windows
 from ..sampling.solvers import Solver, solver
 from .report import RunReport
-from .session import Session
-from .window import WindowSession
+from .run import Place, Run, Turn
 
 Progress = Callable[[Chunk], None]
-MakeAdapter = Callable[[SkyReelsV2, Sequence[float]], ModelAdapter]
-"""(network, noise levels) -> the adapter that a run uses."""
-BRANCHES = ("cond", "uncond")
+MakeAdapter = Callable[[ModelAdapter, Sequence[float]], ModelAdapter]
+"""(adapter of the network, noise levels) -> the adapter that a run uses."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +49,37 @@ class Job:
 
     def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:
         """With latent frames given at the start and the end. Raises ValueError, before anything runs, for what does not fit."""
-        self._check()
-        return ChunkSchedule(latent_frames(self.frames), bundle.chunk_frames, self.steps, self.ar_step, bundle.window, prefix, suffix)
+        layout, pixels = bundle.layout, bundle.family.frames
+        return ChunkSchedule(self._frames(bundle), layout.chunk_frames, self.steps, self.ar_step, layout.window, prefix, suffix, pixels)
 
     def windows(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Window, ...]:
         """The same for the upstream way. Raises ValueError."""
-        self._check()
-        chunk, length = bundle.chunk_frames, bundle.chunk_frames * bundle.window
-        return plan_windows(
-            latent_frames(self.frames), chunk, self.steps, self.ar_step, length, latent_frames(self.overlap), prefix=prefix, suffix=suffix
-        )
+        chunk, pixels = bundle.layout.chunk_frames, bundle.family.frames
+        length, overlap = chunk * bundle.layout.window, pixels.latent(self.overlap)
+        return plan_windows(self._frames(bundle), chunk, self.steps, self.ar_step, length, overlap, prefix, suffix, pixels)
 
-    def sigmas(self) -> tuple[float, ...]:
-        return flow_sigmas(self.steps, self.shift, self.denoise)
+    def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
+        return bundle.family.noise.levels(self.steps, self.shift, self.denoise)
 
-    def noise(self) -> Tensor:
-        side = self.size // SPATIAL
-        return torch.randn(1, LATENT_CHANNELS, latent_frames(self.frames), side, side, generator=torch.Generator().manual_seed(self.seed))
+    def noise(self, bundle: Bundle) -> Tensor:
+        """[1, C, F, h, w]."""
+        latents, frames = bundle.family.latents, bundle.family.frames.latent(self.frames)
+        side = self.size // latents.spatial
+        return torch.randn(1, latents.channels, frames, side, side, generator=torch.Generator().manual_seed(self.seed))
 
-    def _check(self) -> None:
-        if self.frames < 1 or (self.frames - 1) % TEMPORAL:
-            below = max(self.frames - 1, 0) // TEMPORAL * TEMPORAL + 1
-            raise ValueError(f"{self.frames} frames are not {TEMPORAL}n + 1: use {below} or {below + TEMPORAL}")
-        if self.size < 16 or self.size % 16:
-            raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of 16, such as {max(16, self.size // 16 * 16)}")
-        require_fps(self.fps)
+    def _frames(self, bundle: Bundle) -> int:
+        """Latent frames. Raises ValueError for a film, a picture or a rate that the family does not make."""
+        family, multiple = bundle.family, bundle.family.latents.multiple
+        if self.size < multiple or self.size % multiple:
+            nearest = max(multiple, self.size // multiple * multiple)
+            raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of {multiple}, such as {nearest}")
+        family.require_rate(self.fps)
+        return family.frames.require(self.frames)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a film sets out from: latents [1, 16, F, h, w] of its first frames, of its last frames, of all of it (for `denoise` < 1)."""
+    """What a film sets out from: latents [1, C, F, h, w] of its first frames, of its last frames, of all of it (for `denoise` < 1)."""
 
     start: Tensor | None = None
     end: Tensor | None = None
@@ -117,34 +112,15 @@ NOTHING = Given()
 
 @torch.inference_mode()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
-             given: Given = NOTHING, adapter: MakeAdapter = lambda network, sigmas: SkyReelsAdapter(network),
+             given: Given = NOTHING, adapter: MakeAdapter = lambda adapter, sigmas: adapter,
              compressor: Compressor | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
-    """Block-causal with a KV cache -> latents [1, 16, F, h, w] and the report. Given frames come out as they went in.
+    """Block-causal with a KV cache -> latents [1, C, F, h, w] and the report. Given frames come out as they went in.
 
-    `compressor` bounds the history that chunks look back on; without one it is what lies within the window. `integrator` takes the
+    `compressor` bounds the history that chunks look back on; without one it is all that the window holds. `integrator` takes the
     place of the solver that the job names.
     """
-    schedule, levels, like = job.schedule(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
-    x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
-    branches, text = _text(bundle, job)
-    network, grid = adapter(bundle.network, levels), (x.shape[3], x.shape[4])
-    budget = compressor.plan(network, schedule, grid, job.fps, len(branches), like.element_size(), x.device) if compressor else None
-    with Session(network, schedule, levels, grid, policy=policy, fps=job.fps, prefix_sigma=light.sigma, budget=budget) as session:
-        session.foresee(x.device)
-
-        def predict(part: Tensor, chunk: Chunk) -> Tensor:
-            batch = part.to(like.dtype).expand(len(branches), -1, -1, -1, -1)
-            return _guided(session.denoise(batch, chunk, text, branches).float(), job.cfg)
-
-        def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
-            session.note(chunk, clean)
-            on_step(chunk)
-
-        latents = sample_chunks(
-            predict, x, schedule, levels, integrator or solver(job.solver), session.commit, moved, light, session.plan or session.settle,
-            session.choose,
-        )  # fmt: skip
-    return latents, session.report
+    film, guided = job.schedule(bundle, given.prefix, given.suffix), Guided(bundle, job)
+    return _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator)
 
 
 @torch.inference_mode()
@@ -154,48 +130,68 @@ def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk
 
     `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`: as in `generate`.
     """
-    windows, levels, like = job.windows(bundle, given.prefix, given.suffix), _levels(job, given), bundle.network.patch_embedding.weight
-    x, light = given.begin(job.noise().to(like.device), levels[0]), GivenNoise(job.addnoise, job.seed)
-    branches, text = _text(bundle, job)
-    with WindowSession(SkyReelsAdapter(bundle.network), windows, (x.shape[3], x.shape[4]), job.fps, policy) as session:
-        session.foresee()
-
-        def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
-            each = [session.denoise(part.to(like.dtype), sigmas, text[i : i + 1], branches[i : i + 1]) for i in range(len(branches))]
-            return _guided(torch.cat(each).float(), job.cfg)
-
-        def moved(chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
-            session.note(chunk, clean)
-            on_step(chunk)
-
-        latents = sample_windows(predict, x, windows, levels, integrator or solver(job.solver), moved, light, session.plans or session.settle)
-    return latents, session.report
+    film, guided = job.windows(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
+    return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator)
 
 
-def _levels(job: Job, given: Given) -> tuple[float, ...]:
+def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Window, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
+          policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None) -> tuple[Tensor, RunReport]:  # fmt: skip
     if job.denoise < 1 and given.film is None:
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
-    return job.sigmas()
+    levels, like = job.sigmas(bundle), bundle.like
+    x = given.begin(job.noise(bundle).to(like.device), levels[0])
+    place = Place(1, len(guided.branches), len(guided.branches) * guided.context.shape[1], 0, like.element_size(), x.device)
+    network = adapter(bundle.adapter(), levels)
+    light = GivenNoise(job.addnoise, job.seed)
+    run = Run(bundle.family, network, film, levels, (x.shape[1], x.shape[3], x.shape[4]), place, policy, compressor, job.fps, light,
+              integrator or solver(job.solver), job.cfg)  # fmt: skip
+    return run.sample(x, guided, Steps(on_step))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An audience that only counts steps."""
+
+    on_step: Progress
+
+    def begin(self, report: RunReport, said: Iterable[str]) -> None: ...
+
+    def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        self.on_step(chunk)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Evaluates the branches of a job, side by side or one after the other (`apart`), and combines them."""
+
+    bundle: Bundle
+    job: Job
+    apart: bool = False
+    branches: tuple[str, ...] = field(init=False)
+    context: Tensor = field(init=False)
+    """[branches, words, channels]."""
+    levels: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        guidance, text = self.bundle.family.guidance, self.bundle.text
+        branches = ("prompt",) if guidance.inside else guidance.branches(self.job.cfg)
+        object.__setattr__(self, "levels", self.job.sigmas(self.bundle))
+        object.__setattr__(self, "branches", branches)
+        object.__setattr__(self, "context", torch.cat([text(self.job.negative if k else self.job.prompt) for k in range(len(branches))]))
+
+    def __call__(self, turn: Turn, x: Tensor) -> Tensor:
+        x, n, guidance = x.to(self.bundle.like.dtype), len(self.branches), self.bundle.family.guidance
+        if self.apart:
+            each = [turn.denoise(x, self.context[k : k + 1], self.branches[k : k + 1]).float() for k in range(n)]
+        else:
+            each = list(turn.denoise(x.expand(n, -1, -1, -1, -1), self.context, self.branches).float().chunk(n))
+        return each[0] if guidance.inside else guidance.combine(each, self.job.cfg, self.levels[turn.step])
 
 
 @torch.inference_mode()
 def decode(bundle: Bundle, latents: Tensor) -> Tensor:
     """-> film float32 [T, 3, H, W] in 0..1."""
-    weight = bundle.vae.conv2.weight
+    weight = next(bundle.vae.parameters())
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=bundle.network.dtype == torch.bfloat16):
         film = bundle.vae.decode(latents.to(weight).contiguous(memory_format=torch.channels_last_3d))[0]
     return (film.float() / 2 + 0.5).clamp(0, 1).transpose(0, 1).cpu()
-
-
-def _text(bundle: Bundle, job: Job) -> tuple[tuple[str, ...], Tensor]:
-    if job.cfg == 1:
-        return BRANCHES[:1], bundle.text(job.prompt)
-    return BRANCHES, torch.cat([bundle.text(job.prompt), bundle.text(job.negative)])
-
-
-def _guided(velocity: Tensor, cfg: float) -> Tensor:
-    """Classifier-free guidance: uncond + cfg * (cond - uncond)."""
-    if len(velocity) == 1:
-        return velocity
-    cond, uncond = velocity.chunk(2)
-    return uncond + cfg * (cond - uncond)

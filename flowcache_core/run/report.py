@@ -1,11 +1,7 @@
-"""What a run tells: which chunk-steps were computed, how many tokens, where the seconds went."""
+"""The report of a run: which chunk-steps were computed, how many tokens, where the seconds went."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,24 +9,23 @@ import torch
 from torch import Tensor
 
 from ..sampling.chunk import Chunk
+from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.plan import Plan
 from ..sampling.schedule import Row
-from .footprint import Footprint, readable
+from .clock import Clock
+from .footprint import Footprint
+from .history import HistoryLog
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
-STAGES_TOLD = 6
-"""A history that grew in more stages than this is told by its first and its last."""
 
 
 class RunReport:
     """Filled while a run goes on. `map` is uint8 [chunks, steps] of NOT_RUN, REUSED, COMPUTED, REFRESHED (some tokens of it).
 
     `drift` and `shares` are float32 of that shape: accumulated drift, and the share of the chunk's tokens that ran. After
-    `close`, `visits` is int32 [frames, rows, columns]: at how many steps each token was computed, commits left out.
+    `close`, `visits` is int32 [frames, height, width] of tokens: at how many steps each token was computed, commits left out.
 
-    Under a budget `history` has an array per finished chunk: kept tokens of every latent frame so far, mean over layers,
-    branches and films; `history_bytes` what they took. `places` is the share of these that keep each token of the film at
-    the end, float64 [tokens so far]. `grid`: latent frames of the film, rows and columns of tokens in one.
+    `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens.
 
     `plans`: what was settled before the run, of every bidirectional window one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1.
@@ -42,18 +37,17 @@ class RunReport:
         self.drift, self.shares = (np.zeros((chunks, steps), np.float32) for _ in range(2))
         self.visits: np.ndarray | None = None
         self._visits = None if grid is None else torch.zeros(grid, dtype=torch.int32)
+        self._parts: Tensor | None = None
+        """The visits of steps that ran in part, on the device of their tokens."""
         self.tokens = self.tokens_computed = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = self._idle_skipped = 0
         self.plans: tuple[Plan, ...] = ()
         self.planned = np.zeros((chunks, steps), np.uint8)
-        self.history: list[np.ndarray] = []
-        self.history_bytes: list[int] = []
-        self.places: np.ndarray | None = None
+        self.history = HistoryLog()
         self.notes: tuple[str, ...] = ()
         self.expected: Footprint | None = None
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-        self._events: list[tuple[str, Any, Any]] = []
+        self.pixels = FOUR_N_PLUS_1
+        self.clock = Clock()
         self._closed = False
 
     def follows(self, plan: Plan, first: int = 0) -> None:
@@ -95,13 +89,13 @@ class RunReport:
         """One more computed step for `only` these tokens of the chunk, or for all; counted on their device, read after the run."""
         if self._visits is None:
             return
-        if only is not None:
-            self._visits = self._visits.to(only.device)
-        mine = self._visits[chunk.start : chunk.start + chunk.frames].view(-1)
+        frames = slice(chunk.start, chunk.start + chunk.frames)
         if only is None:
-            mine += 1
-        else:
-            mine.index_add_(0, only, torch.ones_like(only, dtype=torch.int32))
+            self._visits[frames] += 1
+            return
+        if self._parts is None:
+            self._parts = torch.zeros(self._visits.shape, dtype=torch.int32, device=only.device)
+        self._parts[frames].view(-1).index_add_(0, only, torch.ones_like(only, dtype=torch.int32))
 
     def committed(self, tokens: int) -> None:
         """A pass that rewrites a finished chunk's keys and values: every arm pays it."""
@@ -120,62 +114,18 @@ class RunReport:
         self.tokens += tokens
         self.tokens_computed += tokens if computed else 0
 
-    def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int, size: int = 0) -> None:
-        """What a budget left of history when `chunk` joined it, `size` bytes.
-
-        tokens: int [branches, layers, films, rows], numbers in the film.
-        """
-        lists = tokens.size // max(tokens.shape[-1], 1)
-        counts = np.bincount(tokens.ravel(), minlength=(chunk.start + chunk.frames) * frame_tokens) / lists
-        self.history.append(counts.reshape(-1, frame_tokens).sum(1))
-        self.history_bytes.append(size)
-        self.places = counts
-
-    @property
-    def history_tokens(self) -> list[int]:
-        """Tokens of history per layer after every finished chunk."""
-        return [round(float(frames.sum())) for frames in self.history]
-
-    def history_line(self) -> str:
-        """How history grew, in one sentence; "" where no budget was set or no chunk was finished."""
-        if self.places is None:
-            return ""
-        stages = [list(same) for _, same in groupby(enumerate(self.history_tokens, 1), key=lambda stage: stage[1])]
-        when = [f"after chunk {same[0][0]}" if len(same) == 1 else f"after chunks {same[0][0]} to {same[-1][0]}" for same in stages]
-        told = [f"{same[0][1]} {where} ({readable(self.history_bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
-        told = told if len(told) <= STAGES_TOLD else [told[0], "...", told[-1]]
-        return f"history in tokens per layer: {', '.join(told)}, of {len(self.places)} finished ones"
-
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)
-
-    @contextmanager
-    def clock(self, part: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of a block to `seconds[part]`. On CUDA it records events and waits for none of them."""
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((part, begin, end))
-            return
-        begin_at = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin_at
 
     def close(self) -> None:
         """The end of sampling: `wall_s` stands still from here on."""
         if self._closed:
             return
         self._closed = True
-        if self._events:
-            torch.cuda.synchronize()
-        for part, begin, end in self._events:
-            self.seconds[part] = self.seconds.get(part, 0.0) + begin.elapsed_time(end) / 1000
-        self._events.clear()
         if self._visits is not None:
-            self.visits, self._visits = self._visits.cpu().numpy(), None
-        self.seconds["total"] = time.perf_counter() - self._started
+            in_part = 0 if self._parts is None else self._parts.cpu()
+            self.visits, self._visits, self._parts = (self._visits + in_part).numpy(), None, None
+        self.clock.stop()
 
     @property
     def chunk_steps(self) -> int:
@@ -197,7 +147,7 @@ class RunReport:
 
     @property
     def wall_s(self) -> float:
-        return self.seconds.get("total", time.perf_counter() - self._started)
+        return self.clock.total
 
     def summary(self) -> str:
         """One line for a console."""
@@ -208,17 +158,17 @@ class RunReport:
 
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
-        history = self.history_line()
+        history = self.history.line()
         return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *([history] if history else []), *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `map` rows are chunks, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
+        """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
 
         `plan` is what `Plan.from_dict` reads, of bidirectional windows a list; None where nothing was settled before the run.
         `shares` has the share of the chunk's tokens that ran, per chunk and step. `history` has, per finished chunk, tokens per
         layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
         """
-        network = self.seconds.get("network", 0.0)
+        network = self.clock.seconds.get("network", 0.0)
         return {
             "chunk_steps": self.chunk_steps,
             "chunk_steps_computed": self.chunk_steps_computed,
@@ -236,15 +186,9 @@ class RunReport:
             "shares": [[round(float(s), 3) for s in row] for row in self.shares],
             "plan": self._plan_as_dict(),
             "notes": list(self.notes),
-            "history": self._history_as_dict(),
+            "history": self.history.as_dict(),
         }
 
     def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:
         each = [plan.as_dict() for plan in self.plans]
         return (each if self.plans[0].together else each[0]) if each else None
-
-    def _history_as_dict(self) -> dict[str, Any]:
-        if not self.history:
-            return {}
-        frames = [round(float(kept), 2) for kept in self.history[-1]]
-        return {"tokens": self.history_tokens, "bytes": list(self.history_bytes), "frames": frames}

@@ -1,6 +1,6 @@
-"""One sampling run. Read this first: for every chunk and step it decides, then computes, refreshes some tokens, or replays.
+"""A run while it goes on: for every chunk and step it decides, then computes, refreshes some tokens, or replays.
 
-The sampler asks for velocities; the policy decides; the adapter runs the network; the KV store holds the history.
+The loop asks for velocities; the policy decides; the adapter runs the network; the KV store holds the history.
 The decision is made once per chunk and step, by the first branch that arrives, and every other branch follows it.
 """
 
@@ -18,12 +18,25 @@ from ..kv.cache import Branches, KVSizes, KVStore
 from ..kv.compressor import Budget
 from ..kv.foresight import foresee_history
 from ..kv.keeper import Keeper
-from ..kv.layout import Layout, capacity
-from ..models.adapter import Call, ModelAdapter, require_tokens
-from ..models.published import time_polynomial
+from ..kv.layout import Capacity, Layout, capacity
+from ..models.adapter import Call, ChunkTexts, ModelAdapter, Ranged, TimeSignature, require_time, require_tokens
 from ..policies.always import Always
 from ..policies.planned import foretell
-from ..policies.protocol import CachePolicy, Compute, Decision, Foresees, Outlook, Part, PartPolicy, PlanPolicy, Refresh, Replay, Reuse, TokenPolicy
+from ..policies.protocol import (
+    CachePolicy,
+    Compute,
+    Decision,
+    Foresees,
+    Outlook,
+    Part,
+    PartPolicy,
+    PlanPolicy,
+    Refresh,
+    Replay,
+    Reuse,
+    SignaturePolicy,
+    TokenPolicy,
+)
 from ..policies.state import ChunkState, RunState
 from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan
@@ -33,49 +46,51 @@ from .signals import StepSignals
 
 
 class Session:
-    """A run of `schedule` over latents [batch, C, frames, h, w] at noise levels `sigmas` (steps + 1 of them, ending in 0).
+    """A run of `schedule` over latents [batch, C, frames, h, w], `batch` films, at noise levels `sigmas` (steps + 1 of them, ending in 0).
 
     `prefix_sigma`: the noise level at which the given first frames are shown (0: clean); `budget`: how much history is kept
-    (None: what lies within the window).
+    (None: all that the window holds); `commit_sigma`: the noise level that the network is given for finished chunks. `plan` and `room`
+    are worked out where the caller has not done so before.
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
     def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], batch: int = 1,
-                 policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None) -> None:  # fmt: skip
+                 policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None,
+                 commit_sigma: float = 0.0, plan: Plan | None = None, room: Capacity | None = None) -> None:  # fmt: skip
         if len(sigmas) != schedule.steps + 1:
             raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
         self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
-        self.prefix_sigma = prefix_sigma
+        self.prefix_sigma, self.commit_sigma = prefix_sigma or commit_sigma, commit_sigma
         self.policy: CachePolicy = policy or Always()
         if isinstance(self.policy, Foresees):
             self.policy.check_run(schedule.steps)
-        self.plan: Plan | None = Plan.full(schedule)
-        """Which steps the sampler comes with; None until `settle` where the policy has a budget in seconds."""
-        if isinstance(self.policy, PlanPolicy):
-            self.plan = None if self.policy.seconds else self.policy.plan(schedule)
+        self.plan: Plan | None = plan or plan_of(self.policy, schedule)
+        """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
         self.told: tuple[str, ...] = ()
         """What the policy says when the run is over."""
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
         partly = self._watches or isinstance(self.policy, PartPolicy)
-        self._tokens = require_tokens(adapter, schedule.chunk_frames if self._watches else None) if partly else None
-        self._patch = math.isqrt(grid[0] * grid[1] // self._frame_tokens)
-        self._grid = grid[0] // self._patch, grid[1] // self._patch
+        self._tokens = require_tokens(adapter, self.policy.title, schedule.chunk_frames if self._watches else None) if partly else None
+        self._grid = adapter.token_grid(*grid)
+        self._patch = grid[0] // self._grid[0], grid[1] // self._grid[1]
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
-        self._budget, self._kv = budget, self._store(budget)
+        self._budget, self._kv = budget, self._store(budget, room)
         self._text: dict[Branches, object] = {}
+        self._chunk_text: dict[tuple[Branches, int], object] = {}
         self._time_changes: list[float] | None = None
 
-    def _store(self, budget: Budget | None) -> KVStore:
-        adapter, rows = self.adapter, Layout(self.schedule, self._frame_tokens, budget.rows if budget else None)
-        sizes = KVSizes.of(adapter, self.batch, capacity(self.schedule, self._frame_tokens, rows.budget))
+    def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
+        adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None)
+        sizes = KVSizes.of(adapter, self.batch, room or capacity(self.schedule, self._frame_tokens, layout.budget))
+        seen = adapter.seen if isinstance(adapter, Ranged) else None
         if budget is None:
-            return KVStore(sizes, rows, waits=self._in_part)
+            return KVStore(sizes, layout, waits=self._in_part, seen=seen)
         keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
-        return KVStore(sizes, rows, keeper, budget.cache_of(sizes, rows), self._in_part)
+        return KVStore(sizes, layout, keeper, budget.cache_of(sizes, layout), self._in_part, seen)
 
     def _in_part(self, index: int) -> bool:
         """Whether the plan computes some steps of a chunk in part."""
@@ -91,13 +106,20 @@ class Session:
         if isinstance(self.policy, Foresees):
             self.told = self.policy.retell(self.state.memory)
             self.report.notes += self.told
+        self.report.host_syncs += self._kv.syncs
         self.report.close()
         self._kv.free()
         self._text.clear()
+        self._chunk_text.clear()
         self.state.clear()
 
     def foresee(self, device: torch.device) -> tuple[str, ...]:
-        """What is known before the first step, in sentences that the report repeats. `device`: where the run will be."""
+        """What is known before the first step, in sentences that the report repeats. `device`: where the run will be.
+
+        Where a policy goes by the time modulation, the device is asked for it here, before anything runs.
+        """
+        if isinstance(self.policy, SignaturePolicy) and self.policy.follows_time:
+            self.time_changes(device)
         said = self.policy.foresee(self.outlook(device)) if isinstance(self.policy, Foresees) else ()
         if isinstance(self.policy, PlanPolicy):
             said = *foretell(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *said
@@ -115,12 +137,18 @@ class Session:
         return self.plan
 
     def outlook(self, device: torch.device) -> Outlook:
-        return Outlook(self.schedule.chunks - self.schedule.given, self.sigmas, lambda: self.time_changes(device), time_polynomial(self.adapter))
+        polynomial = self.adapter.polynomial if isinstance(self.adapter, TimeSignature) else ()
+        return Outlook(self.schedule.chunks - self.schedule.given, self.sigmas, lambda: self.time_changes(device), polynomial)
+
+    def level(self, chunk: Chunk) -> float:
+        """The noise level that the network is given."""
+        if chunk.index < self.schedule.given:
+            return self.prefix_sigma
+        return self.commit_sigma if chunk.committing else self.sigmas[chunk.step]
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
         """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
-        sigma = self.prefix_sigma if chunk.index < self.schedule.given else self.sigmas[chunk.step]
-        call = Call(x, sigma, chunk, self._text_of(context, branches), self.fps)
+        call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, branches)[0]
         state = self.state.of(chunk.index)
@@ -129,7 +157,7 @@ class Session:
                 state.decided_at = chunk.step
                 self.report.committed(chunk.frames * self._frame_tokens)
                 if self._watches in ("clean", "noisy"):
-                    self.state.edges[chunk.index] = x[: self.batch, :, -1]
+                    self.state.keep_edge(chunk.index, x[: self.batch])
             return self._compute(call, branches)[0]
         match self._decide(call, state):
             case Reuse(what, order) if branches in state.predictions:
@@ -161,7 +189,7 @@ class Session:
         return spread(chosen.view(grid), self._patch)
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:
-        """The sampler tells, after a step, which clean latents [batch, C, F, h, w] it now predicts for the chunk, or that the plan skips it."""
+        """After every step: the clean latents [batch, C, F, h, w] now predicted for the chunk, or None where the plan skips it."""
         if clean is None:
             self.report.skipped(chunk, chunk.frames * self._frame_tokens)
         elif self._watches == "clean":
@@ -171,10 +199,11 @@ class Session:
         """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
         self.state.drop(chunk.index)
         self._kv.forget(chunk.index)
+        self._chunk_text = {key: text for key, text in self._chunk_text.items() if key[1] != chunk.index}
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:
-                self.report.kept(chunk, keeper.locate(), self._frame_tokens, self._kv.history_bytes)
+                self.report.history.kept(chunk, keeper.locate(), self._frame_tokens, self._kv.history_bytes)
                 self.report.host_syncs += 1
 
     def _decide(self, call: Call, state: ChunkState) -> Decision:
@@ -191,7 +220,7 @@ class Session:
     def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
         attend = self._kv.attention(branches, call.chunk, only)
-        with self.report.clock("network", call.x.device):
+        with self.report.clock.measure("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)
         return out
@@ -205,7 +234,10 @@ class Session:
             state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))
         if self._watches == "output" and branches == next(iter(state.predictions), branches):
             mine, old = residual[: self.batch], state.residual
-            state.residual = mine if only is None or old is None else torch.where(self._mask(call.chunk, mine, only), mine, old)
+            if self.policy.keeps == "residual":
+                state.residual = state.latest[-1].value[: self.batch]
+            else:
+                state.residual = mine.clone() if only is None or old is None else torch.where(self._mask(call.chunk, mine, only), mine, old)
 
     def _mask(self, chunk: Chunk, value: Tensor, tokens: Tensor) -> Tensor:
         return mask_over(value, tokens, (chunk.frames, *self._grid))
@@ -214,12 +246,24 @@ class Session:
         value = state.predict(branches, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
-    def _text_of(self, context: Tensor, branches: Branches) -> object:
+    def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk) -> object:
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
-        return self._text[branches]
+        if not isinstance(self.adapter, ChunkTexts):
+            return self._text[branches]
+        key = branches, chunk.index
+        if key not in self._chunk_text:
+            self._chunk_text[key] = self.adapter.text_of(self._text[branches], chunk, self.schedule.chunks)
+        return self._chunk_text[key]
 
     def time_changes(self, device: torch.device) -> list[float]:
         if self._time_changes is None:
-            self._time_changes = self.adapter.time_changes(self.sigmas[:-1], self.fps, device)
+            self._time_changes = require_time(self.adapter).time_changes(self.sigmas[:-1], self.fps, device)
         return self._time_changes
+
+
+def plan_of(policy: CachePolicy, schedule: ChunkSchedule) -> Plan | None:
+    """What a policy settles before a run: everything where it decides while the run goes on, None where it has to time an evaluation first."""
+    if not isinstance(policy, PlanPolicy):
+        return Plan.full(schedule)
+    return None if policy.seconds else policy.plan(schedule)

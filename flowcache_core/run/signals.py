@@ -18,9 +18,9 @@ from .report import RunReport
 
 
 class StepSignals:
-    """`Signals` of one chunk at one step. `grid`: frames, rows, columns of its tokens; `batch`: films, the first rows of x.
+    """`Signals` of one chunk at one step. `grid`: its frames, and height and width in tokens; `batch`: films.
 
-    `adapter` is asked only by `motion`.
+    In x the films of the first branch come first. `adapter` is asked only by `motion`.
     """
 
     def __init__(self, call: Call, batch: int, grid: tuple[int, int, int], run: RunState, report: RunReport,
@@ -36,7 +36,7 @@ class StepSignals:
         if signature == "time":
             return self.outlook.time_changes()[self.call.chunk.step]
         now, before = self.call.x[: self.batch], self.state.latent
-        self.state.latent = now
+        self.state.latent = now.clone()
         if before is None:
             return float("inf")
         return (now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)
@@ -48,13 +48,17 @@ class StepSignals:
         if picture is None:
             return torch.ones(self.grid, device=self.call.x.device)
         index = self.call.chunk.index
-        self.run.edges[index] = picture[:, :, -1]
+        self.run.keep_edge(index, picture)
         cells = frame_difference(picture, self.run.edges.get(index - 1), relative=measure == "output")
-        return pooled(cells, picture.shape[3] // self.grid[1])
+        return pooled(cells, self._patch(picture))
 
     def read(self, *numbers: Tensor) -> list[float]:
         self.report.host_syncs += 1
         return torch.stack([n.float() for n in numbers]).tolist() if len(numbers) > 1 else [float(numbers[0].item())]
+
+    def _patch(self, cells: Tensor) -> tuple[int, int]:
+        """Cells of [..., h, w] in a token."""
+        return cells.shape[-2] // self.grid[1], cells.shape[-1] // self.grid[2]
 
     def _picture(self, measure: Measure) -> Tensor | None:
         """[batch, channels, frames, h, w] of latents, or of block outputs at one cell per token."""
@@ -72,8 +76,9 @@ class StepSignals:
         if len(self.state.latest) < 2:
             return torch.ones(self.grid, device=self.call.x.device)
         before, last = self.state.latest
-        apart = torch.as_tensor(last.sigma, device=last.value.device) - before.sigma
+        sigma = last.sigma if isinstance(last.sigma, Tensor) else torch.full((), last.sigma, device=last.value.device)
+        apart = sigma - before.sigma
         rate = (last.value - before.value).float().abs() / apart.abs().clamp_min(TINY) * (apart != 0)
         if rate.ndim == 3:
             return rate.mean((0, 2)).view(self.grid)
-        return pooled(rate.mean((0, 1)), rate.shape[3] // self.grid[1])
+        return pooled(rate.mean((0, 1)), self._patch(rate))

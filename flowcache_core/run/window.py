@@ -7,18 +7,17 @@ change in every row, so nothing can be kept, and no policy decides as the run go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 
 from torch import Tensor
 
 from ..kv.cache import Branches
-from ..models.adapter import ModelAdapter
+from ..models.adapter import ModelAdapter, require_whole
 from ..policies.planned import foretell
 from ..policies.protocol import CachePolicy, WindowPolicy
 from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan, row_frames
-from ..sampling.schedule import Row, Window
+from ..sampling.schedule import Window
 from .report import RunReport
 
 
@@ -32,13 +31,13 @@ class WindowSession:
     def __init__(self, adapter: ModelAdapter, windows: Sequence[Window], grid: tuple[int, int], fps: int = 24,
                  policy: CachePolicy | None = None) -> None:  # fmt: skip
         last = windows[-1]
-        self.adapter, self.fps, self.windows = adapter, fps, windows
+        self.adapter, self.fps, self.windows = require_whole(adapter), fps, windows
         self.report = RunReport(last.index + last.schedule.chunks, last.schedule.steps)
         self._policy = require_whole_rows(policy)
         self._schedules = [window.schedule for window in windows]
         frame_tokens = adapter.tokens_per_frame(*grid)
         self._rows = {
-            (row.active[0].index + window.index, row.active[0].step): (_over_film(row, window), row_frames(window.schedule, row) * frame_tokens)
+            (row.active[0].index + window.index, row.active[0].step): (window.over_film(row), row_frames(window.schedule, row) * frame_tokens)
             for window in windows
             for row in window.schedule.rows
         }
@@ -69,7 +68,7 @@ class WindowSession:
         return self.plans
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:
-        """The sampler tells, after a step, which clean latents it now predicts for a chunk, or that the plan skips the chunk's row."""
+        """After every step: the clean latents now predicted for a chunk, or None where the plan skips the chunk's row."""
         row = self._rows.get((chunk.index, chunk.step))
         if row is not None:
             self.report.whole_row(*row, computed=clean is not None)
@@ -83,7 +82,7 @@ class WindowSession:
         """Velocity of a window. x: [len(branches) * batch, C, F, h, w]; sigmas: the noise level of every latent frame."""
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
-        with self.report.clock("network", x.device):
+        with self.report.clock.measure("network", x.device):
             return self.adapter.whole(x, sigmas, self._text[branches], self.fps)
 
 
@@ -92,10 +91,6 @@ def require_whole_rows(policy: CachePolicy | None) -> WindowPolicy | None:
     if policy is None or isinstance(policy, WindowPolicy):
         return policy
     raise ValueError(
-        f"the policy {policy.name} decides for every chunk by itself, but where every frame sees every other a row is computed whole or not at all: "
+        f"{policy.title} decides for every chunk by itself, but where every frame sees every other a row is computed whole or not at all: "
         "use a plan, or block-causal attention"
     )
-
-
-def _over_film(row: Row, window: Window) -> Row:
-    return replace(row, active=tuple(replace(one, index=one.index + window.index, start=one.start + window.start) for one in row.active))

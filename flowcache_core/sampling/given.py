@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
+from .noise import TRAIN_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,16 @@ class GivenNoise:
         """The random numbers of one run."""
         return torch.Generator().manual_seed((self.seed + 1) % 2**63)
 
+    def rng(self, index: int) -> torch.Generator:
+        """The random numbers of one chunk, for solvers that add noise: they depend on no other chunk."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + index + 2) % 2**63)
+
     def show(self, given: Tensor, rng: torch.Generator) -> Tensor:
         """(1 - sigma) * given + sigma * fresh noise; latents of any shape."""
         if not self.level:
             return given
-        return (1 - self.sigma) * given + self.sigma * torch.randn(given.shape, generator=rng).to(given)
+        fresh = torch.randn(given.shape, generator=rng, pin_memory=given.is_cuda).to(given, non_blocking=True)
+        return (1 - self.sigma) * given + self.sigma * fresh
 
 
 CLEAN = GivenNoise()

@@ -1,10 +1,11 @@
-"""The loop over rows and chunks. It knows neither networks nor policies: `predict` returns the velocity of one chunk."""
+"""The loop over rows and chunks. It knows neither networks nor policies, only the run: a `Denoiser`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,58 +15,71 @@ from .given import CLEAN, GivenNoise
 from .plan import Plan
 from .schedule import ChunkSchedule, Row, Window
 from .solvers import Solver
-from .walk import Choose, Walk, walks
-
-Predict = Callable[[Tensor, Chunk], Tensor]
-"""(latents of the chunk [B, C, F, h, w], chunk) -> velocity, same shape; in the commit pass the result is not used."""
-OnStep = Callable[[Chunk, Tensor | None, Tensor], None]
-"""(chunk, predicted clean latents of the chunk or None where its step was skipped, latents of the whole film) after every step."""
-
-MakePlan = Callable[[float], Plan]
-"""Seconds that a latent frame takes, on average over the uncached run -> a plan, where the plan depends on that."""
-MakePlans = Callable[[float], Sequence[Plan]]
-"""The same -> one plan for each window."""
+from .walk import Walk, walks
 
 
-def sample_chunks(predict: Predict, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  commit: Callable[[Chunk], None] = lambda chunk: None, on_step: OnStep | None = None,
-                  given: GivenNoise = CLEAN, plan: Plan | MakePlan | None = None, choose: Choose | None = None) -> Tensor:  # fmt: skip
-    """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the `plan` (None: all).
+class Denoiser(Protocol):
+    """The run as the loop over chunks sees it."""
 
-    At the steps that the plan computes in part, `choose` is asked for the latent cells before `predict` is, whose velocity then
-    counts at these cells alone; the others wait (`walk.py`).
+    @property
+    def plan(self) -> Plan | None:
+        """Which steps are computed; None where that depends on a timing: then `settle` is asked right before the rows."""
+        ...
 
-    A finished chunk that later chunks look back on is passed through the network once more, clean (sigma 0), so that
+    def settle(self, frame_s: float) -> Plan:
+        """`frame_s`: seconds that a latent frame takes, on average over the uncached run."""
+        ...
+
+    def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Latents of the chunk [B, C, F, h, w] -> velocity, same shape; in the commit pass the result is not used."""
+        ...
+
+    def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
+        """Which latent cells are computed at a step that the plan computes in part, before `predict` is asked: as in `walk.Choose`."""
+        ...
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        """After every step: the clean latents predicted for the chunk, or None where its step was skipped; latents of the whole film."""
+        ...
+
+    def commit(self, chunk: Chunk) -> None:
+        """The chunk is finished, and its clean latents were shown to the network where later chunks look back on them."""
+        ...
+
+
+def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
+                  given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+    """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the plan.
+
+    At the steps that the plan computes in part, velocity counts at the chosen cells alone; the others wait (`walk.py`).
+
+    A finished chunk that later chunks look back on is passed through the network once more, clean, so that
     its keys and values are those of the finished latent; with that, skipping idle chunks is exact. The frames of the
     schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
-    shown the prefix once, as `given` has it. A plan that is made from a timing is asked for right before the rows.
+    shown the prefix once, as `given` has it.
     """
     x, levels, rng = noise.clone(), tuple(sigmas), given.start()
     for index in range(schedule.given):
         before = schedule.at(index, schedule.steps)
-        predict(given.show(_part(x, before), rng), before)
-        commit(before)
-    if not isinstance(plan, Plan):
-        plan = plan(frame_seconds(schedule, lambda chunk: predict(_part(x, chunk), chunk), x.device)) if plan else Plan.full(schedule)
-    if choose is None and any(plan.partial):
-        raise ValueError("the plan computes some steps in part, and nothing chooses the part: hand over Session.choose")
-    on_way = walks(schedule, plan, levels, solver)
+        run.predict(given.show(_part(x, before), rng), before)
+        run.commit(before)
+    plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
+    on_way = walks(schedule, plan, levels, solver, given.rng)
     for row in schedule.rows:
         for chunk in row.active:
             clean = None
             if plan.computes(chunk):
                 walk = on_way[chunk.index]
-                chosen = choose(chunk, walk.rate(chunk.step)) if choose and plan.computes_part(chunk) else None
+                chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
                 arrived = _arrive(x, chunk, walk)
-                clean = _move(x, chunk, arrived, predict(arrived, chunk), walk, chosen)
-            if on_step:
-                on_step(chunk, clean, x)
+                clean = _move(x, chunk, arrived, run.predict(arrived, chunk), walk, chosen)
+            run.note(chunk, clean, x)
         for chunk in row.active:
             if chunk.step != chunk.steps - 1:
                 continue
             if chunk.index < schedule.chunks - 1:
-                predict(_part(x, chunk), replace(chunk, step=chunk.steps))
-            commit(chunk)
+                run.predict(_part(x, chunk), replace(chunk, step=chunk.steps))
+            run.commit(chunk)
             del on_way[chunk.index]
     return x
 
@@ -127,10 +141,29 @@ def _move(x: Tensor, chunk: Chunk, arrived: Tensor, velocity: Tensor, walk: Walk
 
 PredictWindow = Callable[[Tensor, tuple[float, ...], Row], Tensor]
 """(latents of the window [B, C, F, h, w], noise level of every frame, row) -> velocity, same shape."""
+Note = Callable[[Chunk, Tensor | None, Tensor], None]
+"""As `Denoiser.note`."""
+
+
+class WindowDenoiser(Protocol):
+    """The run as the loop over bidirectional windows sees it; chunks are numbered over the film."""
+
+    @property
+    def plans(self) -> Sequence[Plan] | None:
+        """One for each window; None where they depend on a timing."""
+        ...
+
+    def settle(self, frame_s: float) -> Sequence[Plan]: ...
+
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
+        """As `PredictWindow`; x holds the frames of one window."""
+        ...
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
 
 
 def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  on_step: OnStep | None = None, given: GivenNoise = CLEAN, rng: torch.Generator | None = None,
+                  note: Note = lambda chunk, clean, film: None, given: GivenNoise = CLEAN, rng: torch.Generator | None = None,
                   plan: Plan | None = None) -> Tensor:  # fmt: skip
     """The upstream way: every row of the `plan` (None: all) runs all chunks of the window, begun or not, and moves the active ones.
 
@@ -139,21 +172,19 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
     """
     x, levels, rng = noise.clone(), tuple(sigmas), rng or given.start()
     plan = plan or Plan.full(schedule, together=True)
-    on_way, level_of = walks(schedule, plan, levels, solver), (levels[0], *levels)
+    on_way, level_of = walks(schedule, plan, levels, solver, given.rng), (levels[0], *levels)
     for row in schedule.rows:
         computed = [chunk for chunk in row.active if plan.computes(chunk)]
         if not computed:
             for chunk in row.active:
-                if on_step:
-                    on_step(chunk, None, x)
+                note(chunk, None, x)
             continue
         begin = schedule.span(row.first)[0]
         velocity = predict(*_window(x, schedule, row, level_of, given, rng), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
             clean = _move(x, chunk, _part(x, chunk), mine, on_way[chunk.index]) if plan.computes(chunk) else None
-            if on_step:
-                on_step(chunk, clean, x)
+            note(chunk, clean, x)
     return x
 
 
@@ -174,34 +205,28 @@ def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float,
     return seen, tuple(per_frame)
 
 
-def sample_windows(predict: PredictWindow, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
-                   on_step: OnStep | None = None, given: GivenNoise = CLEAN, plans: Sequence[Plan] | MakePlans = ()) -> Tensor:  # fmt: skip
-    """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before.
-
-    `plans`: one per window; () computes every row. `predict` sees a window's frames alone; the chunks that `predict` and `on_step`
-    are told of are numbered over the film.
-    """
+def sample_windows(run: WindowDenoiser, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
+                   given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+    """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before."""
     film, rng = noise.clone(), given.start()
-    if callable(plans):
-        window, levels = windows[0], tuple(sigmas)
-        row, part = window.schedule.rows[0], film[:, :, window.start : window.end]
-        seen, per_frame = _window(part, window.schedule, row, (levels[0], *levels), given, given.start())
-        predict(seen, per_frame, row)
-        plans = plans(seconds_of(lambda chunk: predict(seen, per_frame, row), row.active[0], film.device) / seen.shape[2])
-    each = plans or (None,) * len(windows)
-    for window, plan in zip(windows, each, strict=True):
+    plans = run.plans or run.settle(_window_seconds(run, film, windows[0], tuple(sigmas), given))
+    for window, plan in zip(windows, plans, strict=True):
 
-        def whole(chunk: Chunk, window: Window = window) -> Chunk:
-            return replace(chunk, index=chunk.index + window.index, start=chunk.start + window.start)
+        def predict(part: Tensor, levels: tuple[float, ...], row: Row, window: Window = window) -> Tensor:
+            return run.predict(part, levels, window.over_film(row))
 
-        def told(part: Tensor, levels: tuple[float, ...], row: Row, whole: Callable[[Chunk], Chunk] = whole) -> Tensor:
-            return predict(part, levels, replace(row, active=tuple(whole(chunk) for chunk in row.active)))
-
-        def shown(chunk: Chunk, clean: Tensor | None, x: Tensor, window: Window = window, whole: Callable[[Chunk], Chunk] = whole) -> None:
+        def note(chunk: Chunk, clean: Tensor | None, x: Tensor, window: Window = window) -> None:
             film[:, :, window.start : window.end] = x
-            if on_step:
-                on_step(whole(chunk), clean, film)
+            run.note(window.in_film(chunk), clean, film)
 
         part = film[:, :, window.start : window.end]
-        film[:, :, window.start : window.end] = sample_window(told, part, window.schedule, sigmas, solver, shown, given, rng, plan)
+        film[:, :, window.start : window.end] = sample_window(predict, part, window.schedule, sigmas, solver, note, given, rng, plan)
     return film
+
+
+def _window_seconds(run: WindowDenoiser, film: Tensor, window: Window, levels: tuple[float, ...], given: GivenNoise) -> float:
+    """Seconds that a latent frame takes in the first window's first row, by one warm-up and one timed evaluation."""
+    row = window.schedule.rows[0]
+    seen, per_frame = _window(film[:, :, window.start : window.end], window.schedule, row, (levels[0], *levels), given, given.start())
+    run.predict(seen, per_frame, row)
+    return seconds_of(lambda chunk: run.predict(seen, per_frame, row), row.active[0], film.device) / seen.shape[2]

@@ -1,46 +1,25 @@
 """What is denoised when: pure data, no tensors of the video.
 
-`flow_sigmas` is the noise schedule of one chunk; `ChunkSchedule` staggers the chunks of a film over the rows of the
-sampling loop, as the asynchronous generator of SkyReels-V2 does (report section 3.3): chunk k starts `ar_step` rows
-after chunk k-1. `ar_step` 0 moves all chunks together; `ar_step` >= steps finishes each before the next begins.
+`ChunkSchedule` staggers the chunks of a film over the rows of the sampling loop, as the asynchronous generator of SkyReels-V2
+does (report section 3.3): chunk k starts `ar_step` rows after chunk k-1. `ar_step` 0 moves all chunks together; `ar_step` >= steps
+finishes each before the next begins.
 `plan_windows` cuts a film that is longer than the trained horizon into overlapping windows, each with a schedule of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 from .chunk import Chunk
-
-TRAIN_STEPS = 1000
-
-
-def flow_sigmas(steps: int, shift: float = 8.0, denoise: float = 1.0) -> tuple[float, ...]:
-    """`steps` + 1 noise levels from just below 1 down to 0, shifted as s * x / (1 + (s - 1) * x).
-
-    `denoise` < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's schedulers do: a given film is then
-    changed only so far.
-    """
-    if steps < 1:
-        raise ValueError(f"{steps} steps were asked for: at least 1 is needed (50 is the published setting)")
-    if not 0 < denoise <= 1:
-        raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
-    total, first = int(steps / denoise), 1 - 1 / TRAIN_STEPS
-    levels = (first * (1 - i / total) for i in range(total - steps, total))
-    return (*(shift * x / (1 + (shift - 1) * x) for x in levels), 0.0)
-
-
-def timestep(sigma: float) -> int:
-    """The integer timestep 0..999 that the network is given for a noise level; truncated, as upstream does."""
-    return int(TRAIN_STEPS * sigma)
+from .frames import FOUR_N_PLUS_1, Frames
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One turn of the loop. `active`: the chunks that move a step, in order; `first`..`last` (exclusive): the window."""
+    """One iteration of the sampling loop. `active`: the chunks that move a step, in order; `first`..`last` (exclusive): the window."""
 
     active: tuple[Chunk, ...]
     first: int
@@ -70,6 +49,8 @@ class ChunkSchedule:
     window: int | None = None
     prefix: int = 0
     suffix: int = 0
+    pixels: Frames = FOUR_N_PLUS_1
+    """For messages."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.chunk_frames < 1:
@@ -90,7 +71,7 @@ class ChunkSchedule:
         if self.prefix > self.horizon:
             raise ValueError(
                 f"{self.prefix} latent frames are given at the start, but the window holds {self.horizon}: "
-                f"give at most the last {self.horizon} ({4 * self.horizon - 3} frames of the clip)"
+                f"give at most the last {self.horizon} ({self.pixels.pixel(self.horizon)} frames of the clip)"
             )
         todo = self.chunks - self.given
         if todo > self.reach and self.ar_step * self.reach < self.steps and self.ar_step < self.steps:
@@ -125,7 +106,7 @@ class ChunkSchedule:
         return self._spans[index]
 
     def oldest(self, index: int) -> int:
-        """The first chunk that a chunk sees: all that lies within the horizon, in whole chunks."""
+        """The first chunk that a chunk sees: all that is within the horizon, in whole chunks."""
         end = sum(self.span(index))
         return next(k for k in range(index + 1) if k == index or end - self.span(k)[0] <= self.horizon)
 
@@ -179,9 +160,17 @@ class Window:
     def end(self) -> int:
         return self.start + self.schedule.frames
 
+    def in_film(self, chunk: Chunk) -> Chunk:
+        """A chunk of the window, numbered and placed as one of the film."""
+        return replace(chunk, index=chunk.index + self.index, start=chunk.start + self.start)
+
+    def over_film(self, row: Row) -> Row:
+        """The same for the active chunks of a row."""
+        return replace(row, active=tuple(self.in_film(chunk) for chunk in row.active))
+
 
 def plan_windows(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
-                 prefix: int = 0, suffix: int = 0) -> tuple[Window, ...]:  # fmt: skip
+                 prefix: int = 0, suffix: int = 0, pixels: Frames = FOUR_N_PLUS_1) -> tuple[Window, ...]:  # fmt: skip
     """A film of `frames` latent frames as windows of `length`, each beginning with the last `overlap` frames of the one before it.
 
     This is how SkyReels-V2 makes films longer than it was trained for (97 frames = 25 latent frames, overlap 17 = 5): the
@@ -196,7 +185,7 @@ def plan_windows(frames: int, chunk_frames: int, steps: int, ar_step: int, lengt
     if frames > length and prefix >= length - suffix:
         raise ValueError(
             f"{prefix} latent frames are given at the start, but a window holds {length}: give at most the last {length - suffix - 1} "
-            f"({4 * (length - suffix) - 7} frames of the clip; 17 is the published overlap)"
+            f"({pixels.pixel(length - suffix - 1)} frames of the clip; 17 is the published overlap)"
         )
     out: list[Window] = []
     start, given, total = 0, prefix, 0
@@ -204,16 +193,9 @@ def plan_windows(frames: int, chunk_frames: int, steps: int, ar_step: int, lengt
         end = min(start + length, frames)
         if 0 < frames - end <= suffix:
             end = frames - suffix - 1
-        schedule = ChunkSchedule(end - start, chunk_frames, steps, ar_step, None, given, suffix if end == frames else 0)
+        schedule = ChunkSchedule(end - start, chunk_frames, steps, ar_step, None, given, suffix if end == frames else 0, pixels)
         out.append(Window(start, total - (schedule.given if out else 0), schedule))
         if end == frames:
             return tuple(out)
         total = out[-1].index + schedule.chunks
         start, given = end - overlap, overlap
-
-
-def nearest_frames(frames: int, chunk_frames: int, temporal: int = 4) -> tuple[int, int]:
-    """Pixel lengths around `frames` that fill whole chunks: 97 frames at chunk 4 -> (93, 109)."""
-    chunk = chunk_frames * temporal
-    below = max((frames + temporal - 1) // chunk, 1) * chunk - temporal + 1
-    return (below, below) if below == frames else (below, below + chunk)

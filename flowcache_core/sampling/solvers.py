@@ -24,7 +24,9 @@ class Solver(Protocol):
         """What integrates where a plan leaves steps out: itself, if it is right on steps of unequal length."""
         ...
 
-    def start(self) -> object: ...
+    def start(self, rng: torch.Generator) -> object:
+        """`rng`: the random numbers of the chunk, for solvers that add noise."""
+        ...
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
         """x at path.sigmas[number] -> x at path.sigmas[number + 1]; all frames of the chunk at once.
@@ -45,7 +47,7 @@ class Euler:
     def skipping(self) -> Euler:
         return self
 
-    def start(self) -> None:
+    def start(self, rng: torch.Generator) -> None:
         return None
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
@@ -79,7 +81,7 @@ class UniPC:
     def skipping(self) -> Multistep:
         return Multistep()
 
-    def start(self) -> UniPCMemory:
+    def start(self, rng: torch.Generator) -> UniPCMemory:
         return UniPCMemory()
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
@@ -156,7 +158,7 @@ class Multistep:
     def skipping(self) -> Multistep:
         return self
 
-    def start(self) -> MultistepMemory:
+    def start(self, rng: torch.Generator) -> MultistepMemory:
         return MultistepMemory()
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
@@ -199,7 +201,7 @@ def begun(x: Tensor, velocity: Tensor, number: int, path: Path) -> Tensor:
     return at / start * x + ((1 - at) - (1 - start) * at / start) * clean
 
 
-SOLVERS: tuple[type[Euler] | type[UniPC], ...] = (UniPC, Euler)
+SOLVERS: tuple[type[Solver], ...] = (UniPC, Euler)
 
 
 def solver(name: str) -> Solver:

@@ -35,22 +35,23 @@ class Walk(Protocol):
         ...
 
 
-def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver) -> dict[int, Walk]:
-    """By chunk."""
+def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver,
+          rng: Callable[[int], torch.Generator] = lambda index: torch.Generator()) -> dict[int, Walk]:  # fmt: skip
+    """By chunk. `rng`: the random numbers of a chunk."""
     out: dict[int, Walk] = {}
     for index in range(schedule.given, schedule.chunks):
         steps = plan.computed[index]
-        out[index] = CellWalk(solver.skipping.order, levels) if plan.is_partial(index) else ChunkWalk(solver, Path(levels, steps))
+        out[index] = CellWalk(solver.skipping.order, levels) if plan.is_partial(index) else ChunkWalk(solver, Path(levels, steps), rng(index))
     return out
 
 
 class ChunkWalk:
     """All cells together. The film has the chunk at the noise level of its next computed step."""
 
-    def __init__(self, solver: Solver, path: Path) -> None:
+    def __init__(self, solver: Solver, path: Path, rng: torch.Generator) -> None:
         self.path, self.number = path, 0
         self.solver = solver if path.is_whole else solver.skipping
-        self.memory = self.solver.start()
+        self.memory = self.solver.start(rng)
 
     def arrive(self, x: Tensor, step: int) -> Tensor:
         return x

@@ -26,7 +26,7 @@ def font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
-    """Rows are chunks, columns are steps: blue was computed, orange was reused or, by a plan, skipped, green was computed in part, the
+    """A line per chunk, a column per step: blue was computed, orange was reused or, by a plan, skipped, green was computed in part, the
     darker the more."""
     chunks, steps = report.map.shape
     left, top = 74, 34
@@ -55,19 +55,19 @@ def chunk_map(report: RunReport, cell: int = 14) -> Image.Image:
 def history_map(report: RunReport) -> Image.Image:
     """What a budget kept of history: above over time, below place by place at the end.
 
-    Above, rows are finished chunks and columns latent frames, the darker the more of a frame's tokens are kept. Below, each
+    Above, a line per finished chunk and a column per latent frame, the darker the more of a frame's tokens are kept. Below, each
     little picture is a latent frame, the darker a place the more layers keep it.
     """
-    if report.places is None or report.grid is None:
+    if report.history.places is None or report.grid is None:
         picture = Image.new("RGB", (460, 34), PAPER)
         ImageDraw.Draw(picture).text((10, 9), "no budget was set, or no chunk was finished: nothing was given up", INK, font(12))
         return picture
     _, rows, columns = report.grid
-    shares = np.zeros((len(report.history), len(report.history[-1])))
-    for k, frames in enumerate(report.history):
+    shares = np.zeros((len(report.history.frames), len(report.history.frames[-1])))
+    for k, frames in enumerate(report.history.frames):
         shares[k, : len(frames)] = frames / (rows * columns)
-    over_time = _over_time(shares, [len(frames) for frames in report.history])
-    at_the_end = _places(report.places.reshape(-1, rows, columns))
+    over_time = _over_time(shares, [len(frames) for frames in report.history.frames])
+    at_the_end = _places(report.history.places.reshape(-1, rows, columns))
     picture = Image.new("RGB", (max(over_time.width, at_the_end.width), over_time.height + at_the_end.height), PAPER)
     picture.paste(over_time, (0, 0))
     picture.paste(at_the_end, (0, over_time.height))
@@ -75,7 +75,7 @@ def history_map(report: RunReport) -> Image.Image:
 
 
 def _over_time(shares: np.ndarray, known: Sequence[int]) -> Image.Image:
-    """shares: [chunks, frames], 0..1; `known`: of every chunk's row the frames that were there by then."""
+    """shares: [chunks, frames], 0..1; `known`: for every chunk the frames that were there by then."""
     chunks, frames = shares.shape
     wide, high, left, top = min(max(720 // frames, 2), 16), min(max(480 // chunks, 2), 16), 74, 34
     title = f"rows: {chunks} finished chunks, columns: {frames} latent frames; the darker, the more of the frame is kept"
@@ -100,7 +100,7 @@ def _over_time(shares: np.ndarray, known: Sequence[int]) -> Image.Image:
 
 
 def _places(places: np.ndarray) -> Image.Image:
-    """places: [frames, rows, columns], the share of layers that keep each token, 0..1."""
+    """places: [frames, height, width] of tokens, the share of layers that keep each token, 0..1."""
     some = np.flatnonzero(places.any((1, 2)))
     most = some[np.argsort(-places[some].sum((1, 2)), kind="stable")[:PLACES_AT_MOST]]
     shown, rows, columns = np.sort(most), *places.shape[1:]

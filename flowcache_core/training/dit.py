@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.attention import BlockCausal, bidirectional
-from ..models.skyreels import Attend, SkyReelsConfig, SkyReelsV2
+from ..models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..models.wan_vae import SPATIAL
 from ..models.word_text import encode_prompt
-from ..sampling.schedule import TRAIN_STEPS, flow_sigmas
+from ..network import Attend
+from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
 from .scenes import make_scene, render

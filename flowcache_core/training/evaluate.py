@@ -89,7 +89,7 @@ def evaluate(bundle: Bundle, prompts: int = 50, steps: int = 50) -> dict[str, An
     """Films of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film on two cores."""
     film_of, truth, other = Tally(), Tally(), Tally()
     vae_psnr = reconstruction(WanVAE.from_state_dict({k: v.float() for k, v in read(VAE)[0].items()}))
-    chunk_pixels = 4 * bundle.chunk_frames
+    chunk_pixels = 4 * bundle.layout.chunk_frames
     for i in tqdm(range(prompts), unit="film"):
         scene = make_scene(HELD_OUT + 1000 + i)
         latents, _ = generate(bundle, Job(scene.caption, steps=steps, seed=i))

@@ -25,11 +25,8 @@ from ..device import fast_dtype
 from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
 from ..models import bundle
 from ..models.bundle import Bundle
-from ..models.checkpoint import load_skyreels_file, skyreels_config
-from ..models.key_names import original_names
-from ..models.quantised import MARKER
+from ..models.checkpoint import load_network_file, recognise
 from ..models.shards import open_checkpoint
-from ..models.skyreels import SkyReelsV2
 from ..models.wan_vae import WanVAE
 from ..run.generate import Job
 from .dit import FRAMES, SIZE
@@ -216,8 +213,8 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
     if not args.prompts:
         raise ValueError("a checkpoint makes its clips itself and has to be told of what: give a file with one prompt a line (--prompts)")
     prompts, checkpoint = _lines(args.prompts), open_checkpoint(args.model)
-    names = original_names(checkpoint.slots, (MARKER,))
-    config = skyreels_config({names[key]: slot for key, slot in checkpoint.slots.items() if key in names}, checkpoint.name)
+    found = recognise(checkpoint.slots, checkpoint.name, checkpoint.metadata)
+    family, config = found.family, found.config
     if config.text_dim == UMT5_WIDTH and not args.embeddings:
         raise ValueError(
             f"{checkpoint.name} reads the {UMT5_WIDTH} channels of umT5, which is not at hand here: encode the lines of {args.prompts.name} and the "
@@ -225,14 +222,15 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
             "empty key"
         )
     with torch.device("meta"):
-        empty, no_vae = SkyReelsV2(config), WanVAE(1)
-    model = Bundle(empty, no_vae, args.chunk_frames, args.window)
+        empty, no_vae = family.network(config), WanVAE(1)
+    layout = replace(family.layout, chunk_frames=args.chunk_frames, window=args.window)
+    model = Bundle(family, empty, no_vae, layout)
     if args.embeddings:
-        model = Spoken(empty, no_vae, args.chunk_frames, args.window, read_embeddings(args.embeddings, prompts, config.text_dim))
+        model = Spoken(family, empty, no_vae, layout, read_embeddings(args.embeddings, prompts, config.text_dim))
     job = Job("", frames=args.frames or 97, size=args.size or 544, steps=args.sample_steps, cfg=args.cfg or 6.0)
     check_job(job, model)
     Sampled(model, prompts, job)
-    network = load_skyreels_file(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    network = load_network_file(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     model = replace(model, network=network)
     return Subject(model, checkpoint.name, checkpoint.files, Sampled(model, prompts, job), job)
 
@@ -255,7 +253,8 @@ def run(args: argparse.Namespace) -> None:
     held_out = max(2, args.clips // HELD_OUT_SHARE)
     sha = fingerprint(it.files)
     begin(args.work, {
-        "model": it.name, "sha256": sha, "clips": args.clips, "steps": args.steps, "tokens": args.tokens, "chunk_frames": it.model.chunk_frames,
+        "model": it.name, "sha256": sha, "clips": args.clips, "steps": args.steps, "tokens": args.tokens,
+        "chunk_frames": it.model.layout.chunk_frames,
         "prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest() if args.prompts else "", "job": asdict(it.job), "head": FIXED,
     })  # fmt: skip
 
@@ -263,7 +262,9 @@ def run(args: argparse.Namespace) -> None:
     store.fill(it.model, it.source, it.job.fps, args.tokens)
     teacher = f"{it.name}, bidirectional, noise levels {', '.join(map(str, LEVELS))}"
     licence = args.licence or ("Apache-2.0" if args.model == "bundled" else "that of the base model")
-    info = HeadInfo(config.layers, config.dim, max(1, config.dim // NARROWING), it.model.chunk_frames, it.name, sha, teacher, args.clips, licence)
+    info = HeadInfo(
+        config.layers, config.dim, max(1, config.dim // NARROWING), it.model.layout.chunk_frames, it.name, sha, teacher, args.clips, licence
+    )
     head = train(args.work, info, store.train, args.steps, device)
     head.save(out)
     print(f"attention from later chunks, foretold on {held_out} held-out clips (by chance: 0, 0 and 0.25)")

@@ -22,7 +22,7 @@ from ..models.shards import read
 from ..models.skyreels import PATCH, SkyReelsV2
 from ..models.wan_vae import latent_frames
 from ..run.generate import Job, generate
-from ..sampling.schedule import timestep
+from ..sampling.noise import timestep
 from .salience_targets import Student, Teacher, counted
 from .scenes import HELD_OUT, make_scene, render
 
@@ -151,7 +151,7 @@ class Spoken(Bundle):
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def text(self, prompt: str) -> Tensor:
-        return self.embeddings[prompt][None].to(self.network.patch_embedding.weight)
+        return self.embeddings[prompt][None].to(self.like)
 
 
 def read_embeddings(path: Path, prompts: Sequence[str], width: int) -> dict[str, Tensor]:
@@ -172,14 +172,14 @@ def read_embeddings(path: Path, prompts: Sequence[str], width: int) -> dict[str,
 def check_job(job: Job, model: Bundle) -> None:
     """Raises ValueError, before anything runs, for films that cannot be made or in which no chunk has a later one."""
     job.schedule(model)
-    frames, least = latent_frames(job.frames), model.chunk_frames + 1
+    frames, least = latent_frames(job.frames), model.layout.chunk_frames + 1
     if frames < least:
         raise ValueError(
-            f"clips of {job.frames} frames are one chunk of at most {model.chunk_frames} latent frames, so no token has later ones: "
+            f"clips of {job.frames} frames are one chunk of at most {model.layout.chunk_frames} latent frames, so no token has later ones: "
             f"use at least {4 * least - 3} frames"
         )
-    if frames > model.chunk_frames * model.window:
-        longest = 4 * model.chunk_frames * model.window - 3
+    if frames > model.layout.chunk_frames * model.layout.window:
+        longest = 4 * model.layout.chunk_frames * model.layout.window - 3
         raise ValueError(f"clips of {job.frames} frames are longer than the {longest} that the model can look at together: use at most {longest}")
 
 
@@ -202,5 +202,5 @@ class ClipStore:
                     continue
                 latents, prompt = source(index, held_out)
                 text = model.text("" if index % 8 in UNPROMPTED else prompt)
-                measure(model.network, latents, text, model.chunk_frames, fps, index + HELD_OUT * held_out, keep).save(path)
+                measure(model.network, latents, text, model.layout.chunk_frames, fps, index + HELD_OUT * held_out, keep).save(path)
                 bar.update()

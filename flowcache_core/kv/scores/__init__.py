@@ -1,4 +1,4 @@
-"""Scores that say which rows of the KV cache are kept. To add one: a file with a frozen dataclass that has `score`, and its name in KV_POLICIES."""
+"""Scores that say which slots of the KV cache are kept. To add one: a file with a frozen dataclass that has `score`, and its name in KV_POLICIES."""
 
 from ..policy import KVPolicy
 from .even import Even

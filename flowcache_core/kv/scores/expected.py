@@ -1,4 +1,4 @@
-"""Expected attention (arXiv 2510.00636): how much attention the queries of the next frames are likely to give a row.
+"""Expected attention (arXiv 2510.00636): how much attention the queries of the next frames are likely to give a token.
 
 Before they are turned by their position, the queries of a layer keep nearly the same distribution along a film (Future
 Forcing, arXiv 2605.30083). With its mean mu and covariance Sigma, and R the mean of the rotations of the positions to come,
@@ -30,14 +30,14 @@ NUMBERS_AT_MOST = 2**25
 
 
 class QueryMoments:
-    """Mean [R, H, D] and covariance [R, H, D, D], both float32, of all unturned queries of a layer so far."""
+    """Mean [B, H, D] and covariance [B, H, D, D], both float32, of all unturned queries of a layer so far."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean, self.covariance = torch.zeros(()), torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        """float32 [R, H, Q, D]."""
+        """float32 [B, H, Q, D]."""
         n, mean = x.shape[2], x.mean(2)
         apart = x - mean.unsqueeze(2)
         covariance = apart.mT @ apart / n
@@ -62,7 +62,7 @@ class ExpectedAttention:
 
     def holds(self, sizes: KVSizes, branches: int) -> int:
         moments = sizes.head_dim * (sizes.head_dim + 1)
-        return branches * sizes.films * sizes.layers * sizes.heads * moments * torch.float32.itemsize
+        return branches * sizes.films * sizes.layers * sizes.heads * sizes.group * moments * torch.float32.itemsize
 
     def score(self, view: KVView) -> Tensor:
         frames, first = view.new // view.frame_tokens, view.tokens[:1, -view.new] // view.frame_tokens
@@ -86,7 +86,7 @@ class ExpectedAttention:
 def expected(k: Tensor, mean: Tensor, covariance: Tensor, at_most: int = NUMBERS_AT_MOST) -> Tensor:
     """softmax_j(mean . k_j / sqrt(D) + k_j^T covariance k_j / 2D), then the mean over the query heads that share a key head.
 
-    [R, H, N, D], [R, G * H, D], [R, G * H, D, D] -> float32 [R, H, N].
+    [B, H, N, D], [B, G * H, D], [B, G * H, D, D] -> float32 [B, H, N].
     """
     batch, heads, _, d = k.shape
     mean, covariance = mean.unflatten(1, (heads, -1)), covariance.unflatten(1, (heads, -1))

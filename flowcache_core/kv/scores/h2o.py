@@ -1,6 +1,6 @@
-"""H2O (arXiv 2306.14048): heavy hitters, the rows that all queries so far have given the most attention.
+"""H2O (arXiv 2306.14048): heavy hitters, the tokens that all queries so far have given the most attention.
 
-A running sum: what a row was given in earlier chunks comes back with it and grows.
+A running sum: what a token was given in earlier chunks stays with its slot and grows.
 """
 
 from __future__ import annotations

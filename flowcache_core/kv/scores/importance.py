@@ -1,8 +1,8 @@
 """FlowCache's score (ICLR 2026, KV compression): what is looked at and does not repeat others is kept.
 
-score = lam * importance - (1 - lam) * redundancy. Importance is the attention that a chunk's queries give a row, softmaxed
-over the rows that are clean, then the largest among its neighbours. Redundancy is the mean cosine to the other keys,
-softmaxed over the rows. Both are about 1 / N: in fewer bits than float32 most scores would be equal.
+score = lam * importance - (1 - lam) * redundancy. Importance is the attention that a chunk's queries give a token, softmaxed
+over the slots that are clean, then the largest among its neighbours. Redundancy is the mean cosine to the other keys,
+softmaxed over the slots. Both are about 1 / N: in fewer bits than float32 most scores would be equal.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class ImportanceRedundancy:
 
 
 def importance(view: KVView, last: int, kernel: int) -> Tensor:
-    """float32 [R, H, N]: the mean attention of the last queries, then the largest of `kernel` rows around each.
+    """float32 [B, H, N]: the mean attention of the last queries, then the largest of `kernel` slots around each.
 
-    Neighbours are neighbours in order, also across the ends of lines and frames and across gaps. Of the query heads that
+    Neighbours are neighbours in order, also across the edges of frames and across gaps. Of the query heads that
     share a key head the largest logit counts.
     """
     queries = view.queries[:, :, -last:]
@@ -58,6 +58,6 @@ def importance(view: KVView, last: int, kernel: int) -> Tensor:
 
 
 def require_odd(kernel: int) -> None:
-    """Raises ValueError where a row would not lie in the middle of the rows around it."""
+    """Raises ValueError where a slot would not lie in the middle of those around it."""
     if kernel % 2 == 0:
         raise ValueError(f"kernel is {kernel}: a token is in the middle of an odd number only, use {kernel - 1} or {kernel + 1}")

@@ -1,6 +1,6 @@
-"""R-KV (arXiv 2505.24133): importance against redundancy, where of rows that repeat each other the newest is spared.
+"""R-KV (arXiv 2505.24133): importance against redundancy, where of keys that repeat each other the newest is spared.
 
-For every row the newest other row that resembles it (cosine above 0.5) is not held against that one. A row that nothing
+For every key the newest other key that resembles it (cosine above 0.5) is not held against that one. A key that nothing
 resembles spares none. The published code takes the logits of all queries of a window of 8 and compares keys pair by pair;
 so does this, in blocks.
 """

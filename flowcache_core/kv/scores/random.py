@@ -1,6 +1,6 @@
 """Chance: what any other score has to beat.
 
-A row's number is a hash of its token, so it is the same whenever it is asked for and whichever rows lie beside it.
+A slot's number is a hash of its token, so it is the same whenever it is asked for and whichever slots lie beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Random:
 
     name: ClassVar[str] = "random"
 
-    seed: int = setting(0, "Another seed keeps other rows.", low=0, high=2**31 - 1)
+    seed: int = setting(0, "Another seed keeps other tokens.", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -35,7 +35,7 @@ LOW, SAME, UP = range(3)
 FIXED = {"format": FORMAT, "out": ",".join(OUT), "act": "gelu", "tap": "self_attn_input_t0", "place": "chunk-dct8", "target_stat": "max"}
 """What every file of this format says of itself."""
 WAVES = 8
-"""Cosines that tell a head the frame of a token in its chunk; as many for its row, and for its column."""
+"""Cosines that tell a head the frame of a token in its chunk; as many for its place along the height, and along the width."""
 NARROWING = 8
 """A head is as many times narrower inside than the layer."""
 EPS = 1e-6
@@ -110,14 +110,14 @@ class LayerHead(nn.Module):
 
 
 def places(tokens: Tensor, frames: Tensor | int, grid: tuple[int, int]) -> Tensor:
-    """Cosines of frame, row and column of tokens, float32 [T, 3 WAVES].
+    """Cosines of where tokens lie in time, height and width, float32 [T, 3 WAVES].
 
     tokens: int64 [T], each counted from the start of its chunk of `frames` latent frames (one number, or one per token) of
-    `grid` rows and columns.
+    `grid`, height and width in tokens.
     """
-    rows, columns = grid
-    frame, place = tokens // (rows * columns), tokens % (rows * columns)
-    along = torch.stack([(frame + 0.5) / frames, (place // columns + 0.5) / rows, (place % columns + 0.5) / columns], -1)
+    height, width = grid
+    frame, place = tokens // (height * width), tokens % (height * width)
+    along = torch.stack([(frame + 0.5) / frames, (place // width + 0.5) / height, (place % width + 0.5) / width], -1)
     wave = torch.arange(1, WAVES + 1, device=tokens.device) * math.pi
     return (along[..., None] * wave).cos().flatten(1)
 
@@ -143,7 +143,7 @@ class SalienceHead(nn.Module):
 
     def on(self, device: torch.device) -> SalienceHead:
         """Itself where it is, a copy elsewhere."""
-        return self if self.layer(0).target_mean.device == device else copy.deepcopy(self).to(device)
+        return self if self.layer(0).target_mean.device == device else copy.deepcopy(self).to(device, non_blocking=True)
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, in float32."""
@@ -225,7 +225,7 @@ class Salience:
         return head_at(self.path).bytes
 
     def score(self, view: KVView) -> Tensor:
-        """-> float32 [R, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
+        """-> float32 [B, 1, N]: what older tokens were scored when they were new, and the head's word on the new ones."""
         head = view.shared.of(SalienceHead, lambda: head_at(self.path).on(view.hidden.device)).layer(view.layer)
         place = places(torch.arange(view.new, device=view.hidden.device), view.new // view.frame_tokens, view.grid)
         low, same, up = head(view.hidden, place).unbind(-1)

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): the attention that the last tokens give a row, averaged over its neighbours."""
+"""SnapKV (arXiv 2404.14469): the attention that the last tokens give another one, averaged over its neighbours."""
 
 from __future__ import annotations
 

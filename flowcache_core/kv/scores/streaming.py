@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): the newest rows are kept, beside the first ones, which the budget protects."""
+"""StreamingLLM (arXiv 2309.17453): the newest tokens are kept, beside the first ones, which the budget protects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..policy import KVView
 
 @dataclass(frozen=True)
 class StreamingLLM:
-    """Sink and recent: a row's score is minus its age in tokens. It has no settings."""
+    """Sink and recent: a token's score is minus its age in tokens. It has no settings."""
 
     name: ClassVar[str] = "sink-recent"
 

@@ -1,0 +1,117 @@
+"""All that is particular to one kind of model, as one frozen value. Loader, host, nodes, bundle, demo and benches read nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..sampling.frames import Frames
+from ..sampling.guidance import Guidance
+from ..sampling.noise import Noise
+from .adapter import ModelAdapter
+
+AUTO = "auto"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class NetworkConfig(Protocol):
+    """Sizes of a network, read from the shapes of a checkpoint."""
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        ...
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of the text embeddings that it takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLayout:
+    """How a model was trained: latent frames per chunk, chunks it can look at together, frames per second, attention.
+
+    `causal`: trained with block-causal attention too; without it, only with attention over the whole window.
+    """
+
+    chunk_frames: int
+    window: int
+    fps: int = 24
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Of what a film is made: `channels` per cell; pixels along the side of a cell, and cells along the side of a token."""
+
+    channels: int
+    spatial: int
+    patch: int
+    host_format: str
+    """The class of comfy.latent_formats."""
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture divide by."""
+        return self.spatial * self.patch
+
+
+@dataclass(frozen=True, slots=True)
+class Bundled:
+    """A tiny model of the family that comes with the pack: names of its files in `models/weights`, how its parts are made."""
+
+    name: str
+    vae: str
+    load_vae: Callable[[dict[str, Tensor]], nn.Module]
+    encode: Callable[[str, int], Tensor]
+    """(prompt, channels) -> [1, words, channels]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`name` is also what a file's metadata may say under "architecture"; `title` is what people read."""
+
+    name: str
+    title: str
+    network: Callable[..., nn.Module]
+    """A class: (config, operations, device, dtype) -> network, whose parameters have the names of the released checkpoints."""
+    adapter: Callable[[Any, torch.dtype | None], ModelAdapter]
+    """(network, dtype of computation or None for that of the weights) -> adapter."""
+    original_names: Callable[[Iterable[str], Iterable[str]], dict[str, str]]
+    """(keys of a file, keys that stand outside every wrapper) -> key to its name in the released checkpoint; other parts left out."""
+    claims: Callable[[Shapes], bool]
+    """Whether a file with these shapes, under original names, looks like this family at all."""
+    config_of: Callable[[Shapes, str], Any]
+    """(shapes, name of the file) -> NetworkConfig. Raises ValueError unless every key and shape fits."""
+    release: Callable[[Any], str]
+    """What was published with these sizes, or the sizes."""
+    layout: ChunkLayout
+    """Of the released models; a file of ours says its own in the metadata."""
+    frames: Frames
+    latents: Latents
+    noise: Noise
+    guidance: Guidance
+    rates: Sequence[int]
+    """Frames per second that the network can be told."""
+    hears_rate: Callable[[Any], bool]
+    """Whether a network of this config is told the frame rate at all."""
+    bundled: Bundled | None = None
+
+    def require_rate(self, fps: int) -> int:
+        """Raises ValueError for a frame rate that the family has not learnt."""
+        if fps not in self.rates:
+            raise ValueError(
+                f"{fps} frames per second were asked for: the network has learnt {' and '.join(map(str, self.rates))}, choose one of them"
+            )
+        return fps
+
+    def layout_of(self, metadata: Mapping[str, str]) -> ChunkLayout:
+        """What a file says of its training; where it says nothing, that of the released models."""
+        if "chunk_frames" not in metadata:
+            return self.layout
+        return ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), self.layout.fps, causal=True)

@@ -1,0 +1,50 @@
+"""Where the seconds of a run go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total"."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def measure(self, part: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of a block to `seconds[part]`. On CUDA it records events and waits for none of them."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((part, begin, end))
+            return
+        begin_at = time.perf_counter()
+        yield
+        self._add(part, time.perf_counter() - begin_at)
+
+    def stop(self) -> None:
+        """Reads the events of the device, which is the one wait."""
+        if self._events:
+            torch.cuda.synchronize()
+        for part, begin, end in self._events:
+            self._add(part, begin.elapsed_time(end) / 1000)
+        self._events.clear()
+        self.seconds["total"] = time.perf_counter() - self._started
+
+    @property
+    def total(self) -> float:
+        """So far, or at the end."""
+        return self.seconds.get("total", time.perf_counter() - self._started)
+
+    def _add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds

@@ -1,0 +1,323 @@
+"""One film, from what is asked to what came of it. Read this first.
+
+A `Run` is settled when it is made: plan, budget, memory, all before a weight moves. `sample` makes the film: it opens the session,
+which decides, computes and commits, and hands a `ChunkDenoiser` around it to the loop over rows. Whoever evaluates the network, the host's
+guider or `generate`, is given a turn for every evaluation, and calls `turn.denoise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kv.cache import Branches, KVSizes
+from ..kv.compressor import Budget, Compressor
+from ..kv.layout import Capacity, capacity
+from ..models.adapter import ModelAdapter, OwnTexts, require_time, require_tokens, require_whole
+from ..models.family import Family
+from ..policies.planned import Planned
+from ..policies.protocol import CachePolicy, Foresees, PartPolicy, SignaturePolicy, TokenPolicy
+from ..sampling.chunk import Chunk
+from ..sampling.given import CLEAN, GivenNoise
+from ..sampling.loop import sample_chunks, sample_windows
+from ..sampling.plan import Plan
+from ..sampling.schedule import ChunkSchedule, Row, Window
+from ..sampling.solvers import Solver, UniPC
+from .footprint import Footprint, footprint
+from .report import RunReport
+from .session import Session, plan_of
+from .window import WindowSession, require_whole_rows
+
+Film = ChunkSchedule | tuple[Window, ...]
+"""Chunk by chunk against a KV cache, or bidirectional windows."""
+
+
+class Turn(Protocol):
+    """One evaluation of the network."""
+
+    @property
+    def step(self) -> int:
+        """Of the chunk; in a window, of the one that is least far. The number of steps in the pass over a finished chunk."""
+        ...
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
+        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings."""
+        ...
+
+
+Evaluate = Callable[[Turn, Tensor], Tensor]
+"""(turn, latents [films, C, F, h, w]) -> guided velocity of the same shape."""
+
+
+class Audience(Protocol):
+    """Who is shown a run while it goes on."""
+
+    def begin(self, report: RunReport, said: Iterable[str]) -> None:
+        """What is known before the first step, and again what follows from a timing."""
+        ...
+
+    def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        """After every step: `clean` as it is now predicted for the chunk, None where the step was skipped."""
+        ...
+
+
+class Nobody:
+    def begin(self, report: RunReport, said: Iterable[str]) -> None: ...
+
+    def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place. `films`: side by side; `branches`: of guidance, each with its own text; `text_tokens`: of all of these together."""
+
+    films: int = 1
+    branches: int = 1
+    text_tokens: int = 0
+    weights: int = 0
+    """Bytes of the network as it is stored."""
+    itemsize: int = 4
+    """Bytes of a number in the dtype of computation."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """`latent`: channels, height and width of a latent frame; `sigmas`: the noise levels of a chunk, one more than steps.
+
+    Raises ValueError, with the way out, for what cannot work.
+    """
+
+    family: Family
+    adapter: ModelAdapter
+    film: Film
+    sigmas: tuple[float, ...]
+    latent: tuple[int, int, int]
+    place: Place = field(default_factory=Place)
+    policy: CachePolicy | None = None
+    compressor: Compressor | None = None
+    fps: int = 24
+    given: GivenNoise = CLEAN
+    solver: Solver = field(default_factory=UniPC)
+    scale: float = 1.0
+    """Of guidance, where the family is guided inside the run."""
+
+    def __post_init__(self) -> None:
+        if self.windows:
+            self._require_whole_windows()
+        if self.family.guidance.inside:
+            self._require_one_text()
+        self._require_abilities(self.policy)
+        _ = self.budget, self.plan, self.held
+
+    def _require_one_text(self) -> None:
+        if self.place.branches != 1:
+            raise ValueError(
+                f"{self.family.title} is guided inside the run and takes one text, and {self.place.branches} were given: use a guider with the "
+                "prompt alone (BasicGuider, or cfg 1)"
+            )
+        if self.windows or not isinstance(self.adapter, OwnTexts):
+            what = "over whole windows" if self.windows else "without the texts of its branches"
+            raise ValueError(f"{self.family.title} is guided inside the run, which cannot be done {what}: use block-causal attention")
+
+    def _require_whole_windows(self) -> None:
+        require_whole(self.adapter)
+        policy = require_whole_rows(self.policy)
+        if self.compressor:
+            raise ValueError("a budget of history was given, but where every frame of a window sees every other there is no KV cache: leave it out")
+        if isinstance(policy, Planned) and policy.exact is not None:
+            policy.plans([window.schedule for window in self.windows])
+
+    def _require_abilities(self, policy: object) -> None:
+        """What a policy asks of the network and of the number of steps."""
+        if isinstance(policy, TokenPolicy | PartPolicy):
+            require_tokens(self.adapter, policy.title, self.schedule.chunk_frames if isinstance(policy, TokenPolicy) else None)
+        if isinstance(policy, SignaturePolicy) and policy.follows_time:
+            require_time(self.adapter)
+        if isinstance(policy, Foresees):
+            policy.check_run(len(self.sigmas) - 1)
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """() where the film is made chunk by chunk."""
+        return () if isinstance(self.film, ChunkSchedule) else self.film
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """Of the film, or of its first window."""
+        return self.film if isinstance(self.film, ChunkSchedule) else self.film[0].schedule
+
+    @cached_property
+    def branches(self) -> int:
+        """Branches that the network runs for one evaluation, those that the run makes itself too."""
+        guidance = self.family.guidance
+        return len(guidance.branches(self.scale)) if guidance.inside else self.place.branches
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """Of a film that is made chunk by chunk; None where it depends on a timing."""
+        return plan_of(self.policy, self.schedule) if self.policy and not self.windows else Plan.full(self.schedule)
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        if self.compressor is None or self.windows:
+            return None
+        batch, grid, place = self.branches * self.place.films, self.latent[1:], self.place
+        return self.compressor.budget_for(self.adapter, self.schedule, grid, self.fps, batch, place.itemsize, place.device, self.family.frames.each)
+
+    @cached_property
+    def room(self) -> Capacity:
+        """Slots of the KV cache."""
+        return capacity(self.schedule, self.adapter.tokens_per_frame(*self.latent[1:]), self.budget.slots if self.budget else None)
+
+    @cached_property
+    def held(self) -> Footprint:
+        """What the run holds at its peak, beside an evaluation."""
+        place, bounded = self.place, None
+        texts = place.text_tokens * self.branches // place.branches
+        if self.budget:
+            bounded = self.budget.bytes(KVSizes.of(self.adapter, place.films, self.room), self.branches, place.itemsize)
+        part = self.plan if isinstance(self.policy, PartPolicy) and not self.windows else None
+        held = footprint(
+            self.adapter, self.schedule, self.latent, self.branches * place.films, texts, place.itemsize,
+            self.policy, place.weights, bounded, part, place.films, self.windows[-1].end if self.windows else None,
+        )  # fmt: skip
+        return replace(held, kv=0) if self.windows else held
+
+    @property
+    def longest(self) -> int:
+        """Latent frames of the longest evaluation."""
+        if self.windows:
+            return max(window.schedule.frames for window in self.windows)
+        return max(self.schedule.span(k)[1] for k in range(self.schedule.chunks))
+
+    @property
+    def steps(self) -> int:
+        """Steps of all chunks together."""
+        return sum(window.schedule.chunk_steps for window in self.windows) or self.schedule.chunk_steps
+
+    @property
+    def chunks(self) -> int:
+        return self.windows[-1].index + self.windows[-1].schedule.chunks if self.windows else self.schedule.chunks
+
+    def sample(self, x: Tensor, evaluate: Evaluate, audience: Audience | None = None) -> tuple[Tensor, RunReport]:
+        """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
+        make = self._by_window if self.windows else self._by_chunk
+        latents, report = make(x, evaluate, audience or Nobody())
+        report.expected, report.pixels = self.held, self.family.frames
+        return latents, report
+
+    def _by_chunk(self, x: Tensor, evaluate: Evaluate, audience: Audience) -> tuple[Tensor, RunReport]:
+        grid, noise = (x.shape[3], x.shape[4]), self.family.noise
+        session = Session(
+            self.adapter, self.schedule, self.sigmas, grid, x.shape[0], self.policy, self.fps, self.given.sigma, self.budget, noise.commit,
+            self.plan, self.room,
+        )  # fmt: skip
+        with session:
+            audience.begin(session.report, session.foresee(x.device))
+            denoiser = ChunkDenoiser(session, self, evaluate, audience)
+            return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given), session.report
+
+    def _by_window(self, x: Tensor, evaluate: Evaluate, audience: Audience) -> tuple[Tensor, RunReport]:
+        with WindowSession(self.adapter, self.windows, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
+            audience.begin(session.report, session.foresee())
+            denoiser = FilmDenoiser(session, evaluate, audience)
+            return sample_windows(denoiser, x, self.windows, self.sigmas, self.solver, self.given), session.report
+
+
+@dataclass(frozen=True)
+class ChunkTurn:
+    session: Session
+    chunk: Chunk
+    run: Run
+
+    @property
+    def step(self) -> int:
+        return self.chunk.step
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
+        guidance, adapter = self.run.family.guidance, self.session.adapter
+        if not guidance.inside:
+            return self.session.denoise(x, self.chunk, context, branches)
+        assert isinstance(adapter, OwnTexts)  # the run was refused otherwise
+        names = guidance.branches(self.run.scale)
+        texts = adapter.branch_texts(context, names)
+        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, texts, names).chunk(len(names))
+        return guidance.combine(each, self.run.scale, self.session.level(self.chunk))
+
+
+@dataclass(frozen=True)
+class ChunkDenoiser:
+    """The loop's way to session, evaluation and audience."""
+
+    session: Session
+    run: Run
+    evaluate: Evaluate
+    audience: Audience
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.session.plan
+
+    def settle(self, frame_s: float) -> Plan:
+        before, plan = self.session.report.notes, self.session.settle(frame_s)
+        self.audience.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
+        return plan
+
+    def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
+        return self.evaluate(ChunkTurn(self.session, chunk, self.run), x)
+
+    def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
+        return self.session.choose(chunk, rate)
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        self.session.note(chunk, clean)
+        self.audience.step(self.session.report, chunk, clean, film)
+
+    def commit(self, chunk: Chunk) -> None:
+        self.session.commit(chunk)
+
+
+@dataclass(frozen=True)
+class WindowTurn:
+    session: WindowSession
+    levels: tuple[float, ...]
+    """Of every latent frame."""
+    row: Row
+
+    @property
+    def step(self) -> int:
+        return min(chunk.step for chunk in self.row.active)
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
+        return self.session.denoise(x, self.levels, context, branches)
+
+
+@dataclass(frozen=True)
+class FilmDenoiser:
+    """As `ChunkDenoiser`, for bidirectional windows."""
+
+    session: WindowSession
+    evaluate: Evaluate
+    audience: Audience
+
+    @property
+    def plans(self) -> Sequence[Plan] | None:
+        return self.session.plans
+
+    def settle(self, frame_s: float) -> Sequence[Plan]:
+        plans = self.session.settle(frame_s)
+        self.audience.begin(self.session.report, self.session.report.notes)
+        return plans
+
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
+        return self.evaluate(WindowTurn(self.session, levels, row), x)
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        self.session.note(chunk, clean)
+        self.audience.step(self.session.report, chunk, clean, film)

@@ -1,0 +1,42 @@
+"""Which branches of a network are run side by side, and how their velocities become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Guidance(Protocol):
+    """How a family is guided. `scale` is what people call CFG; 1 is none."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the run makes the branches itself from one text (`models.adapter.OwnTexts`); otherwise the host has a text for each."""
+        ...
+
+    def branches(self, scale: float) -> tuple[str, ...]:
+        """The prompt's branch first."""
+        ...
+
+    def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
+        """Velocities in the order of `branches`, at noise level `sigma` -> one of the same shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierFree:
+    """Classifier-free guidance: uncond + scale * (cond - uncond)."""
+
+    inside: bool = False
+
+    def branches(self, scale: float) -> tuple[str, ...]:
+        return ("cond",) if scale == 1 else ("cond", "uncond")
+
+    def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
+        if len(velocities) == 1:
+            return velocities[0]
+        cond, uncond = velocities
+        return uncond + scale * (cond - uncond)

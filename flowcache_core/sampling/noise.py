@@ -1,0 +1,64 @@
+"""Noise levels: which a chunk goes through, and in what form the network is given them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+TRAIN_STEPS = 1000
+
+
+class Noise(Protocol):
+    """What a family was trained on. Levels are of the flow: x = (1 - sigma) * clean + sigma * noise."""
+
+    @property
+    def shift(self) -> float:
+        """The published setting of `levels`."""
+        ...
+
+    @property
+    def commit(self) -> float:
+        """The level that the network is given in the pass that rewrites a finished chunk's keys and values."""
+        ...
+
+    def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
+        """`steps` + 1 levels, falling to 0. Raises ValueError for what cannot be made."""
+        ...
+
+    def timestep(self, sigma: float) -> float:
+        """What the network is given for a level."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlowNoise:
+    """Evenly spaced levels, shifted; timesteps truncated to integers, as SkyReels-V2 does."""
+
+    shift: float = 8.0
+    commit: float = 0.0
+
+    def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
+        return flow_sigmas(steps, shift, denoise)
+
+    def timestep(self, sigma: float) -> int:
+        return timestep(sigma)
+
+
+def flow_sigmas(steps: int, shift: float = 8.0, denoise: float = 1.0) -> tuple[float, ...]:
+    """`steps` + 1 noise levels from just below 1 down to 0, shifted as s * x / (1 + (s - 1) * x).
+
+    `denoise` < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's schedulers do: a given film is then
+    changed only so far.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps were asked for: at least 1 is needed (50 is the published setting)")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
+    total, first = int(steps / denoise), 1 - 1 / TRAIN_STEPS
+    levels = (first * (1 - i / total) for i in range(total - steps, total))
+    return (*(shift * x / (1 + (shift - 1) * x) for x in levels), 0.0)
+
+
+def timestep(sigma: float) -> int:
+    """The integer timestep 0..999 that the network is given for a noise level; truncated, as upstream does."""
+    return int(TRAIN_STEPS * sigma)

@@ -1,0 +1,55 @@
+"""Whether a MODEL fits our nodes: looked at when a node gets it, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import comfy.utils
+
+from ..flowcache_core.models.adapter import require_tokens
+from ..flowcache_core.models.checkpoint import titles
+from ..flowcache_core.policies.protocol import CachePolicy, PartPolicy, TokenPolicy
+from .host_model import HostModel
+
+
+def require_ours(model: Any, node: str) -> HostModel:
+    """The HostModel in a MODEL. Raises ValueError that names what was connected instead."""
+    inner = getattr(model, "model", model)
+    if not isinstance(inner, HostModel):
+        raise ValueError(f"{node} cannot serve a {type(inner).__name__} model: load it with the Load AR Video Model node ({titles()})")
+    _require_fitting_lora(model, inner, node)
+    stacked = [key for kind in getattr(model, "wrappers", {}).values() for key in kind if key in ("easycache", "lazycache")]
+    if stacked:
+        raise ValueError(
+            f"{node} works by chunk, and {stacked[0]} skips steps without knowing of chunks, so they cannot work together: bypass one of the two"
+        )
+    return inner
+
+
+def require_network(policy: CachePolicy, host: HostModel) -> None:
+    """Raises ValueError for a policy that runs single tokens where the network cannot."""
+    if isinstance(policy, TokenPolicy | PartPolicy):
+        require_tokens(host.adapter(), policy.title, host.layout.chunk_frames if isinstance(policy, TokenPolicy) else None)
+
+
+def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
+    """A LoRA changes a weight by the product of two matrices; both have to fit."""
+    wrong = []
+    for key, patches in getattr(model, "patches", {}).items():
+        shape = tuple(comfy.utils.get_attr(inner, key).shape)
+        for lora in (patch[1] for patch in patches if getattr(patch[1], "name", "") == "lora" and patch[3] is None):
+            made_for = (lora.weights[0].shape[0], math.prod(lora.weights[1].shape[1:]))
+            if lora.weights[3] is None and lora.weights[5] is None and made_for != (shape[0], math.prod(shape[1:])):
+                wrong.append((key.removeprefix("diffusion_model."), made_for, shape))
+    if wrong:
+        key, made_for, shape = wrong[0]
+        raise ValueError(
+            f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for a matrix of {made_for}, this model has {shape}. "
+            f"It was made for another size: use one for {inner.family.release(inner.diffusion_model.config)}, or bypass it"
+        )
+    if getattr(model, "attachments", {}).get("lora_metadata") and not model.patches:
+        raise ValueError(
+            f"{node}: none of the LoRA's layers is in this model, so it would change nothing: it was made for another kind of model, or names "
+            "its layers in the Diffusers way, which this ComfyUI does not read for Wan models. Bypass it, or use one with original or kohya names"
+        )

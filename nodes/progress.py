@@ -1,0 +1,46 @@
+"""What is seen of a run while it goes on: console, bar, preview and live map. It decides nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..flowcache_core.run.report import RunReport
+from ..flowcache_core.sampling.chunk import Chunk
+from .live import LiveMap
+
+
+def say(lines: Iterable[str]) -> None:
+    """Onto the console, above a progress bar."""
+    for line in lines:
+        tqdm.write(f"FlowCache: {line}", file=sys.stderr)
+
+
+class Progress:
+    """Bar, preview and live map of one run of `total` steps."""
+
+    def __init__(self, film: torch.Tensor, total: int, chunks: int, node: str | None, callback: Any, hide: bool) -> None:
+        self.total, self.chunks, self.callback, self.at = total, chunks, callback, 0
+        self.shown, self.live = film.clone(), LiveMap(node, total)
+        self.bar = tqdm(total=total, disable=hide)
+
+    def begin(self, report: RunReport, said: Iterable[str]) -> None:
+        """What is known before the first step, onto console and page."""
+        say(said)
+        self.live.show(report, 0)
+
+    def step(self, report: RunReport, chunk: Chunk, clean: torch.Tensor | None, film: torch.Tensor) -> None:
+        """`clean`: the chunk as it is now predicted; None where its step was skipped, which leaves the preview as it is."""
+        if clean is not None:
+            self.shown[:, :, chunk.start : chunk.start + chunk.frames] = clean
+        self.at += 1
+        self.bar.set_postfix_str(f"chunk {chunk.index + 1}/{self.chunks}, {report.share:.0%} of tokens computed", refresh=False)
+        self.bar.update()
+        self.live.show(report, self.at)
+        last = self.at == self.total
+        if self.callback is not None and (last or clean is not None):
+            self.callback(self.at - 1, self.shown if last else clean, film, self.total)

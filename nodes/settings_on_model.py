@@ -1,0 +1,61 @@
+"""The settings that travel on a MODEL, and the names of the nodes that put them there; what they decide is not known here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..flowcache_core.kv.compressor import Compressor
+from ..flowcache_core.policies.protocol import CachePolicy
+
+KV_NODE, CHUNKWISE_NODE, MOTION_NODE, POLICY_NODE = "KV Compressor", "Chunkwise Cache", "Motion Cache", "Cache Policy"
+OPTIONS = "flowcache"
+"""Key in transformer_options under which our settings travel on a MODEL, all frozen: {"policy": CachePolicy, "node": whose, "kv": Compressor}."""
+
+
+def with_policy(model: Any, policy: CachePolicy, node: str) -> Any:
+    """A clone of a ModelPatcher that carries the policy, and whose it is; what an earlier cache node had put there is replaced."""
+    return _with(model, policy=policy, node=node)
+
+
+def with_compressor(model: Any, compressor: Compressor) -> Any:
+    """A clone of a ModelPatcher that carries the settings of history, in place of earlier ones."""
+    return _with(model, kv=compressor)
+
+
+def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
+    policy: CachePolicy | None = _ours(model_options).get("policy")
+    return policy
+
+
+def compressor_of(model_options: dict[str, Any]) -> Compressor | None:
+    compressor: Compressor | None = _ours(model_options).get("kv")
+    return compressor
+
+
+def _with(model: Any, **settings: Any) -> Any:
+    """A clone with some of our settings; those of other nodes stay."""
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    patched.model_options["transformer_options"] = {**options, OPTIONS: {**_ours(patched.model_options), **settings}}
+    return patched
+
+
+def _ours(model_options: dict[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = model_options.get("transformer_options", {}).get(OPTIONS, {})
+    return settings
+
+
+def policy_node(model_options: dict[str, Any]) -> str:
+    """The node that put a policy on a MODEL; "" where there is none."""
+    node: str = _ours(model_options).get("node", "")
+    return node
+
+
+def nodes_of(model_options: dict[str, Any]) -> str:
+    """The nodes whose settings a MODEL carries, in words; "" where it carries none."""
+    return " and ".join(filter(None, [policy_node(model_options), KV_NODE if compressor_of(model_options) else ""]))
+
+
+def wrong_sampler(nodes: str) -> str:
+    works = "work" if " and " in nodes else "works"
+    return f"{nodes} {works} with the AR Chunk Sampler: connect that node to the sampler input, or bypass {nodes}"

@@ -1,0 +1,78 @@
+"""A run for the loops made of single functions, or of a session and a function that evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flowcache_core.run.session import Session
+from flowcache_core.run.window import WindowSession
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.loop import Note, PredictWindow
+from flowcache_core.sampling.plan import Plan
+from flowcache_core.sampling.schedule import ChunkSchedule, Row
+
+
+@dataclass(frozen=True)
+class Driven:
+    """`schedule`: where there is no session, for the plan of everything."""
+
+    evaluate: Callable[[Tensor, Chunk], Tensor]
+    session: Session | None = None
+    see: Note | None = None
+    exact: Plan | None = None
+    schedule: ChunkSchedule | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        if self.exact or self.schedule:
+            return self.exact or Plan.full(self.schedule)  # type: ignore[arg-type]
+        return self.session.plan if self.session else None
+
+    def settle(self, frame_s: float) -> Plan:
+        assert self.session
+        return self.session.settle(frame_s)
+
+    def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
+        return self.evaluate(x, chunk)
+
+    def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
+        assert self.session
+        return self.session.choose(chunk, rate)
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        if self.session:
+            self.session.note(chunk, clean)
+        if self.see:
+            self.see(chunk, clean, film)
+
+    def commit(self, chunk: Chunk) -> None:
+        if self.session:
+            self.session.commit(chunk)
+
+
+@dataclass(frozen=True)
+class DrivenWindows:
+    """The same for bidirectional windows."""
+
+    evaluate: PredictWindow
+    session: WindowSession
+    see: Note | None = None
+
+    @property
+    def plans(self) -> Sequence[Plan] | None:
+        return self.session.plans
+
+    def settle(self, frame_s: float) -> Any:
+        return self.session.settle(frame_s)
+
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
+        return self.evaluate(x, levels, row)
+
+    def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
+        self.session.note(chunk, clean)
+        if self.see:
+            self.see(chunk, clean, film)

@@ -1,0 +1,256 @@
+"""Who waits for the device, on a device that is pretended: its tensors compute on the processor and count every time that the host
+would have stood still. On CUDA, where there is one, PyTorch itself watches."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flowcache_core.kv.compressor import Compressor
+from flowcache_core.kv.policy import KVPolicy
+from flowcache_core.kv.scores import KV_POLICIES, RKV, Even, Salience
+from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
+from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.policies.chunkwise import Chunkwise
+from flowcache_core.policies.motion import Motion
+from flowcache_core.policies.multirate import Multirate
+from flowcache_core.policies.planned import Planned
+from flowcache_core.policies.protocol import CachePolicy
+from flowcache_core.policies.target import Target
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.session import Session
+from flowcache_core.run.window import WindowSession
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.given import GivenNoise
+from flowcache_core.sampling.loop import sample_chunks, sample_windows
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
+from flowcache_core.sampling.solvers import UniPC
+from tests.driven import Driven, DrivenWindows
+
+AWAY = torch.device("meta")
+"""The name under which the pretended device goes; nothing else here is on it."""
+aten = torch.ops.aten
+ASKING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten._unique2.default}
+"""Operations whose result, or whose size, the host has to be told."""
+SIDE = 8
+
+
+class Far(Tensor):
+    """A tensor of the pretended device."""
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> Far:
+        return Tensor._make_wrapper_subclass(  # type: ignore[no-any-return, attr-defined]
+            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=AWAY
+        )
+
+    def __init__(self, near: Tensor) -> None:
+        self.near = near
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return computed(func, args, kwargs or {})
+
+
+def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """On the processor; a tensor that comes back as it went in stays itself."""
+    far = {id(tensor.near): tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Far)}
+    args, kwargs = tree_map(lambda leaf: leaf.near if isinstance(leaf, Far) else leaf, (args, kwargs))
+    device = kwargs.get("device")
+    stays = bool(far) if device is None else torch.device(device) == AWAY
+    out = func(*args, **(kwargs if device is None else {**kwargs, "device": torch.device("cpu")}))
+    return tree_map(lambda leaf: far.get(id(leaf), Far(leaf)) if stays and isinstance(leaf, Tensor) else leaf, out) if stays else out
+
+
+class Watch(TorchDispatchMode):
+    """`waits`: for each time that the host had to wait, the operation and the line of ours that asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        far = [tensor for tensor in tensors if isinstance(tensor, Far)]
+        assert all(isinstance(tensor, Far) or tensor.device != AWAY for tensor in tensors), f"made from numbers of the host: {where()}"
+        if self._waits(func, args, kwargs, tensors, far):
+            self.waits.append(f"{func} in {where()}")
+        elif far and func not in (aten.copy_.default, aten._to_copy.default):
+            assert all(isinstance(tensor, Far) or tensor.ndim == 0 for tensor in tensors), f"{func} on two devices: {where()}"
+        return computed(func, args, kwargs)
+
+    @staticmethod
+    def _waits(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], far: list[Far]) -> bool:
+        if func in ASKING:
+            return bool(far)
+        if func is aten._to_copy.default:
+            leaves, arrives = bool(far), torch.device(kwargs.get("device") or tensors[0].device) == AWAY
+            return leaves != arrives and (leaves or not kwargs.get("non_blocking"))
+        if func is aten.copy_.default:
+            to, source = args[:2]
+            return isinstance(to, Far) != isinstance(source, Far) and not (isinstance(to, Far) and any(args[2:]))
+        if func is aten.repeat_interleave.Tensor:
+            return bool(far) and kwargs.get("output_size") is None
+        return func in (aten.index.Tensor, aten.index_put_.default) and any(one is not None and one.dtype == torch.bool for one in args[1])
+
+
+def where() -> str:
+    mine = [frame for frame in traceback.extract_stack() if "flowcache_core" in frame.filename]
+    return " < ".join(f"{frame.filename.rsplit('/', 1)[1]}:{frame.lineno}" for frame in reversed(mine[-3:]))
+
+
+def sent(network: SkyReelsV2) -> SkyReelsV2:
+    """The network, on the pretended device."""
+    there = copy.deepcopy(network)
+    for module in there.modules():
+        for name, weight in module._parameters.items():
+            module._parameters[name] = None if weight is None else Far(weight.data)  # type: ignore[assignment]
+    return there
+
+
+def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, kv: KVPolicy | None = None, given: int = 0, frames: int = 9,
+         steps: int = 8, window: int | None = 3, around: Callable[[], Any] = Watch, **settings: Any) -> tuple[Tensor, RunReport, Any]:  # fmt: skip
+    """Chunk by chunk, two branches in one batch -> latents, the report, and what watched the loop."""
+    adapter, schedule, levels = SkyReelsAdapter(network), ChunkSchedule(frames, 3, steps, 3, window, prefix=given), flow_sigmas(steps)
+    light, device = GivenNoise(20 if given else 0), texts.device
+    budget = Compressor(kv, 2.0, **settings).budget_for(adapter, schedule, (SIDE, SIDE), 24, 2, 4) if kv else None
+    noise = torch.randn(1, 16, frames, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    with Session(adapter, schedule, levels, (SIDE, SIDE), policy=policy, budget=budget, prefix_sigma=light.sigma) as session:
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            cond, uncond = session.denoise(x.expand(2, -1, -1, -1, -1), chunk, texts, ("cond", "uncond")).chunk(2)
+            return uncond + 3 * (cond - uncond)
+
+        aside = Watch if isinstance(texts, Far) else torch.no_grad
+        with aside():
+            noise = noise.to(device)
+            session.foresee(device)
+        with around() as watch:
+            out = sample_chunks(Driven(predict, session), noise, schedule, levels, UniPC(), light)  # fmt: skip
+        with aside():
+            session.close()
+    return out, session.report, watch
+
+
+RULE, MEASURES = Chunkwise(0.6, 2), ("clean", "noisy", "output", "change")
+UNWATCHED: dict[str, dict[str, Any]] = {
+    "uncached": {},
+    "given frames": {"given": 3},
+    "planned": {"policy": Planned(share=0.5)},
+    "chunkwise": {"policy": RULE},
+    "chunkwise residual": {"policy": Chunkwise(0.6, 2, replay="residual")},
+    "target": {"policy": Target(share=0.6, warmup_steps=2)},
+    "motion-plan": {"policy": Multirate(share=0.4), "steps": 16},
+}
+WATCHED: dict[str, dict[str, Any]] = {
+    "chunkwise latent": {"policy": Chunkwise(0.1, 2, signature="latent")},
+    "target latent": {"policy": Target(share=0.6, warmup_steps=2, signature="latent")},
+    **{f"motion {measure}": {"policy": Motion(0.6, base=RULE, coarse=0.3, min_refresh=0.0, measure=measure)} for measure in MEASURES},
+    **{f"budget {policy.name}": {"kv": policy(), "frames": 12, "steps": 3} for policy in KV_POLICIES if policy is not Salience},
+    "budget soft": {"kv": Even(), "frames": 12, "steps": 3, "soft": 0.2},
+    "budget of chunks": {"kv": RKV(), "frames": 12, "steps": 3, "granularity": "chunk"},
+    "budget int8": {"kv": RKV(), "frames": 12, "steps": 3, "dtype": "int8"},
+    "budget offloaded": {"kv": RKV(), "frames": 12, "steps": 3, "offload": True},
+    "budget and plan": {"kv": Even(), "frames": 12, "policy": Multirate(share=0.4), "steps": 16, "window": None},
+}
+"""These wait by design, and say how often."""
+
+
+@pytest.mark.parametrize("name", UNWATCHED)
+def test_nobody_waits_for_the_device(name: str, net: SkyReelsV2, texts: Tensor) -> None:
+    out, report, watch = film(sent(net), Far(texts), **UNWATCHED[name])
+    assert watch.waits == []
+    assert report.host_syncs == 0
+    assert (report.share < 1) == ("policy" in UNWATCHED[name])
+    here, _, _ = film(net, texts, around=torch.no_grad, **UNWATCHED[name])
+    torch.testing.assert_close(out.near, here, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_every_wait_is_counted(name: str, net: SkyReelsV2, texts: Tensor) -> None:
+    _, report, watch = film(sent(net), Far(texts), **WATCHED[name])
+    assert len(watch.waits) == report.host_syncs > 0, watch.waits
+    assert (report.share < 1) == ("policy" in WATCHED[name])
+    if "budget" in name and "offloaded" not in name:
+        assert report.host_syncs == report.commits, "one a finished chunk, for where the rows lie"
+
+
+def test_every_wait_is_counted_with_a_learnt_score(net: SkyReelsV2, texts: Tensor, tmp_path: Path) -> None:
+    info = HeadInfo(net.config.layers, net.config.dim, 16, 3, "tiny", "0" * 64, "tiny, bidirectional", 1, "Apache-2.0")
+    SalienceHead(info).save(tmp_path / "head.safetensors")
+    _, report, watch = film(sent(net), Far(texts), kv=Salience(str(tmp_path / "head.safetensors")), frames=12, steps=3)
+    assert len(watch.waits) == report.host_syncs == report.commits > 0, watch.waits
+
+
+def test_nobody_waits_in_bidirectional_windows(net: SkyReelsV2, texts: Tensor) -> None:
+    """Given frames are shown with fresh noise in every row."""
+    windows, levels = plan_windows(9, 3, 8, 3, 6, 3, prefix=2, suffix=1), flow_sigmas(8)
+    session = WindowSession(SkyReelsAdapter(sent(net)), windows, (SIDE, SIDE), policy=Planned(share=0.6))
+
+    def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
+        return session.denoise(part, sigmas, there[:1], ("cond",))
+
+    there, noise = Far(texts), Far(torch.randn(1, 16, 9, SIDE, SIDE))
+    with Watch() as watch, session:
+        sample_windows(DrivenWindows(predict, session), noise, windows, levels, UniPC(), GivenNoise(20))
+    assert watch.waits == []
+
+
+class Refused:
+    """On CUDA PyTorch raises an error where the host would wait; with `said` it warns, and the warnings are counted."""
+
+    def __init__(self, said: bool = False) -> None:
+        self._mode, self._caught = "warn" if said else "error", warnings.catch_warnings(record=True)
+
+    def __enter__(self) -> list[Any]:
+        caught = self._caught.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode(self._mode)
+        return caught
+
+    def __exit__(self, *error: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self._caught.__exit__(*error)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", [*UNWATCHED, *WATCHED])
+def test_on_cuda_too(name: str, net: SkyReelsV2, texts: Tensor) -> None:
+    there, context = copy.deepcopy(net).cuda(), texts.cuda()
+    case, watched = {**UNWATCHED, **WATCHED}[name], name in WATCHED
+    film(there, context, around=torch.no_grad, **case)  # what PyTorch sets up once is not ours
+    _, report, caught = film(there, context, around=lambda: Refused(watched), **case)
+    assert sum("synchronizing" in str(one.message) for one in caught) == report.host_syncs
+    assert (report.host_syncs > 0) == watched
+
+
+def test_the_pretended_device_sees_waits() -> None:
+    x, watch = Far(torch.arange(6.0)), Watch()
+    with watch:
+        asked = (lambda: float(x.sum()), lambda: x.nonzero(), lambda: x.cpu(), lambda: x[x > 2], lambda: x + torch.ones(6).to(AWAY), x.tolist,
+                 lambda: bool((x > 1).all()), lambda: x.add_(1).copy_(torch.ones(6)), lambda: x.repeat_interleave(x.long()))  # fmt: skip
+        for number, ask in enumerate(asked, 1):
+            ask()
+            assert len(watch.waits) == number, watch.waits
+        y = (x * 2).relu_() + torch.ones(6).to(AWAY, non_blocking=True) + torch.full((6,), 2.0, device=AWAY) + torch.tensor(1.0)
+        assert len(watch.waits) == len(asked)
+        with pytest.raises(AssertionError, match="on two devices"):
+            y.add(torch.ones(6))
+        with pytest.raises(AssertionError, match="made from numbers of the host"):
+            y.add(torch.tensor([1, 2], device=AWAY))
