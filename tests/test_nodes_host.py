@@ -317,6 +317,19 @@ def test_few_steps_are_called_too_few(host: Host, graph: Graph) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ("1.0, 1.0, 0.5, 0.5, 0.0", "the noise level stays at 1 or rises, to 1, at step 1 of 4"),
+        ("0.9, 0.3, 0.6, 0.0", "rises, to 0.6, at step 2 of 3"),
+    ],
+)
+def test_noise_levels_that_do_not_fall_are_refused(host: Host, graph: Graph, levels: str, said: str) -> None:
+    sigmas = {"class_type": "ManualSigmas", "inputs": {"sigmas": levels}}
+    refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["sigmas", 0]), "sigmas": sigmas}, said)
+    refused(host, put(graph, "BasicScheduler", steps=1200), "every step has to lower it; ask the scheduler for fewer steps")
+
+
 def test_split_noise_levels_are_refused(host: Host, graph: Graph) -> None:
     split = {"class_type": "SplitSigmas", "inputs": {"sigmas": [node(graph, "BasicScheduler"), 0], "step": 2}}
     refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["split", 0]), "split": split}, "needs noise levels that end in 0")

@@ -7,7 +7,8 @@ guider or `generate`, is given a turn for every evaluation, and calls `turn.deno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -25,6 +26,7 @@ from ..policies.protocol import CachePolicy, Foresees, PartPolicy, SignaturePoli
 from ..sampling.chunk import Chunk
 from ..sampling.given import CLEAN, GivenNoise
 from ..sampling.loop import sample_chunks, sample_windows
+from ..sampling.noise import require_levels
 from ..sampling.plan import Plan
 from ..sampling.schedule import ChunkSchedule, Row, Window
 from ..sampling.solvers import Solver, UniPC
@@ -108,12 +110,22 @@ class Run:
     """Of guidance, where the family is guided inside the run."""
 
     def __post_init__(self) -> None:
+        require_levels(self.sigmas)
+        self._require_latents()
         if self.windows:
             self._require_whole_windows()
         if self.family.guidance.inside:
             self._require_one_text()
         self._require_abilities(self.policy)
         _ = self.budget, self.plan, self.held
+
+    def _require_latents(self) -> None:
+        channels = self.family.latents.channels
+        if self.latent[0] != channels:
+            raise ValueError(
+                f"the latents have {self.latent[0]} channels, and those of {self.family.title} have {channels}: they are of another kind of model; "
+                "use Empty AR Video Latent"
+            )
 
     def _require_one_text(self) -> None:
         if self.place.branches != 1:
@@ -230,6 +242,18 @@ class Run:
             return sample_windows(denoiser, x, self.windows, self.sigmas, self.solver, self.given), session.report
 
 
+@contextmanager
+def arriving(session: Session | WindowSession) -> Iterator[None]:
+    """Around an evaluation. Raises RuntimeError where it did not come by the session: the film would be of something else, and nothing counted."""
+    before = session.evaluations
+    yield
+    if session.evaluations == before:
+        raise RuntimeError(
+            "an evaluation of the network did not come by the session of this run: something stands between the sampler and the network, such as a "
+            "compiled or replaced model; load the model anew, without it"
+        )
+
+
 @dataclass(frozen=True)
 class ChunkTurn:
     session: Session
@@ -270,7 +294,8 @@ class ChunkDenoiser:
         return plan
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
-        return self.evaluate(ChunkTurn(self.session, chunk, self.run), x)
+        with arriving(self.session):
+            return self.evaluate(ChunkTurn(self.session, chunk, self.run), x)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         return self.session.choose(chunk, rate)
@@ -316,7 +341,8 @@ class FilmDenoiser:
         return plans
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        return self.evaluate(WindowTurn(self.session, levels, row), x)
+        with arriving(self.session):
+            return self.evaluate(WindowTurn(self.session, levels, row), x)
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)

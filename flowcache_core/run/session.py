@@ -66,6 +66,8 @@ class Session:
             self.policy.check_run(schedule.steps)
         self.plan: Plan | None = plan or plan_of(self.policy, schedule)
         """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
+        self.evaluations = 0
+        """Of the network or in its place, commits included."""
         self.told: tuple[str, ...] = ()
         """What the policy says when the run is over."""
         self.state = RunState()
@@ -148,6 +150,7 @@ class Session:
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
         """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
+        self.evaluations += 1
         call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, branches)[0]

@@ -42,6 +42,7 @@ class WindowSession:
             for row in window.schedule.rows
         }
         """By first active chunk and its step: a row with its chunks numbered over the film, and its tokens."""
+        self.evaluations = 0
         self._text: dict[Branches, object] = {}
         self.plans: tuple[Plan, ...] | None = tuple(Plan.full(one, together=True) for one in self._schedules)
         if self._policy is not None:
@@ -80,6 +81,7 @@ class WindowSession:
 
     def denoise(self, x: Tensor, sigmas: Sequence[float], context: Tensor, branches: Branches) -> Tensor:
         """Velocity of a window. x: [len(branches) * batch, C, F, h, w]; sigmas: the noise level of every latent frame."""
+        self.evaluations += 1
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
         with self.report.clock.measure("network", x.device):

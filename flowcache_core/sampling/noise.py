@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 TRAIN_STEPS = 1000
@@ -62,3 +64,17 @@ def flow_sigmas(steps: int, shift: float = 8.0, denoise: float = 1.0) -> tuple[f
 def timestep(sigma: float) -> int:
     """The integer timestep 0..999 that the network is given for a noise level; truncated, as upstream does."""
     return int(TRAIN_STEPS * sigma)
+
+
+def require_levels(levels: Sequence[float]) -> None:
+    """Raises ValueError for noise levels that do not fall at every step from at most 1 to 0."""
+    if len(levels) < 2 or levels[-1] != 0 or not 0 < levels[0] <= 1:
+        raise ValueError(
+            f"noise levels from {levels[0] if levels else None} to {levels[-1] if levels else None}: they have to fall from at most 1 to 0"
+        )
+    for step, (now, to) in enumerate(pairwise(levels)):
+        if not to < now:
+            raise ValueError(
+                f"the noise level stays at {now:g} or rises, to {to:g}, at step {step + 1} of {len(levels) - 1}: every step has to lower it; ask the "
+                "scheduler for fewer steps or more denoise, or take the repeated levels out"
+            )

@@ -1,0 +1,80 @@
+"""What a run refuses before it begins, and what it does not let pass at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.policies.planned import Planned
+from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.session import Session
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule, plan_windows
+
+FILM = ChunkSchedule(6, 3, 4, 2)
+
+
+@pytest.fixture
+def run(net: SkyReelsV2) -> Run:
+    return Run(SKYREELS, SkyReelsAdapter(net), FILM, flow_sigmas(4), (16, 4, 4))
+
+
+def evaluate(texts: Tensor) -> Callable[[Turn, Tensor], Tensor]:
+    return lambda turn, x: turn.denoise(x, texts[:1], ("cond",))
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ((1.0, 1.0, 0.5, 0.2, 0.0), "the noise level stays at 1 or rises, to 1, at step 1 of 4"),
+        ((1.0, 0.5, 0.6, 0.2, 0.0), "stays at 0.5 or rises, to 0.6, at step 2 of 4"),
+        ((1.0, 0.5, float("nan"), 0.2, 0.0), "rises, to nan, at step 2 of 4"),
+        ((1.0, 0.7, 0.5, 0.3, 0.1), r"noise levels from 1\.0 to 0\.1: they have to fall from at most 1 to 0"),
+        ((14.6, 0.7, 0.5, 0.3, 0.0), r"noise levels from 14\.6 to 0\.0"),
+        ((), "noise levels from None to None"),
+    ],
+)
+def test_noise_levels_that_do_not_fall_are_refused(run: Run, levels: tuple[float, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(run, sigmas=levels)
+
+
+def test_latents_of_another_kind_are_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match="the latents have 12 channels, and those of SkyReels-V2 diffusion forcing have 16"):
+        replace(run, latent=(12, 4, 4))
+
+
+def test_a_run_that_did_not_come_by_the_session_does_not_end_in_success(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
+    film, report = run.sample(noise_of(6), evaluate(texts))
+    assert report.chunk_steps == FILM.chunk_steps
+    with pytest.raises(RuntimeError, match="did not come by the session of this run"):
+        run.sample(noise_of(6), lambda turn, x: torch.zeros_like(x))
+    assert torch.equal(run.sample(noise_of(6), evaluate(texts))[0], film), "the next run is right"
+
+
+def test_a_run_closes_its_session_whatever_happens(run: Run, noise_of: Callable[..., Tensor], texts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Session] = []
+    enter = Session.__enter__
+    monkeypatch.setattr(Session, "__enter__", lambda self: opened.append(self) or enter(self))
+
+    def failing(turn: Turn, x: Tensor) -> Tensor:
+        turn.denoise(x, texts[:1], ("cond",))
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run.sample(noise_of(6), failing)
+    assert len(opened[0].state) == opened[0]._kv.bytes == 0
+
+
+def test_a_bidirectional_run_counts_every_step_too(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
+    windows = plan_windows(12, 3, 4, 2, 9, 3)
+    film, report = replace(run, film=windows, policy=Planned(share=0.6)).sample(noise_of(12), evaluate(texts))
+    assert film.shape[2] == 12
+    assert int((report.map != 0).sum()) == sum(window.schedule.chunk_steps for window in windows)
