@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from flowcache_core.models.bundle import NETWORK, VAE, Bundle, load_bundle
-from flowcache_core.policies import Chunkwise
+from flowcache_core.policies import Chunkwise, Planned
 from flowcache_core.run.generate import Given, Job, decode, generate, generate_upstream
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.run import Run, Turn
+from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.schedule import ChunkSchedule, Window, plan_windows
 from flowcache_core.show.metrics import psnr
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
@@ -102,6 +106,39 @@ def test_the_upstream_way_runs_idle_chunks_too(bundle: Bundle) -> None:
     assert latents.shape == (1, 16, 6, 16, 16)
     assert report.chunk_steps_computed == 2 * (JOB.steps + 2)
     assert report.kv_peak_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("film", "longest"), [(ChunkSchedule(8, 3, 4, 2), 3), (ChunkSchedule(9, 3, 4, 2, prefix=1, suffix=1), 3), (plan_windows(20, 3, 4, 2, 9, 2), 9)]
+)
+def test_a_run_knows_its_length_before_it_begins(bundle: Bundle, film: ChunkSchedule | tuple[Window, ...], longest: int) -> None:
+    run = Run(bundle.family, bundle.adapter(), film, flow_sigmas(4), (16, 4, 4))
+    shown: list[Tensor] = []
+    x = torch.randn(1, 16, film.frames if isinstance(film, ChunkSchedule) else film[-1].end, 4, 4)
+    made: set[int] = set()
+    text = bundle.text("red circle")
+    watch = SimpleNamespace(begin=lambda report, said: None, step=lambda report, chunk, clean, whole: (shown.append(clean), made.add(chunk.index)))
+
+    def evaluate(turn: Turn, part: Tensor) -> Tensor:
+        assert part.shape[2] <= run.longest == longest
+        return turn.denoise(part, text, ("prompt",))
+
+    _, report = run.sample(x, evaluate, watch)
+    assert run.steps == len(shown)
+    assert run.chunks == max(made) + 1 == len(report.map)
+
+
+@pytest.mark.parametrize("film", [ChunkSchedule(8, 3, 4, 2), plan_windows(20, 3, 4, 2, 9, 2)])
+def test_an_audience_hears_what_follows_from_a_timing(bundle: Bundle, film: ChunkSchedule | tuple[Window, ...]) -> None:
+    run = Run(bundle.family, bundle.adapter(), film, flow_sigmas(4), (16, 4, 4), policy=Planned(seconds=1e5))
+    heard: list[tuple[str, ...]] = []
+    watch = SimpleNamespace(begin=lambda report, said: heard.append(tuple(said)), step=lambda report, chunk, clean, whole: None)
+    x = torch.randn(1, 16, film.frames if isinstance(film, ChunkSchedule) else film[-1].end, 4, 4)
+    _, report = run.sample(x, lambda turn, part: turn.denoise(part, bundle.text("red circle"), ("prompt",)), watch)
+    before, after = heard
+    assert before[0].startswith("the network may take 100000 s: one evaluation will be timed")
+    assert after[0].startswith("all ")
+    assert after == report.notes
 
 
 def test_one_chunk_is_the_same_upstream_and_here(bundle: Bundle, film: Film) -> None:

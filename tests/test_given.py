@@ -105,6 +105,16 @@ def test_an_end_frame_stands_at_its_own_timestep(net: SkyReelsV2, texts: Tensor,
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("prefix_sigma", "commit_sigma", "level"), [(0.02, 0.0, 20), (0.02, 0.1, 20), (0.0, 0.1, 100), (0.0, 0.0, 0)])
+def test_a_prefix_stands_at_its_light_noise_level_or_as_clean_as_finished_chunks(
+    net: SkyReelsV2, texts: Tensor, noise_of: Noise, prefix_sigma: float, commit_sigma: float, level: int
+) -> None:
+    schedule, x = ChunkSchedule(6, 3, 4, prefix=3), noise_of(3)
+    with Session(SkyReelsAdapter(net), schedule, flow_sigmas(4), (4, 4), prefix_sigma=prefix_sigma, commit_sigma=commit_sigma) as session:
+        ours = session.denoise(x, schedule.at(0, 4), texts[:1], ("cond",))
+    torch.testing.assert_close(ours, net(x, torch.tensor([[level]]), net.text_kv(texts[:1]), bidirectional), rtol=1e-5, atol=1e-5)
+
+
 def test_the_prefix_is_shown_at_its_light_noise_level_in_every_row(noise_of: Noise) -> None:
     schedule, noise, seen = ChunkSchedule(9, 3, 4, 2, prefix=4, suffix=1), noise_of(9), []
 
@@ -134,6 +144,15 @@ def test_the_cached_way_shows_the_prefix_once_and_lightly_noised(net: SkyReelsV2
     residue = torch.cat(seen, 2) - 0.98 * noise[:, :, :4]
     assert len(seen) == schedule.given == 2
     assert 0.015 < float(residue.std()) < 0.025
+
+
+def test_what_is_foretold_counts_what_is_generated_and_not_what_is_given(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+    schedule, sigmas, noise = ChunkSchedule(9, 3, 12, 2, prefix=4), flow_sigmas(12), noise_of(9)
+    with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=Chunkwise(warmup_steps=2)) as session:
+        said, *_ = session.foresee(noise.device)
+        sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session), noise, schedule, sigmas, Euler())
+    assert session.report.chunk_steps == schedule.chunk_steps == 24
+    assert said == f"{session.report.chunk_steps_computed} of 24 chunk-steps will be computed"
 
 
 def test_the_light_noise_is_repeatable_and_none_leaves_the_frames_alone(noise_of: Noise) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -69,7 +69,7 @@ def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule,
          groups: tuple[tuple[int, ...], ...] = ((0, 1),), stop: int | None = None, watch: Callable[[Session], None] = lambda session: None,
          ) -> tuple[Tensor, RunReport]:  # fmt: skip
     levels, films = flow_sigmas(schedule.steps), len(noise)
-    with Session(SkyReelsAdapter(net), schedule, levels, (4, 4), films, policy, budget=kept) as session:
+    with Session(SkyReelsAdapter(net), schedule, levels, (noise.shape[3], noise.shape[4]), films, policy, budget=kept) as session:
         context = texts.repeat_interleave(films, 0)
 
         def predict(x: Tensor, chunk: Chunk) -> Tensor:
@@ -95,6 +95,21 @@ def test_keeping_all_equals_no_budget_bit_for_bit(
     without, _ = film(net, texts, noise_of(9), schedule, None, policy)
     with_all, _ = film(net, texts, noise_of(9), schedule, budget(9 * FRAME), policy)
     assert torch.equal(with_all, without)
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (6, 4)])
+def test_a_picture_need_not_be_square(net: SkyReelsV2, texts: Tensor, sides: tuple[int, int]) -> None:
+    schedule, noise, frame, located = ChunkSchedule(15, 3, 3, 3, 3), torch.randn(1, 16, 15, *sides), 6, list[Tensor]()
+
+    def watch(session: Session) -> None:
+        located.extend(one.tokens for layers in session._kv.keeper._kept.values() for one in layers)  # type: ignore[union-attr]
+
+    assert torch.equal(film(net, texts, noise[:, :, :9], replace(schedule, frames=9), budget(9 * frame))[0],
+                       film(net, texts, noise[:, :, :9], replace(schedule, frames=9))[0])  # fmt: skip
+    film(net, texts, noise, schedule, budget(5 * frame, frame, 3 * frame, granularity="frame"), watch=watch)
+    counts = [torch.bincount(tokens[0] // frame) for tokens in located]
+    assert max(len(tokens[0]) for tokens in located) == 5 * frame
+    assert all(set(count.tolist()) <= {0, frame} for count in counts)
 
 
 @pytest.mark.parametrize("kept", [36, 20])
@@ -140,6 +155,20 @@ def test_a_run_holds_what_its_budget_said(net: SkyReelsV2, texts: Tensor, noise_
     _, report = film(net, texts, noise_of(15), schedule, kept)
     room = capacity(schedule, FRAME, kept.slots)
     assert report.kv_peak_bytes == kept.cache_bytes(KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active), 2, 4)
+
+
+def test_what_is_known_of_a_slot_is_counted(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
+    schedule, kept = ChunkSchedule(15, 3, 2, 1, 3), budget(6 * FRAME, FRAME, 3 * FRAME)
+    held: list[int] = []
+
+    def watch(session: Session) -> None:
+        every = (one for layers in session._kv.keeper._kept.values() for one in layers)  # type: ignore[union-attr]
+        held.append(sum(one.tokens.nbytes + one.carried.nbytes for one in every))
+
+    film(net, texts, noise_of(15), schedule, kept, watch=watch)
+    room = capacity(schedule, FRAME, kept.slots)
+    sizes = KVSizes(1, 2, 1, HEAD_DIM, room.total, room.history, room.active)
+    assert kept.bytes(sizes, 2, 4) - kept.cache_bytes(sizes, 2, 4) == max(held) > 0
 
 
 def test_what_a_policy_remembers_is_counted(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
@@ -210,15 +239,27 @@ def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: N
     torch.testing.assert_close(both, torch.cat([film(net, texts, one, schedule, kept)[0] for one in noise.split(1)]), rtol=1e-4, atol=1e-4)
 
 
+def noted(session: Session) -> set[str]:
+    """The books in which the keeper has something."""
+    return {name for name, book in vars(session._kv.keeper).items() if isinstance(book, dict) and book}
+
+
 @pytest.mark.parametrize("policy", [None, Chunkwise(threshold=0.1, warmup_steps=1), Motion(threshold=0.05)])
 def test_two_runs_are_equal_and_an_interrupt_leaves_nothing(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, policy: CachePolicy | None) -> None:
     schedule, kept = ChunkSchedule(15, 3, 4, 4, 3), budget(5 * FRAME, FRAME, 3 * FRAME)
     first, _ = film(net, texts, noise_of(15), schedule, kept, policy)
     sessions: list[Session] = []
+    most: set[str] = set()
+
+    def held(session: Session) -> None:
+        sessions.append(session)
+        most.update(noted(session))
+
     with pytest.raises(KeyboardInterrupt):
-        film(net, texts, noise_of(15), schedule, kept, policy, stop=3, watch=sessions.append)
+        film(net, texts, noise_of(15), schedule, kept, policy, stop=4, watch=held)
     assert sessions[-1]._kv.bytes == 0
-    assert not sessions[-1]._kv.keeper._kept  # type: ignore[union-attr]
+    assert most == {"_kept", "_segments", "_lengths", "_shifts"}
+    assert not noted(sessions[-1])
     assert torch.equal(film(net, texts, noise_of(15), schedule, kept, policy)[0], first)
 
 

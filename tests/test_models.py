@@ -109,6 +109,14 @@ def test_the_frame_rate_is_heard(net: SkyReelsV2, texts: Tensor, noise_of: Calla
     assert (films[0] - films[1]).abs().max() > 1e-3
 
 
+def test_the_frame_rate_is_heard_in_a_whole_window(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
+    x, text = noise_of(2), net.text_kv(texts[:1])
+    films = [SkyReelsAdapter(net).whole(x, (0.5, 0.5), text, fps) for fps in (16, 24)]
+    for film, fps in zip(films, (16, 24), strict=True):
+        torch.testing.assert_close(film, net(x, torch.tensor([[500, 500]]), text, bidirectional, fps=fps), rtol=1e-5, atol=1e-5)
+    assert (films[0] - films[1]).abs().max() > 1e-3
+
+
 def test_the_prompt_is_heard(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
     films = [net(noise_of(2), torch.tensor([[500]]), net.text_kv(text), bidirectional) for text in texts.split(1)]
     assert (films[0] - films[1]).abs().max() > 1e-3

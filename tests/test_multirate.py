@@ -203,6 +203,15 @@ def test_refreshing_all_tokens_makes_the_film_of_the_chunk_plan(net: SkyReelsV2,
     assert torch.equal(film(net, texts, noise, Multirate(share=0.5, partial=1.0), solver=solver)[0], plain)
 
 
+@pytest.mark.parametrize("sides", [(4, 10), (10, 4)])
+def test_a_picture_need_not_be_square(net: SkyReelsV2, texts: Tensor, sides: tuple[int, int]) -> None:
+    noise = torch.randn(1, 16, 8, *sides)
+    plain, _ = film(net, texts, noise, Planned(share=0.5))
+    again, report = film(net, texts, noise, Refining(share=0.5, partial=1.0))
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+    assert report.chunk_steps_refreshed > 3
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_a_run_computes_what_its_plan_says_within_its_share_and_waits_for_nothing(
@@ -307,6 +316,11 @@ def test_the_tokens_of_largest_rate_are_chosen_without_a_wait() -> None:
     assert chosen.diff().gt(0).all()
 
 
+@pytest.mark.parametrize(("part", "tokens", "computed"), [(0.05, 12, 1), (0.25, 12, 3), (0.3, 10, 3), (0.29, 10, 2), (1.0, 12, 12)])
+def test_a_step_in_part_computes_no_more_than_its_part_and_at_least_a_token(part: float, tokens: int, computed: int) -> None:
+    assert replace(Plan.full(FILM), part=part).tokens_of(tokens) == computed
+
+
 def test_nothing_in_a_step_reads_a_number_back() -> None:
     """It runs on the meta device, where there is none."""
     levels, policy = flow_sigmas(20), Multirate()
@@ -330,7 +344,7 @@ def test_it_is_a_policy_of_plans_and_says_where_chunks_do_as_well() -> None:
     assert not isinstance(policy, TokenPolicy)
     assert not isinstance(Planned(), PartPolicy)
     assert not isinstance(Motion(), PartPolicy)
-    assert policy.foresee(outlook) == ()
+    assert policy.foresee(outlook) == Multirate(share=WORTH_BELOW).foresee(outlook) == ()
     (said,) = Multirate(share=0.3).foresee(outlook)
     assert said == f"with 30% of the tokens Chunkwise Cache does as well: Motion Cache is for shares below {WORTH_BELOW:.0%}"
     timed = Multirate(seconds=40.0).timed(FILM, 1.0)

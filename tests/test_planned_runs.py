@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +184,27 @@ def test_a_budget_in_seconds_is_kept_in_steps_of_whole_evaluations(noise_of: Noi
         schedules = [window.schedule for window in windows]
         frames = sum(plan.frames_computed(each) for plan, each in zip(policy.plans(schedules, 0.01), schedules, strict=True))
         assert budget - 0.15 * len(windows) < 0.01 * frames <= budget
+
+
+@pytest.mark.parametrize(("make", "what", "network", "more"), [("causal", SCHEDULES[0], "forward", 3), ("causal", SCHEDULES[3], "forward", 2),
+                                                              ("windows", FILMS[0], "whole", 2)])  # fmt: skip
+def test_a_timing_is_a_warm_up_and_one_evaluation_or_two(
+    runs: Runs, noise_of: Noise, monkeypatch: pytest.MonkeyPatch, make: str, what: Any, network: str, more: int
+) -> None:
+    """Two where the second chunk is denoised beside the first."""
+    calls, real = [0], getattr(SkyReelsAdapter, network)
+
+    def counted(*args: Any) -> Any:
+        calls[-1] += 1
+        return real(*args)
+
+    monkeypatch.setattr(SkyReelsAdapter, network, counted)
+    frames = what.frames if isinstance(what, ChunkSchedule) else what[-1].end
+    for policy in (Planned(seconds=1e6), Planned(share=1.0)):
+        getattr(runs, make)(noise_of(frames), what, policy)
+        calls.append(0)
+    timed, untimed, _ = calls
+    assert timed - untimed == more
 
 
 def test_a_chunk_that_sees_more_takes_longer_by_what_the_second_one_shows(monkeypatch: pytest.MonkeyPatch) -> None:

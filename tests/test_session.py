@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
+from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule
+from flowcache_core.sampling.schedule import ChunkSchedule, plan_windows
 from flowcache_core.sampling.solvers import Euler, UniPC
 from tests.driven import Driven
 
@@ -61,6 +63,19 @@ def test_an_interrupted_run_leaves_no_state_and_no_memory(
     with pytest.raises(error, match="stop"), session:
         run(session, noise_of(9), texts[:1], stop_at, error)
     assert empty(session)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_run_over_windows_leaves_no_text(
+    net: SkyReelsV2, noise_of: Callable[..., Tensor], texts: Tensor, error: type[BaseException] | None
+) -> None:
+    session = WindowSession(SkyReelsAdapter(net), plan_windows(3, 3, 4, 0, 3, 1), (4, 4))
+    with pytest.raises(error) if error else nullcontext(), session:
+        session.denoise(noise_of(3), (0.5,) * 3, texts[:1], ("cond",))
+        assert session._text
+        if error:
+            raise error
+    assert not session._text
 
 
 def test_only_chunks_in_flight_are_remembered(session: Session, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
