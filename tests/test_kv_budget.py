@@ -14,7 +14,7 @@ from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, pool
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper
-from flowcache_core.kv.layout import Layout, capacity
+from flowcache_core.kv.layout import Capacity, Layout, capacity
 from flowcache_core.kv.policy import KVView
 from flowcache_core.kv.scores.expected import ExpectedAttention, QueryMoments
 from flowcache_core.kv.scores.salience import Salience, head_at
@@ -66,15 +66,13 @@ def budget(slots: int, sink: int = 0, recent: int = 0, policy: object = None, gr
 
 
 def film(net: SkyReelsV2, texts: Tensor, noise: Tensor, schedule: ChunkSchedule, kept: Budget | None = None, policy: CachePolicy | None = None,
-         groups: tuple[tuple[int, ...], ...] = ((0, 1),), stop: int | None = None, watch: Callable[[Session], None] = lambda session: None,
+         groups: tuple[tuple[int, ...], ...] = ((0, 1),), watch: Callable[[Session], None] = lambda session: None,
          ) -> tuple[Tensor, RunReport]:  # fmt: skip
     levels, films = flow_sigmas(schedule.steps), len(noise)
     with Session(SkyReelsAdapter(net), schedule, levels, (noise.shape[3], noise.shape[4]), films, policy, budget=kept) as session:
         context = texts.repeat_interleave(films, 0)
 
         def predict(x: Tensor, chunk: Chunk) -> Tensor:
-            if chunk.index == stop:
-                raise KeyboardInterrupt
             out: dict[int, Tensor] = {}
             for group in groups:
                 batch = torch.cat([context[films * g : films * (g + 1)] for g in group])
@@ -249,16 +247,15 @@ def test_two_runs_are_equal_and_an_interrupt_leaves_nothing(net: SkyReelsV2, tex
     schedule, kept = ChunkSchedule(15, 3, 4, 4, 3), budget(5 * FRAME, FRAME, 3 * FRAME)
     first, _ = film(net, texts, noise_of(15), schedule, kept, policy)
     sessions: list[Session] = []
-    most: set[str] = set()
 
-    def held(session: Session) -> None:
+    def stop(session: Session) -> None:
         sessions.append(session)
-        most.update(noted(session))
+        if noted(session) == {"_kept", "_segments", "_lengths", "_shifts"}:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        film(net, texts, noise_of(15), schedule, kept, policy, stop=4, watch=held)
+        film(net, texts, noise_of(15), schedule, kept, policy, watch=stop)
     assert sessions[-1]._kv.bytes == 0
-    assert most == {"_kept", "_segments", "_lengths", "_shifts"}
     assert not noted(sessions[-1])
     assert torch.equal(film(net, texts, noise_of(15), schedule, kept, policy)[0], first)
 
@@ -367,6 +364,18 @@ def test_the_book_keeping_of_slots_fits_its_own_forecast(kept: int | None) -> No
             before, after = layout.settle(index)
             assert after <= before <= max(room.total, room.history)
             assert kept is None or after <= kept
+
+
+def test_the_last_chunk_needs_no_room_in_history() -> None:
+    assert capacity(ChunkSchedule(9, 3, 6, 6), FRAME) == Capacity(9 * FRAME, 6 * FRAME, 9 * FRAME)
+    assert capacity(ChunkSchedule(9, 3, 6, 6), FRAME, 9 * FRAME) == Capacity(9 * FRAME, 6 * FRAME, 3 * FRAME)
+
+
+@pytest.mark.parametrize("groups", [((0, 1),), ((0,), (1,))])
+def test_the_report_says_what_history_takes(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, groups: tuple[tuple[int, ...], ...]) -> None:
+    _, report = film(net, texts, noise_of(15), ChunkSchedule(15, 3, 2, 2), budget(5 * FRAME, FRAME, 3 * FRAME), groups=groups)
+    token = 2 * 2 * 2 * HEAD_DIM * 4
+    assert report.history.bytes == [token * FRAME * frames for frames in (3, 5, 5, 5)] == [token * count for count in report.history.tokens]
 
 
 SCHEDULE = ChunkSchedule(30, 3, 6, 6, 5)
