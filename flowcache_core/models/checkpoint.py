@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..foreign import short
 from .family import AUTO, Family, Shapes
 from .quantised import MARKER, Shaped, is_companion, plain_shapes, restored, scale_key
 from .shards import open_checkpoint
@@ -54,7 +55,7 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     chosen = family if family != AUTO else metadata.get(ARCHITECTURE, AUTO)
     known = [one for one in models.FAMILIES if chosen in (AUTO, one.name)]
     if not known:
-        raise ValueError(f"{name} is said to be of the family {chosen!r}: there are {', '.join(one.name for one in models.FAMILIES)}")
+        raise ValueError(f"{name} is said to be of the family {short(chosen)!r}: there are {', '.join(one.name for one in models.FAMILIES)}")
     named = {one.name: one.original_names(weights, (MARKER,)) for one in known}
     shapes = {one.name: plain_shapes({new: weights[key] for key, new in named[one.name].items()}) for one in known}
     for one in known:
@@ -148,4 +149,4 @@ def _refuse_strangers(shapes: Shapes, name: str, family: Family) -> None:
 
 
 def _first(keys: list[str]) -> str:
-    return f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+    return f"{', '.join(map(short, keys[:3]))}{', ...' if len(keys) > 3 else ''}"

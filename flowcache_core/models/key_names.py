@@ -50,7 +50,7 @@ def original_names(keys: Iterable[str], keep: Iterable[str] = ()) -> dict[str, s
 
 
 def _from_diffusers(name: str) -> str:
-    if name.startswith("blocks."):
+    if name.startswith("blocks.") and name.count(".") > 1:
         _, number, rest = name.split(".", 2)
         return f"blocks.{number}.{_renamed_block(rest)}"
     for theirs, ours in _PARTS.items():

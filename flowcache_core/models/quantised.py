@@ -40,7 +40,7 @@ def plain_shapes(weights: Mapping[str, Shaped]) -> dict[str, tuple[int, ...]]:
         if is_companion(key, weights.keys()):
             continue
         shape = tuple(weight.shape)
-        packed = key.endswith(".weight") and f"{key.removesuffix('.weight')}.weight_scale_2" in weights
+        packed = shape and key.endswith(".weight") and f"{key.removesuffix('.weight')}.weight_scale_2" in weights
         shapes[key] = (*shape[:-1], 2 * shape[-1]) if packed else shape
     return shapes
 

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..foreign import JSON_BYTES, entries, json_file, open_tensors, short
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)\.safetensors")
+GLANCE_BYTES = 4 << 20
+"""Of an index that only may have to do with the chosen file, no more is read."""
+NAME_BYTES = 255
+"""No file system has longer names."""
 
 ReadFile = Callable[[Path], dict[str, Tensor]]
 
@@ -66,8 +58,9 @@ class Checkpoint:
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file -> tensors and metadata. Raises ValueError for a missing, foreign or truncated file."""
-    with _opened(Path(path)) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    path = Path(path)
+    with open_tensors(path) as file:
+        return {key: file.get_tensor(key) for key in entries(file, path.name)}, dict(file.metadata() or {})
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -83,12 +76,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         here, said = _header(file)
         if twice := sorted(slots.keys() & here.keys()):
             first = slots[twice[0]].file.name
-            raise ValueError(f"{len(twice)} keys ({twice[0]}, ...) are both in {first} and in {file.name}: the shards are of different models")
+            raise ValueError(f"{len(twice)} keys ({short(twice[0])}, ...) are both in {first} and in {file.name}: the shards are of different models")
         slots.update(here)
         metadata.update(said)
     if listed and listed != slots.keys():
         gone, extra = sorted(listed - slots.keys()), sorted(slots.keys() - listed)
-        what = f"lack {len(gone)} keys of their index ({gone[0]}, ...)" if gone else f"hold {len(extra)} keys their index lacks ({extra[0]}, ...)"
+        first = short((gone or extra)[0])
+        what = f"lack {len(gone)} keys of their index ({first}, ...)" if gone else f"hold {len(extra)} keys their index lacks ({first}, ...)"
         raise ValueError(f"the shards {files[0].name}, ... {what}: they are of different models or downloads; download the set again")
     return Checkpoint(Path(path).name, files, slots, metadata)
 
@@ -98,80 +92,123 @@ def _files_of(path: Path) -> tuple[tuple[Path, ...], set[str]]:
     if path.is_dir():
         return _files_in(path)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {short(path.name)}: choose another, or download it again")
     if path.suffix not in (SUFFIX, ".sft"):
         raise ValueError(f"{path.name} is no safetensors file: only .safetensors files are read, because other kinds can run code when opened")
-    for index in sorted(path.parent.glob(f"*{INDEX}")):
-        if path.name in _listed(index).values():
-            return _of_index(index)
-    if match := SHARD.fullmatch(path.name):
-        return _of_set(path.parent, match["stem"], match["count"]), set()
+    if match := _numbered(path.name):
+        return _of_numbers(path.parent, match["stem"], match["count"])
+    for index in _named(path.parent, INDEX):
+        if _claims(path.parent / index, path):
+            return _of_index(path.parent / index)
     return (path,), set()
 
 
 def _files_in(folder: Path) -> tuple[tuple[Path, ...], set[str]]:
-    names = sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
-    matches = [m for m in map(SHARD.fullmatch, names) if m]
-    sets = sorted({(m["stem"], m["count"]) for m in matches})
-    indices = sorted(folder.glob(f"*{INDEX}"))
+    names = [name for name in _named(folder, SUFFIX) if (folder / name).is_file()]
+    sets = sorted({(m["stem"], m["count"]) for m in map(_numbered, names) if m})
+    indices = _named(folder, INDEX)
     if len(sets) > 1:
-        found = " and ".join(f"{stem}-...-of-{count}" for stem, count in sets)
+        found = " and ".join(f"{short(stem)}-...-of-{count}" for stem, count in sets[:3])
         raise ValueError(f"{folder.name} holds shards of {len(sets)} models ({found}): choose a file of the one you want")
-    if len(indices) == 1 and (sets or len(names) != 1):
-        return _of_index(indices[0])
     if sets:
-        return _of_set(folder, *sets[0]), set()
+        return _of_numbers(folder, *sets[0])
     if len(names) == 1:
         return (folder / names[0],), set()
-    what = f"{len(names)} safetensors files that are no shards of one model ({', '.join(names[:3])})" if names else "no safetensors file"
+    if len(indices) == 1:
+        return _of_index(folder / indices[0])
+    what = f"{len(names)} safetensors files that are no shards of one model ({', '.join(map(short, names[:3]))})" if names else "no safetensors file"
     raise ValueError(f"{folder.name} holds {what}: choose a file, or a folder with the shards of one model")
 
 
+def _named(folder: Path, end: str) -> list[str]:
+    """Whatever is in the folder under a name with this end."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.name.endswith(end))
+    except OSError as error:
+        raise ValueError(f"the folder {short(folder.name)} cannot be listed ({error.strerror}): look at its permissions") from None
+
+
+def _numbered(name: str) -> re.Match[str] | None:
+    """Stem, number and count of a shard; None for a name that no set of shards has."""
+    match = SHARD.fullmatch(name)
+    fits = match and len(match["number"]) == len(match["count"]) and 0 < int(match["number"]) <= int(match["count"])
+    return match if fits else None
+
+
+def _is_of(name: str, stem: str, count: str) -> bool:
+    match = _numbered(name)
+    return match is not None and (match["stem"], match["count"]) == (stem, count)
+
+
+def _of_numbers(folder: Path, stem: str, count: str) -> tuple[tuple[Path, ...], set[str]]:
+    """Numbered shards: as the index of their name says, where there is one and it is about them."""
+    index = folder / f"{stem}{INDEX}"
+    if os.path.lexists(index) and any(_is_of(name, stem, count) for name in set(_listed(index).values())):
+        return _of_index(index)
+    return _of_set(folder, stem, count), set()
+
+
 def _of_set(folder: Path, stem: str, count: str) -> tuple[Path, ...]:
-    files = tuple(folder / f"{stem}-{number:0{len(count)}d}-of-{count}{SUFFIX}" for number in range(1, int(count) + 1))
-    return _present(files)
+    """The count is only what a name says, so nothing here is as long as it."""
+    there = [name for name in _named(folder, SUFFIX) if _is_of(name, stem, count) and (folder / name).is_file()]
+    total, width, known = int(count), len(count), set(there)
+    if len(there) < total:
+        names = (f"{stem}-{number:0{width}d}-of-{count}{SUFFIX}" for number in range(1, total + 1))
+        raise _incomplete(folder, total - len(there), total, list(islice((name for name in names if name not in known), 3)))
+    return tuple(folder / name for name in there)
 
 
 def _of_index(index: Path) -> tuple[tuple[Path, ...], set[str]]:
-    listed = _listed(index)
-    if not listed:
-        raise ValueError(f"{index.name} lists no files: download it again, or remove it if the shards are numbered ...-of-00012")
-    return _present(tuple(index.parent / name for name in sorted(set(listed.values())))), set(listed)
+    listed, folder = _listed(index), index.parent
+    names, there = sorted(set(listed.values())), set(_named(index.parent, SUFFIX))
+    if links := [name for name in names if name in there and (folder / name).is_symlink()]:
+        raise _refused(index, f"names {short(links[0])}, which is a link and may lead out of the folder; put the file itself there")
+    if gone := [name for name in names if name not in there or not (folder / name).is_file()]:
+        raise _incomplete(folder, len(gone), len(names), gone[:3], f", or remove {short(index.name)} if it is of another model")
+    return tuple(folder / name for name in names), set(listed)
 
 
-def _listed(index: Path) -> dict[str, str]:
-    """Key -> file name, as an index says; empty when it says nothing of the kind."""
+def _claims(index: Path, path: Path) -> bool:
+    """Whether the index is one that is right about the file: it lists the keys that the file holds, and no others, for it."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-    except (ValueError, AttributeError):
-        return {}
-    return {str(key): Path(str(name)).name for key, name in listed.items()}
+        listed = _listed(index, GLANCE_BYTES)
+    except ValueError:
+        return False
+    mine = {key for key, name in listed.items() if name == path.name}
+    return bool(mine) and mine == _header(path)[0].keys()
 
 
-def _present(files: tuple[Path, ...]) -> tuple[Path, ...]:
-    if gone := [file.name for file in files if not file.is_file()]:
-        named = f"{', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}"
-        raise ValueError(f"{len(gone)} of {len(files)} shards are not in {files[0].parent.name}: {named}; download them into the same folder")
-    return files
+def _listed(index: Path, most: int = JSON_BYTES) -> dict[str, str]:
+    """Key -> file name, as an index says. Raises ValueError for what is no index, and for names of files elsewhere."""
+    try:
+        values = json_file(index, most)
+    except ValueError as why:
+        raise _refused(index, f"cannot be read: {why}") from None
+    listed = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise _refused(index, 'is no index: one is a JSON object with a "weight_map" of keys to file names')
+    if not listed:
+        raise _refused(index, "lists no files")
+    if outside := [name for name in set(listed.values()) if not _is_plain(name)]:
+        raise _refused(index, f"names {short(min(outside))!r}, and only {SUFFIX} files in its own folder are read")
+    return listed
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it is a file name of ours on every system, and no path."""
+    return not set(name) & set("/\\:") and name.endswith(SUFFIX) and name.isprintable() and len(name.encode()) <= NAME_BYTES
+
+
+def _refused(index: Path, why: str) -> ValueError:
+    return ValueError(f"{short(index.name)} {why}: download it again, or remove it if the shards are numbered ...-of-00012")
+
+
+def _incomplete(folder: Path, gone: int, total: int, first: Sequence[str], otherwise: str = "") -> ValueError:
+    named = f"{', '.join(map(short, first))}{', ...' if gone > len(first) else ''}"
+    return ValueError(f"{gone} of {total} shards are not in {folder.name}: {named}; download them into the same folder{otherwise}")
 
 
 def _header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
-    with _opened(file) as opened:
-        slots = {}
-        for key in opened.keys():  # noqa: SIM118
-            part = opened.get_slice(key)
-            kind = part.get_dtype()
-            if kind not in DTYPES:
-                raise ValueError(f"{file.name}: {key} is stored as {kind}, which cannot be read here; use a bf16, fp16 or fp8 file of the model")
-            slots[key] = Slot(file, tuple(part.get_shape()), DTYPES[kind])
+    with open_tensors(file) as opened:
+        slots = {key: Slot(file, shape, dtype) for key, (shape, dtype) in entries(opened, file.name).items()}
         return slots, dict(opened.metadata() or {})
-
-
-def _opened(path: Path) -> safe_open:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path.name} ({size} bytes) is not a whole safetensors file: {error}; download it again") from error

@@ -32,6 +32,9 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Per layer: text keys and values, [B, heads, L, head_dim]."""
 
+WIDEST, DEEPEST = 1 << 20, 256
+"""Sizes and layers beyond any model: a file that says more would only keep the machine busy."""
+
 
 @dataclass(frozen=True, slots=True)
 class SkyReelsConfig:
@@ -54,10 +57,17 @@ class SkyReelsConfig:
         missing = [k for k in ("patch_embedding.weight", "text_embedding.0.weight", "blocks.0.ffn.0.weight", "head.modulation") if k not in shapes]
         if missing:
             raise ValueError(f"this is not a SkyReels-V2 or Wan 2.1 checkpoint: it has no {missing[0]}")
+        for key, axes in (("patch_embedding.weight", 5), ("text_embedding.0.weight", 2), ("blocks.0.ffn.0.weight", 2)):
+            if len(shapes[key]) != axes or not all(1 <= size <= WIDEST for size in shapes[key]):
+                raise ValueError(f"this is not a whole SkyReels-V2 checkpoint: {key} has shape {shapes[key]}; download it again")
         dim, channels = shapes["patch_embedding.weight"][:2]
         if dim % HEAD_DIM:
             raise ValueError(f"the width {dim} is not a multiple of {HEAD_DIM}, the size of a head in this family")
-        layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        layers = 1 + max(int(number) for number in (k.split(".")[1] for k in shapes if k.startswith("blocks.")) if number.isdecimal())
+        if layers > DEEPEST:
+            raise ValueError(
+                f"this is not a SkyReels-V2 checkpoint: a key names block {layers - 1}, and at most {DEEPEST} are known; choose another file"
+            )
         return cls(dim, shapes["blocks.0.ffn.0.weight"][0], layers, shapes["text_embedding.0.weight"][1], channels,
                    "fps_embedding.weight" in shapes)  # fmt: skip
 

@@ -39,7 +39,7 @@ def release_of(config: SkyReelsConfig) -> str:
 
 
 def _refuse_image_to_video(shapes: Shapes, name: str) -> None:
-    takes, gives = shapes.get("patch_embedding.weight", (0, 0))[1], shapes.get("head.head.weight", (0,))[0] // PATCH**2
+    takes, gives = (*shapes.get(ANCHOR, ()), 0, 0)[1], (*shapes.get("head.head.weight", ()), 0)[0] // PATCH**2
     image = next((key for key in shapes if any(part in key for part in IMAGE_KEYS)), None)
     if image or (takes and gives and takes != gives):
         why = f"it has {image}" if image else f"it takes {takes} channels and gives {gives}"

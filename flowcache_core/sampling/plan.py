@@ -9,16 +9,18 @@ every chunk decide for itself. `planner.py` makes plans.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeGuard
 
+from ..foreign import parsed, short
 from .chunk import Chunk
 from .schedule import ChunkSchedule, Row
 
 FORMAT = "flowcache-plan-1"
+TEXT = 16 << 20
+"""Characters of a report that are read; the plan of an hour of film takes far fewer."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Plan:
                 if steps:
                     raise ValueError(f"the plan computes chunk {k + 1}, but its frames are given: a plan for this run leaves the first {given} empty")
             elif not steps or list(steps) != sorted({s for s in steps if 0 <= s < self.steps}):
-                raise ValueError(f"the plan's steps of chunk {k + 1} must rise from 0 or more to at most {self.steps - 1}: they are {list(steps)}")
+                raise ValueError(
+                    f"the plan's steps of chunk {k + 1} must rise from 0 or more to at most {self.steps - 1}: they are {short(list(steps))}"
+                )
         self._check_partial()
         for number, row in enumerate(schedule.rows):
             for chunk in row.active:
@@ -131,8 +135,10 @@ class Plan:
         partial, part = values.get("partial", []), values.get("part", 1.0)
         if type(steps) is not int or steps < 1 or not isinstance(together, bool) or not _is_lists(computed):
             raise ValueError('the plan is damaged: "steps" must be a number from 1 on, "computed" a list of lists of whole numbers')
-        if not _is_lists(partial) or type(part) not in (int, float):
-            raise ValueError('the plan is damaged: "partial" must be a list of lists of whole numbers, and "part" a number')
+        if not _is_lists(partial) or type(part) not in (int, float) or not 0 < part <= 1:
+            raise ValueError('the plan is damaged: "partial" must be a list of lists of whole numbers, and "part" a number above 0 and at most 1')
+        if partial and len(partial) != len(computed):
+            raise ValueError(f'the plan is damaged: "partial" has {len(partial)} lists and "computed" {len(computed)}, and each has one per chunk')
         return cls(steps, tuple(map(tuple, computed)), together, tuple(map(tuple, partial)), float(part))
 
 
@@ -143,12 +149,9 @@ def _is_lists(value: object) -> TypeGuard[list[list[int]]]:
 def read_plan(text: str) -> Plan | tuple[Plan, ...]:
     """A plan from JSON, or of bidirectional windows one each: by itself, or within a whole report. Raises ValueError for what is none."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as wrong:
-        raise ValueError(
-            f"the plan is no JSON ({wrong.msg} in line {wrong.lineno}, column {wrong.colno}): give it what Cache Report writes as json, whole or its "
-            'part "plan" alone'
-        ) from None
+        values = parsed(text, TEXT)
+    except ValueError as wrong:
+        raise ValueError(f'the plan is no JSON ({wrong}): give it what Cache Report writes as json, whole or its part "plan" alone') from None
     if isinstance(values, Mapping) and "format" not in values and "plan" in values:
         values = values["plan"]
         if values is None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...foreign import entries, open_tensors, short
 from ...settings import check, setting
 from ..policy import KVView
 
@@ -34,6 +34,8 @@ OUT = ("low", "same", "up")
 LOW, SAME, UP = range(3)
 FIXED = {"format": FORMAT, "out": ",".join(OUT), "act": "gelu", "tap": "self_attn_input_t0", "place": "chunk-dct8", "target_stat": "max"}
 """What every file of this format says of itself."""
+LARGEST = {"layers": 256, "in_dim": 1 << 16, "hidden": 1 << 16, "block_frames": 1 << 16}
+"""Beyond what any model has: a file that says more would only keep the machine busy."""
 WAVES = 8
 """Cosines that tell a head the frame of a token in its chunk; as many for its place along the height, and along the width."""
 NARROWING = 8
@@ -67,17 +69,25 @@ class HeadInfo:
     def read(cls, said: Mapping[str, str], name: str) -> HeadInfo:
         """The same back. Raises ValueError for a file of another kind, with entries missing, or with numbers that are none."""
         if said.get("format") != FORMAT:
-            raise ValueError(f"{name} is no salience head: its format is {said.get('format', 'not said')}, not {FORMAT}; train one with {COMMAND}")
+            raise ValueError(
+                f"{name} is no salience head: its format is {short(said.get('format', 'not said'))}, not {FORMAT}; train one with {COMMAND}"
+            )
         if missing := [key for key in (*FIXED, *cls.__dataclass_fields__) if key not in said]:
             raise ValueError(f"{name} is not a whole salience head: its metadata lack {', '.join(missing)}; train one with {COMMAND}")
         for key, value in FIXED.items():
             if said[key] != value:
-                raise ValueError(f"{name} is a salience head of another make: its {key} is {said[key]}, and only {value} is known here")
+                raise ValueError(f"{name} is a salience head of another make: its {key} is {short(said[key])}, and only {value} is known here")
         try:
             layers, in_dim, hidden, block_frames, clips = (int(said[k]) for k in ("layers", "in_dim", "hidden", "block_frames", "train_clips"))
             low, same, up = (float(part) for part in said["weights"].split(","))
         except ValueError as error:
-            raise ValueError(f"{name} is not a whole salience head: a number in its metadata cannot be read ({error})") from error
+            raise ValueError(f"{name} is not a whole salience head: a number in its metadata cannot be read ({short(error)})") from error
+        numbers = {"layers": layers, "in_dim": in_dim, "hidden": hidden, "block_frames": block_frames}
+        for key, number in numbers.items():
+            if not 1 <= number <= LARGEST[key]:
+                raise ValueError(f"{name} is no salience head of a model: its {key} must lie between 1 and {LARGEST[key]}, and is {short(number)}")
+        if clips < 0 or not all(map(math.isfinite, (low, same, up))):
+            raise ValueError(f"{name} is not a whole salience head: train_clips must be 0 or more, and weights three finite numbers")
         return cls(layers, in_dim, hidden, block_frames, said["base_model"], said["base_sha256"], said["teacher"], clips, said["licence"],
                    (low, same, up))  # fmt: skip
 
@@ -159,24 +169,21 @@ class SalienceHead(nn.Module):
         Raises ValueError for a missing, foreign or damaged file, and for missing, unknown or misshapen tensors.
         """
         if not path.is_file():
-            raise ValueError(f"there is no salience head {path}: train one with {COMMAND}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                said, weights = dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}") from error
-        info = HeadInfo.read(said, path.name)
-        with torch.device("meta"):
-            head = cls(info)
-        _refuse_misfits({k: tuple(v.shape) for k, v in head.state_dict().items()}, {k: tuple(v.shape) for k, v in weights.items()}, path.name)
-        head.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+            raise ValueError(f"there is no salience head {short(path.name)}: train one with {COMMAND}")
+        with open_tensors(path) as file:
+            info = HeadInfo.read(dict(file.metadata() or {}), path.name)
+            with torch.device("meta"):
+                head = cls(info)
+            found = {key: shape for key, (shape, _) in entries(file, path.name).items()}
+            _refuse_misfits({k: tuple(v.shape) for k, v in head.state_dict().items()}, found, path.name)
+            head.load_state_dict({key: file.get_tensor(key).float() for key in found}, assign=True)
         return head.eval().requires_grad_(False)
 
 
 def _refuse_misfits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], name: str) -> None:
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
-        parts = [f"{len(keys)} {what} ({keys[0]}, ...)" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys]
+        parts = [f"{len(keys)} {what} ({short(keys[0])}, ...)" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys]
         raise ValueError(f"{name} is not a whole salience head: {' and '.join(parts)} of {len(wanted)} tensors; train one with {COMMAND}")
     if wrong := [key for key in wanted if wanted[key] != found[key]]:
         key = wrong[0]

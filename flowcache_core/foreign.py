@@ -1,0 +1,125 @@
+"""What comes from outside, JSON and safetensors files: read within bounds or refused with a sentence. What it is for is unknown here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+JSON_BYTES = 64 << 20
+"""No index and no report of a run comes near."""
+HEADER_BYTES = 32 << 20
+"""Those of the largest models take less than one MB; what tools write into the metadata may take a few."""
+TENSORS = 1 << 16
+KEY_LENGTH = 1024
+DIMENSIONS = 8
+ELEMENTS = 1 << 48
+"""More than a file can hold. A size of 0 beside larger ones would let a shape pass that torch cannot count."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Entry = tuple[tuple[int, ...], torch.dtype]
+
+
+def short(said: object, most: int = 120) -> str:
+    """Foreign words as they may stand in a sentence: on one line, printable, and cut."""
+    text = str(said)
+    return "".join(c if c.isprintable() else "?" for c in text[:most]) + "..." * (len(text) > most)
+
+
+def parsed(text: str, most: int = JSON_BYTES) -> Any:
+    """JSON -> values. Raises ValueError with the reason alone, as part of a sentence."""
+    if len(text) > most:
+        raise ValueError(f"it has {len(text)} characters, and at most {most} are read")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    except ValueError:  # Python reads no whole number of more than some thousand digits
+        raise ValueError("a number in it has too many digits") from None
+
+
+def json_file(path: Path, most: int = JSON_BYTES) -> Any:
+    """A file -> values. Raises ValueError with the reason alone, as part of a sentence. A link is not followed."""
+    if path.is_symlink():
+        raise ValueError("it is a link, and none is followed here")
+    if not path.is_file():
+        raise ValueError("it is no file")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            read = file.read(most) if size <= most else b""
+    except OSError as error:
+        raise ValueError(f"the system does not open it ({error.strerror})") from None
+    if size > most:
+        raise ValueError(f"it has {size} bytes, and at most {most} are read")
+    try:
+        return parsed(read.decode(), most)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from None
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, to be opened by `with`. Raises ValueError for a missing, foreign or truncated file, or a header beyond its bounds."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {short(path.name)}: choose another, or download it again")
+    try:
+        size = path.stat().st_size
+        _check_header(path, size)
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise ValueError(f"the system does not open {short(path.name)} ({error.strerror}): look at its permissions") from None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{short(path.name)} ({size} bytes) is not a whole safetensors file: {short(error)}; download it again") from None
+
+
+def _check_header(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size >= 8 and length > size - 8:
+        raise ValueError(f"its header should be {length} bytes long, and only {size - 8} follow")
+    if size >= 8 and length > HEADER_BYTES:
+        raise ValueError(f"its header is {length} bytes long, and at most {HEADER_BYTES} are read")
+
+
+def entries(opened: Any, name: str) -> dict[str, Entry]:
+    """Key -> shape and dtype of every tensor of an opened file. Raises ValueError for what torch could not hold, or this pack not use."""
+    keys = list(opened.keys())
+    if len(keys) > TENSORS:
+        raise ValueError(f"{short(name)} holds {len(keys)} tensors, and at most {TENSORS} are read: it is no file of one model")
+    if long := [key for key in keys if len(key) > KEY_LENGTH]:
+        raise ValueError(
+            f"{short(name)}: the key {short(long[0])} has {len(long[0])} characters, and at most {KEY_LENGTH} are read; use another file"
+        )
+    return {key: _entry(opened, key, name) for key in keys}
+
+
+def _entry(opened: Any, key: str, name: str) -> Entry:
+    part = opened.get_slice(key)
+    kind, shape = part.get_dtype(), tuple(part.get_shape())
+    if kind not in DTYPES:
+        raise ValueError(
+            f"{short(name)}: {short(key)} is stored as {short(kind)}, which cannot be read here; use a bf16, fp16 or fp8 file of the model"
+        )
+    if len(shape) > DIMENSIONS or math.prod(max(n, 1) for n in shape) > ELEMENTS:
+        raise ValueError(f"{short(name)}: {short(key)} has shape {short(shape)}, which no tensor of a model has; download the file again")
+    return shape, DTYPES[kind]
