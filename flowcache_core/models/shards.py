@@ -161,8 +161,6 @@ def _of_set(folder: Path, stem: str, count: str) -> tuple[Path, ...]:
 def _of_index(index: Path) -> tuple[tuple[Path, ...], set[str]]:
     listed, folder = _listed(index), index.parent
     names, there = sorted(set(listed.values())), set(_named(index.parent, SUFFIX))
-    if links := [name for name in names if name in there and (folder / name).is_symlink()]:
-        raise _refused(index, f"names {short(links[0])}, which is a link and may lead out of the folder; put the file itself there")
     if gone := [name for name in names if name not in there or not (folder / name).is_file()]:
         raise _incomplete(folder, len(gone), len(names), gone[:3], f", or remove {short(index.name)} if it is of another model")
     return tuple(folder / name for name in names), set(listed)
