@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-JSON_BYTES = 64 << 20
+JSON_BYTES = 16 << 20
 """No index and no report of a run comes near."""
 HEADER_BYTES = 32 << 20
 """Those of the largest models take less than one MB; what tools write into the metadata may take a few."""
