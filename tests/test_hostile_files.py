@@ -26,7 +26,7 @@ from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.sampling.plan import Plan, read_plan
 
 SOON_S = 5.0
-FUZZED_S = 2.0
+FUZZED_S = 5.0
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 200_000
 BAD_INDICES = {
