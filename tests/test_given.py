@@ -20,7 +20,7 @@ from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise, given_frames
 from flowcache_core.sampling.loop import sample_chunks, sample_window, sample_windows
 from flowcache_core.sampling.noise import flow_sigmas, timestep
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
 from flowcache_core.sampling.solvers import Euler, UniPC
 from tests.driven import Driven, DrivenWindows
 
@@ -36,7 +36,7 @@ def windowed(net: SkyReelsV2, texts: Tensor) -> Callable[..., tuple[Tensor, RunR
 
     def run(noise: Tensor, steps: int = 3, ar_step: int = 1, chunk: int = 3, length: int = 9, overlap: int = 2, prefix: int = 0, suffix: int = 0,
             given: GivenNoise = CLEAN) -> tuple[Tensor, RunReport]:  # fmt: skip
-        windows = plan_windows(noise.shape[2], chunk, steps, ar_step, length, overlap, prefix, suffix)
+        windows = windows_of(noise.shape[2], chunk, steps, ar_step, length, overlap, prefix, suffix)
         with WindowSession(SkyReelsAdapter(net), windows, (noise.shape[3], noise.shape[4])) as session:
 
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:

@@ -35,7 +35,7 @@ from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import GivenNoise
 from flowcache_core.sampling.loop import sample_chunks, sample_windows
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
 from flowcache_core.sampling.solvers import UniPC
 from tests.driven import Driven, DrivenWindows
 
@@ -200,7 +200,7 @@ def test_every_wait_is_counted_with_a_learnt_score(net: SkyReelsV2, texts: Tenso
 
 def test_nobody_waits_in_bidirectional_windows(net: SkyReelsV2, texts: Tensor) -> None:
     """Given frames are shown with fresh noise in every row."""
-    windows, levels = plan_windows(9, 3, 8, 3, 6, 3, prefix=2, suffix=1), flow_sigmas(8)
+    windows, levels = windows_of(9, 3, 8, 3, 6, 3, prefix=2, suffix=1), flow_sigmas(8)
     session = WindowSession(SkyReelsAdapter(sent(net)), windows, (SIDE, SIDE), policy=Planned(share=0.6))
 
     def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:

@@ -26,7 +26,7 @@ from flowcache_core.sampling.loop import frame_seconds, sample_chunks, sample_wi
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.plan import read_plan
 from flowcache_core.sampling.planner import plan_in_part
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, plan_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, windows_of
 from flowcache_core.sampling.solvers import Solver, UniPC
 from tests.driven import Driven, DrivenWindows
 
@@ -77,11 +77,11 @@ SCHEDULES = [
     ChunkSchedule(10, 3, 12, 12, 1),
 ]
 FILMS = [
-    plan_windows(9, 3, 12, 2, 9, 2),
-    plan_windows(8, 3, 12, 0, 9, 2),
-    plan_windows(9, 3, 12, 3, 9, 2, prefix=4, suffix=1),
-    plan_windows(20, 3, 12, 2, 9, 2),
-    plan_windows(19, 3, 12, 1, 9, 4, prefix=1, suffix=2),
+    windows_of(9, 3, 12, 2, 9, 2),
+    windows_of(8, 3, 12, 0, 9, 2),
+    windows_of(9, 3, 12, 3, 9, 2, prefix=4, suffix=1),
+    windows_of(20, 3, 12, 2, 9, 2),
+    windows_of(19, 3, 12, 1, 9, 4, prefix=1, suffix=2),
 ]
 LIGHT = GivenNoise(20, 3)
 
@@ -176,7 +176,7 @@ def test_a_budget_in_seconds_makes_the_film_of_the_plan_it_settles_on(
 
 
 def test_a_budget_in_seconds_is_kept_in_steps_of_whole_evaluations(noise_of: Noise) -> None:
-    schedule, windows = ChunkSchedule(15, 3, 50, 5), plan_windows(40, 3, 50, 5, 15, 5)
+    schedule, windows = ChunkSchedule(15, 3, 50, 5), windows_of(40, 3, 50, 5, 15, 5)
     for budget in (3.0, 4.0, 5.0):
         policy = Planned(seconds=budget)
         one = policy.timed(schedule, 0.01)

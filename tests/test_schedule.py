@@ -10,7 +10,7 @@ import pytest
 
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.sampling.noise import flow_sigmas, timestep
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, plan_windows
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
 
 FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
 LAST_SIX = [521, 470, 409, 337, 249, 140]
@@ -202,19 +202,19 @@ WINDOWS = {
 @pytest.mark.parametrize("frames", WINDOWS)
 def test_films_of_any_length_are_cut_into_the_published_windows(frames: int) -> None:
     """Windows of 97 frames, overlap 17: (first, end, given) in latent frames. 260 frames are 65 latent frames, as 257 are."""
-    windows = plan_windows((frames - 1) // 4 + 1, 5, 50, 5, length=25, overlap=5)
+    windows = windows_of((frames - 1) // 4 + 1, 5, 50, 5, length=25, overlap=5)
     assert [(w.start, w.end, w.schedule.prefix) for w in windows] == WINDOWS[frames]
 
 
 def test_windows_of_121_frames_follow_the_published_rule() -> None:
-    windows = plan_windows(185, 5, 50, 5, length=31, overlap=5)
+    windows = windows_of(185, 5, 50, 5, length=31, overlap=5)
     assert [(w.start, w.end) for w in windows] == [(26 * i, min(26 * i + 31, 185)) for i in range(7)]
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (1, 0), (0, 1), (5, 2), (24, 0)])
 @pytest.mark.parametrize("frames", [26, 27, 40, 45, 46, 65])
 def test_windows_generate_every_frame_that_is_not_given_exactly_once(frames: int, prefix: int, suffix: int) -> None:
-    windows = plan_windows(frames, 5, 4, 1, 25, 5, prefix, suffix)
+    windows = windows_of(frames, 5, 4, 1, 25, 5, prefix, suffix)
     made = [0] * frames
     for window in windows:
         own = window.schedule
@@ -238,11 +238,11 @@ def test_windows_generate_every_frame_that_is_not_given_exactly_once(frames: int
 )
 def test_windows_that_cannot_work_are_refused_with_the_numbers(settings: dict[str, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        plan_windows(**{"frames": 65, "chunk_frames": 5, "steps": 50, "ar_step": 5, "length": 25, "overlap": 5, **settings})
+        windows_of(**{"frames": 65, "chunk_frames": 5, "steps": 50, "ar_step": 5, "length": 25, "overlap": 5, **settings})
 
 
 def test_a_film_within_the_window_needs_no_overlap() -> None:
-    assert len(plan_windows(25, 5, 4, 1, length=25, overlap=0)) == 1
+    assert len(windows_of(25, 5, 4, 1, length=25, overlap=0)) == 1
 
 
 def test_denoise_keeps_the_tail_of_a_longer_schedule_as_the_host_does() -> None:

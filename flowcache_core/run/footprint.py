@@ -52,12 +52,12 @@ class Footprint:
         )
 
 
-def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], rows: int, text_tokens: int, itemsize: int,
+def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], batch: int, text_tokens: int, itemsize: int,
               policy: CachePolicy | None, weights: int = 0, bounded: int | None = None, plan: Plan | None = None,
               films: int = 1, film_frames: int | None = None) -> Footprint:  # fmt: skip
     """Of a run over latents [films, C, frames, h, w].
 
-    `latent`: C, h, w; `rows`: branches x films; `text_tokens`: of all of these together; `itemsize`: bytes of one number in the
+    `latent`: C, h, w; `batch`: branches x films; `text_tokens`: of all of these together; `itemsize`: bytes of one number in the
     dtype of computation; `policy`: what it wants remembered; `weights`: bytes of the network as it is stored; `films`: side by side;
     `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) counts as the KV cache's.
 
@@ -70,9 +70,9 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     frames = max(sum(chunk.frames for chunk in row.active) for row in schedule.rows)
     edges = max(len(row.active) for row in schedule.rows) + 1
     frame = Frame(films * channels * cells, films * frame_tokens * adapter.width, cells, frame_tokens, itemsize)
-    waiting = rows * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
-    kv = rows * capacity(schedule, frame_tokens).total * token + waiting
-    predictions = frames * (rows // films * frame.replayed(policy) + frame.watched(policy)) + edges * frame.edge(policy)
+    waiting = batch * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
+    kv = batch * capacity(schedule, frame_tokens).total * token + waiting
+    predictions = frames * (batch // films * frame.replayed(policy) + frame.watched(policy)) + edges * frame.edge(policy)
     latents = (FILMS * (film_frames or schedule.frames) + SOLVED * frames + MOVED * schedule.chunk_frames) * frame.latent * NUMBER
     visits = (film_frames or schedule.frames) * frame_tokens * NUMBER
     here, otherwise = (kv, 0) if bounded is None else (bounded + waiting, kv)

@@ -14,7 +14,7 @@ from ..models.bundle import Bundle
 from ..policies.protocol import CachePolicy
 from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
-from ..sampling.schedule import ChunkSchedule, Window, plan_windows
+from ..sampling.schedule import ChunkSchedule, Window, windows_of
 from ..sampling.solvers import Solver, solver
 from .report import RunReport
 from .run import Place, Run, Turn
@@ -56,7 +56,7 @@ class Job:
         """The same for the upstream way. Raises ValueError."""
         chunk, pixels = bundle.layout.chunk_frames, bundle.family.frames
         length, overlap = chunk * bundle.layout.window, pixels.latent(self.overlap)
-        return plan_windows(self._frames(bundle), chunk, self.steps, self.ar_step, length, overlap, prefix, suffix, pixels)
+        return windows_of(self._frames(bundle), chunk, self.steps, self.ar_step, length, overlap, prefix, suffix, pixels)
 
     def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
         return bundle.family.noise.levels(self.steps, self.shift, self.denoise)

@@ -3,7 +3,7 @@
 `ChunkSchedule` staggers the chunks of a film over the rows of the sampling loop, as the asynchronous generator of SkyReels-V2
 does (report section 3.3): chunk k starts `ar_step` rows after chunk k-1. `ar_step` 0 moves all chunks together; `ar_step` >= steps
 finishes each before the next begins.
-`plan_windows` cuts a film that is longer than the trained horizon into overlapping windows, each with a schedule of its own.
+`windows_of` cuts a film that is longer than the trained horizon into overlapping windows, each with a schedule of its own.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Window:
         return replace(row, active=tuple(self.in_film(chunk) for chunk in row.active))
 
 
-def plan_windows(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
+def windows_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
                  prefix: int = 0, suffix: int = 0, pixels: Frames = FOUR_N_PLUS_1) -> tuple[Window, ...]:  # fmt: skip
     """A film of `frames` latent frames as windows of `length`, each beginning with the last `overlap` frames of the one before it.
 
