@@ -34,7 +34,9 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
     conds = [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
     tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
     patcher = guider.model_patcher
-    return Place(noise.shape[0], len(conds), tokens * noise.shape[0], patcher.model_size(), model.get_dtype_inference().itemsize, patcher.load_device)
+    return Place(
+        noise.shape[0], max(len(conds), 1), tokens * noise.shape[0], patcher.model_size(), model.get_dtype_inference().itemsize, patcher.load_device
+    )
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class ChunkSampler(comfy.samplers.Sampler):
         model, options = require_ours(guider.model_patcher, NODE), guider.model_options
         self._require(noise, latent_image, sigmas)
         family, latent = model.family, (noise.shape[1], *noise.shape[3:])
-        if self.fps != model.layout.fps and not family.hears_rate(model.diffusion_model.config):
+        if family.hears_rate(model.diffusion_model.config):
+            family.require_rate(self.fps)
+        elif self.fps != model.layout.fps:
             raise ValueError(
                 f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors (of the SkyReels-V2 models only the 1.3B has): "
                 f"set fps to {model.layout.fps}"
             )
-        if family.hears_rate(model.diffusion_model.config):
-            family.require_rate(self.fps)
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
         light = GivenNoise(self.addnoise_condition, seed or 0)
         return Run(

@@ -200,3 +200,20 @@ def test_families_of_the_same_shapes_are_told_apart_by_metadata_or_the_user(monk
         recognise(weights, "toy")
     assert recognise(weights, "toy", {"architecture": "twin"}).family is twin
     assert recognise(weights, "toy", {"architecture": "twin"}, "toy").family is TOY
+
+
+def test_metadata_of_another_tool_say_nothing() -> None:
+    slots = open_checkpoint(NETWORK).slots
+    assert recognise(slots, "sky", {"architecture": "stable-diffusion-v1"}).family is FAMILIES[0]
+
+
+def test_branch_texts_are_made_once_a_run(bundle: Bundle) -> None:
+    made: list[int] = []
+
+    class Counting(ToyAdapter):
+        def branch_texts(self, context: Tensor, branches: Sequence[str]) -> Tensor:
+            made.append(len(branches))
+            return super().branch_texts(context, branches)
+
+    generate(bundle, JOB, adapter=lambda adapter, sigmas: Counting(bundle.network))  # type: ignore[arg-type,return-value]
+    assert made == [3]

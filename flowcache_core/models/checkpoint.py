@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ STRANGERS = {
 """Part of a key -> what a file with such a key is."""
 ARCHITECTURE = "architecture"
 """Where metadata name the family."""
-NOTHING_SAID: Mapping[str, str] = MappingProxyType({})
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +48,36 @@ class Found:
         return self.family.release(self.config)
 
 
-def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NOTHING_SAID, family: str = AUTO) -> Found:
+def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> Found:
     """`weights`: key -> tensor, or slot of a file; `family`: a name that the user chose, before what metadata and shapes say.
 
-    Raises ValueError unless it is a whole network of one family, with nothing left over.
+    Metadata that name no family of ours are another tool's, and say nothing. Raises ValueError unless it is a whole network of one
+    family, with nothing left over.
     """
+    names = [one.name for one in models.FAMILIES]
+    if family not in (AUTO, *names):
+        raise ValueError(f"{name} is said to be of the family {short(family)!r}: there are {', '.join(names)}")
     chosen = family if family != AUTO else metadata.get(ARCHITECTURE, AUTO)
-    known = [one for one in models.FAMILIES if chosen in (AUTO, one.name)]
-    if not known:
-        raise ValueError(f"{name} is said to be of the family {short(chosen)!r}: there are {', '.join(one.name for one in models.FAMILIES)}")
-    named = {one.name: one.original_names(weights, (MARKER,)) for one in known}
-    shapes = {one.name: plain_shapes({new: weights[key] for key, new in named[one.name].items()}) for one in known}
+    known = [one for one in models.FAMILIES if one.name == chosen] or list(models.FAMILIES)
+    found, reasons, looked = list[Found](), list[ValueError](), list[Shapes]()
     for one in known:
-        _refuse_strangers(shapes[one.name], name, one)
-    candidates = [one for one in known if chosen != AUTO or one.claims(shapes[one.name])]
-    if not candidates:
-        raise ValueError(f"{name}: this is not a checkpoint of {titles()}: it has {_first(sorted(weights))}")
-    fitting = [one for one in candidates if _fits(one, shapes[one.name], name)] if len(candidates) > 1 else candidates
-    if len(fitting) > 1:
-        raise ValueError(f"{name} could be {' or '.join(one.title for one in fitting)}, which have the same shapes: choose one in the input family")
-    mine = (fitting or candidates)[0]
-    return Found(mine, _whole_config(mine, shapes[mine.name], name), named[mine.name])
+        original = one.original_names(weights, (MARKER,))
+        shapes = plain_shapes({new: weights[key] for key, new in original.items()})
+        looked.append(shapes)
+        if one.name != chosen and not one.claims(shapes):
+            continue
+        try:
+            found.append(Found(one, _whole_config(one, shapes, name), original))
+        except ValueError as error:
+            reasons.append(error)
+    if len(found) > 1:
+        fitting = " or ".join(one.family.title for one in found)
+        raise ValueError(f"{name} could be {fitting}, which have the same shapes: choose one in the input family")
+    if found:
+        return found[0]
+    for other in looked:
+        _refuse_strangers(other, name)
+    raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles()}: it has {_first(sorted(weights))}")
 
 
 def titles() -> str:
@@ -76,7 +86,7 @@ def titles() -> str:
 
 
 def load_network(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str = "cpu",
-                 metadata: Mapping[str, str] = NOTHING_SAID, family: str = AUTO) -> nn.Module:  # fmt: skip
+                 metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> nn.Module:  # fmt: skip
     """Strictly loaded, in evaluation mode, with plain torch layers. Scaled fp8 weights are written out in `dtype`."""
     found = recognise(weights, name, metadata, family)
     mine = {new: weights[key] for key, new in found.names.items()}
@@ -106,8 +116,11 @@ def _filled(found: Found, weights: Iterator[tuple[str, Tensor]], scales: Mapping
     for key, weight in weights:
         scale = scale_key(key, scales.keys())
         state[key] = restored(key, weight, scales[scale] if scale else None, dtype).to(device)
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in state.values():
+        sizes[weight.dtype] += weight.numel()
     with torch.device("meta"):
-        network = found.family.network(found.config, dtype=dtype or next(v.dtype for v in state.values() if v.ndim == 2))
+        network = found.family.network(found.config, dtype=dtype or sizes.most_common(1)[0][0])
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -132,17 +145,7 @@ def _whole_config(family: Family, shapes: Shapes, name: str) -> Any:
     return config
 
 
-def _fits(family: Family, shapes: Shapes, name: str) -> bool:
-    try:
-        _whole_config(family, shapes, name)
-    except ValueError:
-        return False
-    return True
-
-
-def _refuse_strangers(shapes: Shapes, name: str, family: Family) -> None:
-    if family.claims(shapes) and _fits(family, shapes, name):
-        return
+def _refuse_strangers(shapes: Shapes, name: str) -> None:
     for part, what in STRANGERS.items():
         if any(part in key for key in shapes):
             raise ValueError(f"{name} is {what}" if ":" in what else f"{name} is {what}: this loader knows {titles()} only")

@@ -1,4 +1,4 @@
-"""All that is particular to one kind of model, as one frozen value. Loader, host, nodes, bundle, demo and benches read nothing else."""
+"""All that is particular to one kind of model, as one frozen value. Loader, host, nodes, bundle, demo and benches read it from here."""
 
 from __future__ import annotations
 

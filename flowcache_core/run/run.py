@@ -270,7 +270,7 @@ class ChunkTurn:
             return self.session.denoise(x, self.chunk, context, branches)
         assert isinstance(adapter, OwnTexts)  # the run was refused otherwise
         names = guidance.branches(self.run.scale)
-        texts = adapter.branch_texts(context, names)
+        texts = context if self.session.has_text(names) else adapter.branch_texts(context, names)
         each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, texts, names).chunk(len(names))
         return guidance.combine(each, self.run.scale, self.session.level(self.chunk))
 

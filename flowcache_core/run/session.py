@@ -249,6 +249,10 @@ class Session:
         value = state.predict(branches, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
+    def has_text(self, branches: Branches) -> bool:
+        """Whether the text of these branches was given before: then `denoise` looks at its context no more."""
+        return branches in self._text
+
     def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk) -> object:
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
