@@ -75,7 +75,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         model, options = require_ours(guider.model_patcher, NODE), guider.model_options
         self._require(noise, latent_image, sigmas)
         family, latent = model.family, (noise.shape[1], *noise.shape[3:])
-        if family.hears_rate(model.diffusion_model.config):
+        if family.takes_rate(model.diffusion_model.config):
             family.require_rate(self.fps)
         elif self.fps != model.layout.fps:
             raise ValueError(

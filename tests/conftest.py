@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -19,6 +20,7 @@ from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
 from tests.driven import Driven
+from tests.host import PACK, Graph, Host, put, small
 
 CHANNELS, SIDE, TEXT = 16, 4, 64
 
@@ -103,3 +105,22 @@ def dense(net: SkyReelsV2, texts: Tensor) -> Dense:
         return sample_window(predict, noise, schedule, flow_sigmas(schedule.steps), solver or Euler())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with Host(tmp_path_factory.mktemp("comfy")) as running:
+        yield running
+
+
+@pytest.fixture
+def planned() -> Graph:
+    """The shipped workflow, three chunks of three latent frames: Chunkwise Cache with preset balanced."""
+    whole = small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text()), steps=10, length=33)
+    return put(whole, "FlowCacheLatent", width=64, height=64)
+
+
+@pytest.fixture
+def graph() -> Graph:
+    """The shipped workflow with the threshold rule, one chunk."""
+    return put(small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text())), "FlowCacheChunkwise", preset="custom")

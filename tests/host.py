@@ -8,18 +8,23 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+
+from flowcache_core.models.bundle import Bundle
+from flowcache_core.run.generate import Job
 
 NEEDS_HOST = [
     pytest.mark.host,
@@ -30,6 +35,9 @@ NEEDS_HOST = [
 PACK = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((PACK / "workflows" / "api").glob("*.json"))
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+CHUNKWISE, BIDIRECTIONAL = "FlowCacheChunkwise", "bidirectional (as trained)"
+THRESHOLD = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
+             "end_percent": 1.0}  # fmt: skip
 Graph = dict[str, dict[str, Any]]
 
 
@@ -174,3 +182,33 @@ def without_cache(graph: Graph, kind: str = "FlowCacheChunkwise") -> Graph:
     for one in out.values():
         one["inputs"] = {k: source if v == [gone, 0] else v for k, v in one["inputs"].items()}
     return out
+
+
+def refused(host: Host, graph: Graph, sentence: str) -> None:
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "error"
+    assert re.search(sentence, error_of(done)), error_of(done)
+
+
+def said(host: Host, graph: Graph, kind: str) -> str:
+    """What a node shows in a run that has to succeed."""
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    return "\n".join(done["outputs"][node(graph, kind)]["text"])
+
+
+@dataclass(frozen=True)
+class HostJob(Job):
+    """A film at the noise levels of the host's scheduler "simple", whose first is 1."""
+
+    def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
+        times = [(1000 - int(i * 1000 / self.steps)) / 1000 for i in range(self.steps)]
+        return (*(self.shift * t / (1 + (self.shift - 1) * t) for t in times), 0.0)
+
+
+def report_of(host: Host, graph: Graph) -> dict[str, Any]:
+    """What Cache Report writes as json, in a run that has to succeed."""
+    shown = {"class_type": "PreviewAny", "inputs": {"source": [node(graph, "FlowCacheReport"), 1]}}
+    done = host.run({**graph, "json": shown})
+    assert done["status"]["status_str"] == "success", error_of(done)
+    return json.loads(done["outputs"]["json"]["text"][0])  # type: ignore[no-any-return]

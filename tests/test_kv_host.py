@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from flowcache_core.kv.scores.salience import BUNDLED
-from tests.test_nodes_host import BIDIRECTIONAL, PACK, Graph, Host, after_loader, error_of, node, put, pytestmark, refused, said, small, without_cache
+from tests.host import BIDIRECTIONAL, NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, refused, said, small, without_cache
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS_HOST
 KIND = "FlowCacheKVCompressor"
 SETTINGS = {"budget": 1.5, "unit": "chunks", "policy": "importance-redundancy", "dtype": "as computed", "sink": 1, "recent": 0,
             "granularity": "token", "offload": False, "soft": 0.0}  # fmt: skip

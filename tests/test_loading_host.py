@@ -19,10 +19,10 @@ from torch import Tensor
 from flowcache_core.models import bundle
 from flowcache_core.models.shards import open_checkpoint
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
+from tests.host import NEEDS_HOST, PACK, Graph, Host, error_of, node, put, refused, small, without_cache
 from tests.test_layouts import diffusers, sharded
-from tests.test_nodes_host import PACK, Graph, Host, error_of, node, put, pytestmark, refused, small, without_cache
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS_HOST
 Weights = dict[str, Tensor]
 GGUF = os.environ.get("COMFYUI_GGUF")
 KEY = "blocks.0.self_attn.q.weight"

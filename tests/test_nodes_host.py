@@ -9,8 +9,6 @@ import copy
 import json
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +17,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowcache_core.models.bundle import Bundle, load_bundle
-from flowcache_core.models.wan_vae import normalise
-from flowcache_core.policies.multirate import Multirate
-from flowcache_core.policies.planned import Planned
-from flowcache_core.policies.presets import PLANS, preset
-from flowcache_core.run.generate import Job, generate, generate_upstream
-from flowcache_core.sampling.schedule import ChunkSchedule
-from tests.host import NEEDS_HOST, PACK, WORKFLOWS, Graph, Host, after_loader, error_of, node, put, quick, small, without_cache
+from tests.host import (
+    BIDIRECTIONAL,
+    NEEDS_HOST,
+    WORKFLOWS,
+    Graph,
+    Host,
+    after_loader,
+    error_of,
+    node,
+    put,
+    quick,
+    refused,
+    said,
+    small,
+    without_cache,
+)
 
 pytestmark = NEEDS_HOST
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with Host(tmp_path_factory.mktemp("comfy")) as running:
-        yield running
-
-
-@pytest.fixture
-def planned() -> Graph:
-    """The shipped workflow, three chunks of three latent frames: Chunkwise Cache with preset balanced."""
-    whole = small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text()), steps=10, length=33)
-    return put(whole, "FlowCacheLatent", width=64, height=64)
-
-
-@pytest.fixture
-def graph() -> Graph:
-    """The shipped workflow with the threshold rule, one chunk."""
-    return put(small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text())), "FlowCacheChunkwise", preset="custom")
 
 
 def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
@@ -117,9 +104,6 @@ def test_films_of_a_batch_are_different(host: Host, graph: Graph) -> None:
 def test_every_setting_of_the_sampler_changes_the_film(host: Host, graph: Graph, settings: dict[str, Any]) -> None:
     base = small(graph, steps=3, length=21)
     assert not torch.equal(host.latents(put(base, "FlowCacheSampler", **settings)), host.latents(base))
-
-
-BIDIRECTIONAL = "bidirectional (as trained)"
 
 
 def with_frames(graph: Graph, length: float = 33, **inputs: Any) -> Graph:
@@ -236,12 +220,6 @@ def test_two_samplers_of_equal_settings_keep_their_own_reports(host: Host, graph
     assert "of 3 chunk-steps" in json.dumps(done["outputs"]["report2"]["text"])
 
 
-def refused(host: Host, graph: Graph, sentence: str) -> None:
-    done = host.run(graph)
-    assert done["status"]["status_str"] == "error"
-    assert re.search(sentence, error_of(done)), error_of(done)
-
-
 def test_easycache_before_chunkwise_is_refused(host: Host, graph: Graph) -> None:
     easy = after_loader(graph, "EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
     refused(host, easy, "easycache skips steps without knowing of chunks, so they cannot work together: bypass one of the two")
@@ -275,13 +253,6 @@ def test_saved_workflows_keep_their_inputs_in_order_and_new_ones_may_be_missing(
     old = copy.deepcopy(graph)
     old[node(old, "FlowCacheChunkwise")]["inputs"] = {k: graph[node(graph, "FlowCacheChunkwise")]["inputs"][k] for k in saved}
     assert torch.equal(host.latents(old), host.latents(graph)), "a saved call that names no preset means custom"
-
-
-def said(host: Host, graph: Graph, kind: str) -> str:
-    """What a node shows in a run that has to succeed."""
-    done = host.run(graph)
-    assert done["status"]["status_str"] == "success", error_of(done)
-    return "\n".join(done["outputs"][node(graph, kind)]["text"])
 
 
 def test_a_preset_replaces_every_widget_and_the_node_says_by_what(host: Host, graph: Graph) -> None:
@@ -392,260 +363,3 @@ def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) 
     host.ask("/free", {"unload_models": True, "free_memory": True})
     time.sleep(2)
     assert torch.equal(host.latents(base), before)
-
-
-# plans
-
-
-CHUNKWISE = "FlowCacheChunkwise"
-EITHER = pytest.mark.parametrize("attention", ["block-causal (KV cache)", BIDIRECTIONAL])
-
-
-@dataclass(frozen=True)
-class HostJob(Job):
-    """A film at the noise levels of the host's scheduler "simple", whose first is 1."""
-
-    def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
-        times = [(1000 - int(i * 1000 / self.steps)) / 1000 for i in range(self.steps)]
-        return (*(self.shift * t / (1 + (self.shift - 1) * t) for t in times), 0.0)
-
-
-@EITHER
-def test_the_shipped_workflow_makes_the_film_that_the_core_makes(host: Host, planned: Graph, attention: str) -> None:
-    job = HostJob("red circle moves right, blue square moves down", frames=33, steps=10, seed=1, size=64)
-    if attention == BIDIRECTIONAL:
-        ours, report = generate_upstream(load_bundle(), job, policy=preset("balanced"))
-    else:
-        ours, report = generate(load_bundle(), job, policy=preset("balanced"))
-    made = put(planned, "FlowCacheSampler", attention=attention)
-    theirs = host.latents(made)
-    assert report.chunk_steps_computed < report.chunk_steps
-    torch.testing.assert_close(normalise(theirs), ours, rtol=1e-2, atol=1e-2)
-    assert torch.equal(host.latents(put(made, "FlowCacheLatent", snap="down")), theirs), "run again, bit for bit"
-
-
-@EITHER
-def test_a_planned_film_is_right_after_another_size_and_after_an_interrupt(host: Host, planned: Graph, attention: str) -> None:
-    made = put(planned, "FlowCacheSampler", attention=attention)
-    before = host.latents(made)
-    assert host.latents(put(made, "FlowCacheLatent", width=96, height=64, length=21)).shape == (1, 16, 6, 8, 12)
-    running = host.ask("/prompt", {"prompt": put(small(made, steps=60, length=57), "RandomNoise", noise_seed=9)})["prompt_id"]
-    time.sleep(4)
-    host.ask("/interrupt", {})
-    end = time.monotonic() + 120
-    while not (done := host.ask(f"/history/{running}")) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
-    assert torch.equal(host.latents(put(made, "FlowCacheLatent", snap="up")), before)
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_a_preset_that_plans_serves_any_number_of_steps_and_says_what_it_does(host: Host, planned: Graph, name: str) -> None:
-    for steps in (1, 2, 3, 7, 10, 16, 20, 24):
-        made = put(put(planned, "BasicScheduler", steps=steps), CHUNKWISE, preset=name)
-        done = host.run(put(made, "FlowCacheSampler", ar_step=1))
-        assert done["status"]["status_str"] == "success", error_of(done)
-        if steps == 1:  # later runs take the node from the host's cache
-            shown = "\n".join(done["outputs"][node(made, CHUNKWISE)]["text"])
-            assert re.match(rf"{name}: \d\d% of all tokens are computed; in which steps is settled before the run", shown)
-        _, summary, foretold = "\n".join(done["outputs"][node(made, "FlowCacheReport")]["text"]).splitlines()
-        told, did = (re.findall(r"(\d+) of (\d+) chunk-steps|all (\d+) chunk-steps", line) for line in (foretold, summary))
-        assert told == did or told == [("", "", did[0][1])]
-        assert re.findall(r"\d+% of all tokens", foretold)[0] in summary
-
-
-def test_a_plan_in_windows_of_a_long_film_is_told_by_rows(host: Host, planned: Graph) -> None:
-    made = put(put(small(planned, 8, 93), "FlowCacheLatent", width=64, height=64), "FlowCacheSampler", attention=BIDIRECTIONAL, ar_step=2)
-    text = said(host, made, "FlowCacheReport")
-    assert re.search(r"\d+ of \d+ rows \(\d+ of \d+ chunk-steps\) will be computed, \d+% of all tokens", text)
-    assert "computed " in text
-
-
-@EITHER
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target": "computed share", "target_share": 0.6},
-        {"target": "speed-up", "target_speedup": 1 / 0.6},
-        {"target": "seconds", "target_seconds": 1e6},
-        {"target": "seconds", "target_seconds": 0.1},
-    ],
-)
-def test_a_budget_on_a_preset_that_plans_is_kept(host: Host, planned: Graph, attention: str, settings: dict[str, Any]) -> None:
-    made = put(put(put(planned, CHUNKWISE, **settings), "FlowCacheSampler", attention=attention), "RandomNoise", noise_seed=21)
-    *_, foretold = said(host, made, "FlowCacheReport").split("host syncs\n")
-    (share,) = re.findall(r"(\d+)% of all tokens", foretold.splitlines()[0])[:1]
-    if settings["target"] != "seconds":
-        assert 45 <= int(share) <= 60
-    elif settings["target_seconds"] == 1e6:
-        assert foretold.startswith("all ")
-        assert "so 1e+06 s are 100% of all tokens" in foretold
-    else:
-        assert int(share) < 60
-        assert "all steps would take the network about" in foretold
-
-
-def report_of(host: Host, graph: Graph) -> dict[str, Any]:
-    """What Cache Report writes as json, in a run that has to succeed."""
-    shown = {"class_type": "PreviewAny", "inputs": {"source": [node(graph, "FlowCacheReport"), 1]}}
-    done = host.run({**graph, "json": shown})
-    assert done["status"]["status_str"] == "success", error_of(done)
-    return json.loads(done["outputs"]["json"]["text"][0])  # type: ignore[no-any-return]
-
-
-@EITHER
-def test_a_plan_goes_out_by_cache_report_and_comes_back(host: Host, planned: Graph, attention: str) -> None:
-    made = put(put(planned, CHUNKWISE, preset="fast"), "FlowCacheSampler", attention=attention)
-    report, film = report_of(host, made), host.latents(made)
-    assert isinstance(report["plan"], list) == (attention == BIDIRECTIONAL)
-    for text in (json.dumps(report), json.dumps(report["plan"])):
-        again = put(made, CHUNKWISE, preset="custom", plan=text)
-        assert "plan: the given plan says what is computed" in said(host, again, CHUNKWISE)
-        assert torch.equal(host.latents(again), film)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"plan": "{"}, r"the plan is no JSON \(.*: give it what Cache Report writes as json"),
-        ({"plan": "[1]"}, "this is no plan"),
-        ({"plan": '{"plan": null}'}, "this report is of a run without a plan"),
-        ({"plan": "{}", "target": "seconds"}, "was given a plan and target seconds, which contradict each other: empty plan, or set target to off"),
-        ({"preset": "custom", "target": "seconds"}, "a budget in seconds is spent by a plan, but preset custom decides by threshold: set preset to"),
-        ({"preset": "flowcache-fast", "target": "seconds"}, "but preset flowcache-fast decides by threshold"),
-    ],
-)
-def test_budgets_that_contradict_and_plans_that_are_none_are_refused(host: Host, planned: Graph, settings: dict[str, Any], sentence: str) -> None:
-    refused(host, put(planned, CHUNKWISE, **settings), sentence)
-
-
-@pytest.mark.parametrize(
-    ("steps", "settings", "sentence"),
-    [
-        (12, {}, "the plan is for 3 chunks of 10 steps, this run has 3 chunks of 12 steps"),
-        (10, {"ar_step": 2}, "the plan is out of step: row "),
-        (10, {"attention": BIDIRECTIONAL}, "the plan is for block-causal attention, and this run is bidirectional"),
-    ],
-)
-def test_a_plan_of_another_run_is_refused_before_weights_move(
-    host: Host, planned: Graph, steps: int, settings: dict[str, Any], sentence: str
-) -> None:
-    text = json.dumps(Planned(share=0.4).plan(ChunkSchedule(9, 3, 10, 5, 5)).as_dict())
-    host.ask("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
-    before = host.log.read_text().count("Requested to load HostModel")
-    other = put(put(put(planned, CHUNKWISE, plan=text), "BasicScheduler", steps=steps), "FlowCacheSampler", **settings)
-    refused(host, put(other, "RandomNoise", noise_seed=31), sentence)
-    assert host.log.read_text().count("Requested to load HostModel") == before, "no weights are loaded for a refusal"
-
-
-def test_a_rule_that_depends_on_nothing_but_time_is_told_to_be_a_plan_too(host: Host, graph: Graph) -> None:
-    sentence = "under signature time this rule is a plan too, only a worse one"
-    assert sentence in said(host, put(graph, "RandomNoise", noise_seed=41), CHUNKWISE)
-    assert sentence not in said(host, put(graph, CHUNKWISE, signature="latent"), CHUNKWISE)
-
-
-@pytest.fixture
-def by_token() -> Graph:
-    graph = small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=50, length=33)
-    return put(graph, "FlowCacheLatent", width=64, height=64)
-
-
-def test_motion_cache_spends_its_share_by_token_and_repeats_bit_for_bit(host: Host, by_token: Graph) -> None:
-    made = put(by_token, "RandomNoise", noise_seed=61)
-    report = report_of(host, made)
-    assert 0.1 < report["share"] <= 0.13 + 1e-6
-    assert report["chunk_steps_refreshed"] > 0
-    assert report["host_syncs"] == 0
-    assert torch.equal(host.latents(made), host.latents(put(made, "FlowCacheSampler", fps="24")))
-
-
-def test_motion_cache_by_a_plan_is_the_film_of_the_core(host: Host, by_token: Graph) -> None:
-    job = HostJob("red circle moves right, blue square moves down", frames=33, steps=50, seed=62, size=64)
-    ours, report = generate(load_bundle(), job, Multirate())
-    text = by_token[node(by_token, "CFGGuider")]["inputs"]["positive"][0]
-    made = put(by_token, "RandomNoise", noise_seed=62)
-    made[text]["inputs"]["text"] = job.prompt
-    assert report.chunk_steps_refreshed
-    theirs = normalise(host.latents(made))
-    assert float((theirs - ours).square().mean()) < 1e-3, "a token whose rank is decided by rounding may be another one"
-
-
-@pytest.mark.parametrize("preset", ["balanced", "turbo"])
-def test_motion_cache_spends_by_token_what_the_plan_in_front_may_spend(host: Host, by_token: Graph, preset: str) -> None:
-    graph = after_loader(put(by_token, "RandomNoise", noise_seed=63), CHUNKWISE, preset=preset, **THRESHOLD)
-    assert ("Chunkwise Cache does as well" in said(host, graph, "FlowCacheMotion")) == (preset == "balanced")
-    assert report_of(host, put(graph, "RandomNoise", noise_seed=64))["share"] == pytest.approx({"balanced": 0.4, "turbo": 0.13}[preset], abs=0.03)
-
-
-def test_motion_cache_by_a_plan_behind_a_threshold_is_refused(host: Host, by_token: Graph) -> None:
-    refused(host, after_loader(by_token, CHUNKWISE, preset="custom", **THRESHOLD), "preset turbo cannot refine Chunkwise Cache by a threshold, which")
-
-
-THRESHOLD = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
-             "end_percent": 1.0}  # fmt: skip
-
-
-@pytest.fixture
-def motion() -> Graph:
-    graph = small(json.loads((PACK / "workflows" / "api" / "motion_cache.json").read_text()), steps=10)
-    return put(graph, "FlowCacheMotion", preset="custom")
-
-
-def test_motion_cache_threshold_zero_equals_the_graph_without_the_node(host: Host, motion: Graph) -> None:
-    bare = {k: v for k, v in without_cache(motion, "FlowCacheMotion").items() if v["class_type"] not in ("FlowCacheOverlay", "SaveVideo")}
-    assert torch.equal(host.latents(put(motion, "FlowCacheMotion", threshold=0)), host.latents(bare))
-
-
-def test_motion_cache_refreshes_in_part_and_the_overlay_shows_it(host: Host, motion: Graph) -> None:
-    """The tint differs from the film, and the report names the steps that ran in part."""
-    base = put(motion, "FlowCacheMotion", threshold=0.3, coarse=0.2, alpha=0.1, min_refresh=0.0, full_share=1.0)
-    frames = {k: v for k, v in base.items() if v["class_type"] not in ("CreateVideo", "SaveVideo")}
-    overlay = node(frames, "FlowCacheOverlay")
-    for name, source in (("overlay", [overlay, 0]), ("mask", [overlay, 1])):
-        frames[name] = {"class_type": "PreviewImage", "inputs": {"images": source}}
-    done = host.run(put(after_loader(frames, "FlowCacheChunkwise", threshold=0.3, warmup_steps=2, max_reuse=8, signature="latent",
-                                     replay="velocity", order=1, start_percent=0.0, end_percent=1.0), "FlowCacheLatent", length=9))  # fmt: skip
-    assert done["status"]["status_str"] == "success", error_of(done)
-    assert "in part" in json.dumps(done["outputs"][node(frames, "FlowCacheReport")]["text"])
-    assert len(done["outputs"]["overlay"]["images"]) == len(done["outputs"]["mask"]["images"]) == 9
-
-
-@pytest.mark.parametrize("preset", ["skyreels-v2", "magi-1"])
-def test_published_presets_of_motion_cache_run(host: Host, motion: Graph, preset: str) -> None:
-    assert torch.isfinite(host.latents(put(motion, "FlowCacheMotion", preset=preset))).all()
-
-
-def test_motion_cache_settings_that_contradict_are_refused(host: Host, motion: Graph) -> None:
-    refused(host, put(motion, "FlowCacheMotion", min_refresh=0.9, full_share=0.5), r"min_refresh 0\.9 is larger than full_share 0\.5")
-
-
-def test_chunks_of_one_frame_under_motion_cache_are_refused(host: Host, motion: Graph) -> None:
-    refused(host, put(motion, "FlowCacheSampler", chunk_frames=1, window=9), "chunks of 1 latent frame have none")
-
-
-def test_chunkwise_behind_motion_cache_is_refused(host: Host, motion: Graph) -> None:
-    behind = {"class_type": "FlowCacheChunkwise", "inputs": {"model": [node(motion, "FlowCacheMotion"), 0], "threshold": 0.03, "warmup_steps": 5,
-              "max_reuse": 8, "signature": "latent", "replay": "velocity", "order": 0, "start_percent": 0.0, "end_percent": 1.0}}  # fmt: skip
-    refused(host, {**put(motion, "CFGGuider", model=["late", 0]), "late": behind}, "put it before Motion Cache")
-
-
-def test_motion_cache_under_bidirectional_attention_is_refused(host: Host, motion: Graph) -> None:
-    refused(host, put(motion, "FlowCacheSampler", attention=BIDIRECTIONAL), "Motion Cache cannot work with the attention of AR Chunk Sampler")
-
-
-def test_motion_cache_refines_the_threshold_rule_of_the_share_that_a_plan_has(host: Host, motion: Graph) -> None:
-    settings = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
-                "end_percent": 1.0, "preset": "safe"}  # fmt: skip
-    made = put(small(motion, steps=16), "RandomNoise", noise_seed=51)
-    assert "target 55% of chunk-steps" in said(host, after_loader(made, CHUNKWISE, **settings), "FlowCacheMotion")
-    refused(host, after_loader(made, CHUNKWISE, **settings, target="seconds"), "custom cannot refine Chunkwise Cache by a plan, which is in front")
-
-
-def test_motion_cache_under_a_stock_sampler_is_refused(host: Host, motion: Graph) -> None:
-    stock = {**motion, node(motion, "FlowCacheSampler"): {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}}
-    for kind in ("FlowCacheReport", "FlowCacheOverlay"):
-        del stock[node(stock, kind)]
-    gone = [k for k, v in stock.items() if v["class_type"] == "CreateVideo" and v["inputs"]["images"][0] not in stock]
-    stock = {k: v for k, v in stock.items() if k not in gone and not (v["class_type"] == "SaveVideo" and v["inputs"]["video"][0] in gone)}
-    refused(host, stock, "Motion Cache works with the AR Chunk Sampler")

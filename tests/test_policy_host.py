@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flowcache_core.policies import POLICIES
-from tests.test_nodes_host import (
+from tests.host import (
     BIDIRECTIONAL,
+    NEEDS_HOST,
     PACK,
     THRESHOLD,
     Graph,
@@ -19,14 +20,13 @@ from tests.test_nodes_host import (
     after_loader,
     node,
     put,
-    pytestmark,
     refused,
     said,
     small,
     without_cache,
 )
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS_HOST
 KIND, CHUNKWISE, MOTION = "FlowCachePolicy", "FlowCacheChunkwise", "FlowCacheMotion"
 
 

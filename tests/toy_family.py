@@ -229,7 +229,7 @@ TOY = Family(
     name="toy", title="Toy", network=ToyNet, adapter=ToyAdapter, original_names=original_names,
     claims=lambda shapes: "toy_in.weight" in shapes, config_of=config_of, release=lambda config: "Toy",
     layout=ChunkLayout(chunk_frames=6, window=4, fps=24, causal=True), frames=Frames(4, 4), latents=Latents(CHANNELS, 8, PATCH, "Wan21"),
-    noise=ToyNoise(), guidance=ThreeBranches(), rates=(24,), hears_rate=lambda config: False, bundled=Bundled("toy", "toy", no_vae, words),
+    noise=ToyNoise(), guidance=ThreeBranches(), rates=(24,), takes_rate=lambda config: False, bundled=Bundled("toy", "toy", no_vae, words),
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from .layout import Layout
 from .packed import PackedCache
 from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, RememberingKVPolicy, Stored, Unit
 
-BOOKS = 12
+BOOKKEEPING = 12
 """Bytes by which the keeper knows a slot: the number of its token, and its last score."""
 
 
@@ -99,8 +99,8 @@ class Budget:
     def bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
         """What caches, keeper and policy hold on the device, known before they are made. `itemsize`: bytes of a number as computed."""
         policy = self.policy.holds(sizes, branches) if isinstance(self.policy, RememberingKVPolicy) else 0
-        books = branches * sizes.films * sizes.layers * min(self.slots, sizes.history) * BOOKS
-        return policy + books + self.cache_bytes(sizes, branches, itemsize)
+        bookkeeping = branches * sizes.films * sizes.layers * min(self.slots, sizes.history) * BOOKKEEPING
+        return policy + bookkeeping + self.cache_bytes(sizes, branches, itemsize)
 
     def cache_bytes(self, sizes: KVSizes, branches: int, itemsize: int) -> int:
         """Of these, what the caches hold."""

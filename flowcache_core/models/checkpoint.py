@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..foreign import short
+from ..untrusted import short
 from .family import AUTO, Family, Shapes
 from .quantised import MARKER, Shaped, is_companion, plain_shapes, restored, scale_key
 from .shards import open_checkpoint

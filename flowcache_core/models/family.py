@@ -98,7 +98,7 @@ class Family:
     guidance: Guidance
     rates: Sequence[int]
     """Frames per second that the network can be told."""
-    hears_rate: Callable[[Any], bool]
+    takes_rate: Callable[[Any], bool]
     """Whether a network of this config is told the frame rate at all."""
     bundled: Bundled | None = None
 

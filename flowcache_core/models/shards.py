@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..foreign import JSON_BYTES, entries, json_file, open_tensors, short
+from ..untrusted import JSON_BYTES, entries, json_file, open_tensors, short
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"

@@ -28,6 +28,6 @@ SKYREELS = Family(
     noise=FlowNoise(),
     guidance=ClassifierFree(),
     rates=FPS,
-    hears_rate=lambda config: config.fps,
+    takes_rate=lambda config: config.fps,
     bundled=Bundled("tiny-skyreels", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt),
 )

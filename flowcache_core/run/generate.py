@@ -150,7 +150,7 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Window, ...], gu
 
 @dataclass(frozen=True)
 class Steps:
-    """An audience that only counts steps."""
+    """An observer that only counts steps."""
 
     on_step: Progress
 

@@ -56,7 +56,7 @@ Evaluate = Callable[[Turn, Tensor], Tensor]
 """(turn, latents [films, C, F, h, w]) -> guided velocity of the same shape."""
 
 
-class Audience(Protocol):
+class Observer(Protocol):
     """Who is shown a run while it goes on."""
 
     def begin(self, report: RunReport, said: Iterable[str]) -> None:
@@ -68,7 +68,7 @@ class Audience(Protocol):
         ...
 
 
-class Nobody:
+class NoObserver:
     def begin(self, report: RunReport, said: Iterable[str]) -> None: ...
 
     def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
@@ -217,33 +217,33 @@ class Run:
     def chunks(self) -> int:
         return self.windows[-1].index + self.windows[-1].schedule.chunks if self.windows else self.schedule.chunks
 
-    def sample(self, x: Tensor, evaluate: Evaluate, audience: Audience | None = None) -> tuple[Tensor, RunReport]:
+    def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None) -> tuple[Tensor, RunReport]:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
         make = self._by_window if self.windows else self._by_chunk
-        latents, report = make(x, evaluate, audience or Nobody())
+        latents, report = make(x, evaluate, observer or NoObserver())
         report.expected, report.pixels = self.held, self.family.frames
         return latents, report
 
-    def _by_chunk(self, x: Tensor, evaluate: Evaluate, audience: Audience) -> tuple[Tensor, RunReport]:
+    def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
         grid, noise = (x.shape[3], x.shape[4]), self.family.noise
         session = Session(
             self.adapter, self.schedule, self.sigmas, grid, x.shape[0], self.policy, self.fps, self.given.sigma, self.budget, noise.commit,
             self.plan, self.room,
         )  # fmt: skip
         with session:
-            audience.begin(session.report, session.foresee(x.device))
-            denoiser = ChunkDenoiser(session, self, evaluate, audience)
+            observer.begin(session.report, session.foresee(x.device))
+            denoiser = ChunkDenoiser(session, self, evaluate, observer)
             return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given), session.report
 
-    def _by_window(self, x: Tensor, evaluate: Evaluate, audience: Audience) -> tuple[Tensor, RunReport]:
+    def _by_window(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
         with WindowSession(self.adapter, self.windows, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
-            audience.begin(session.report, session.foresee())
-            denoiser = FilmDenoiser(session, evaluate, audience)
+            observer.begin(session.report, session.foresee())
+            denoiser = FilmDenoiser(session, evaluate, observer)
             return sample_windows(denoiser, x, self.windows, self.sigmas, self.solver, self.given), session.report
 
 
 @contextmanager
-def arriving(session: Session | WindowSession) -> Iterator[None]:
+def through_session(session: Session | WindowSession) -> Iterator[None]:
     """Around an evaluation. Raises RuntimeError where it did not come by the session: the film would be of something else, and nothing counted."""
     before = session.evaluations
     yield
@@ -277,12 +277,12 @@ class ChunkTurn:
 
 @dataclass(frozen=True)
 class ChunkDenoiser:
-    """The loop's way to session, evaluation and audience."""
+    """The loop's way to session, evaluation and observer."""
 
     session: Session
     run: Run
     evaluate: Evaluate
-    audience: Audience
+    observer: Observer
 
     @property
     def plan(self) -> Plan | None:
@@ -290,11 +290,11 @@ class ChunkDenoiser:
 
     def settle(self, frame_s: float) -> Plan:
         before, plan = self.session.report.notes, self.session.settle(frame_s)
-        self.audience.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
+        self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plan
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
-        with arriving(self.session):
+        with through_session(self.session):
             return self.evaluate(ChunkTurn(self.session, chunk, self.run), x)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class ChunkDenoiser:
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)
-        self.audience.step(self.session.report, chunk, clean, film)
+        self.observer.step(self.session.report, chunk, clean, film)
 
     def commit(self, chunk: Chunk) -> None:
         self.session.commit(chunk)
@@ -329,7 +329,7 @@ class FilmDenoiser:
 
     session: WindowSession
     evaluate: Evaluate
-    audience: Audience
+    observer: Observer
 
     @property
     def plans(self) -> Sequence[Plan] | None:
@@ -337,13 +337,13 @@ class FilmDenoiser:
 
     def settle(self, frame_s: float) -> Sequence[Plan]:
         plans = self.session.settle(frame_s)
-        self.audience.begin(self.session.report, self.session.report.notes)
+        self.observer.begin(self.session.report, self.session.report.notes)
         return plans
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        with arriving(self.session):
+        with through_session(self.session):
             return self.evaluate(WindowTurn(self.session, levels, row), x)
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)
-        self.audience.step(self.session.report, chunk, clean, film)
+        self.observer.step(self.session.report, chunk, clean, film)

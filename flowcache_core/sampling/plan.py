@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeGuard
 
-from ..foreign import parsed, short
+from ..untrusted import parsed, short
 from .chunk import Chunk
 from .schedule import ChunkSchedule, Row
 

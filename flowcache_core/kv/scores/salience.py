@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...foreign import entries, open_tensors, short
 from ...settings import check, setting
+from ...untrusted import entries, open_tensors, short
 from ..policy import KVView
 
 if TYPE_CHECKING:
