@@ -11,7 +11,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench figures test lint format train clean
+.PHONY: help demo bench measure figures test lint format train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -25,6 +25,17 @@ demo: $(VENV)/.run ## make a film with the bundled model, cached and uncached, i
 bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, into out/frontier.json (about an hour)
 	@mkdir -p out
 	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
+
+BENCH := $(BIN)/python -m flowcache_core bench
+measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (two hours on two idle cores)
+	$(BIN)/python -m flowcache_core demo --out out/demo && cp out/demo/report.json docs/bench/demo.json
+	$(BENCH) recall --clips 6 --json docs/bench/recall.json
+	$(BENCH) seam --prompts 2 --json docs/bench/seam.json
+	$(BENCH) kv --workers 2 --json docs/bench/kv.json
+	$(BENCH) kv --precision float32 --policies even --prompts 6 --clips 1 --workers 2 --json docs/bench/kv-float32.json
+	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --workers 2 --json docs/bench/kv-stands-for.json
+	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
+	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
 
 figures: $(VENV)/.run ## write the tables and charts of README and docs from docs/bench
 	$(BIN)/python -m flowcache_core figures $(ARGS)

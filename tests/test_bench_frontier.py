@@ -1,4 +1,4 @@
-"""`bench frontier`: equal compute, exact distances between chunks, paired gains; and the figures that are written from it."""
+"""`bench frontier`: equal compute, exact distances between chunks, paired gains; and the tables that are written from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowcache_core.bench import figures, frontier
+from flowcache_core.bench import frontier, frontier_tables, measured
 from flowcache_core.bench.frontier import BIDIRECTIONAL_ARMS, CAUSAL_ARMS, Film, Kept, Setting, fewer, films, finer, rows, run_arm, steps_for, tokens
 from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.sampling.plan import Plan
@@ -142,34 +142,15 @@ def test_an_even_plan_of_all_steps_is_the_full_plan(bundle: Bundle) -> None:
     assert evenly(schedule, 50) == Plan.full(schedule)
 
 
-def test_the_pages_say_what_was_measured() -> None:
-    """README, docs and chart are those of docs/bench, and docs/bench is of the bundled weights."""
-    figures.main(argparse.Namespace(check=True))
-
-
-def test_every_figure_is_written_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_is_written_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = ("uncached", *CAUSAL_ARMS)
     settings = (Setting(), Setting(attention="bidirectional"), Setting(cfg=1.0))
     entries = [entry(s, arm, prompt, 30, 40, 1.0 if arm == "uncached" else 0.4) for s in settings for arm in arms for prompt in "ab"]
-    origin = {"device": "a processor", "dtype": "float32", "commit": "abc", "date": "2026-01-01"}
-    run = {
-        "arm": "uncached",
-        "psnr": None,
-        "ssim": None,
-        "wall_s": 5.0,
-        "chunk_steps": 9,
-        "chunk_steps_computed": 9,
-        "tokens": 9,
-        "tokens_computed": 9,
-    }
-    monkeypatch.setattr(figures, "data", lambda name: {**origin, "rows": rows(entries), "runs": [run]})
-    for name in figures.FIGURES:
-        text = figures.figure(name)
+    origin = {"command": "measure", "device": "a processor", "dtype": "float32", "commit": "abc", "date": "2026-01-01"}
+    for module in (frontier_tables, measured):
+        monkeypatch.setattr(module, "data", lambda name: {**origin, "rows": rows(entries)})
+    for name, make in frontier_tables.FIGURES.items():
+        text = make()
         assert text.endswith("\n")
         assert "None" not in text, name
-    assert "cfg 1.0" in figures.figure("frontier-settings")
-
-
-def test_an_unknown_figure_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no figure 'x'"):
-        figures.figure("x")
+    assert "cfg 1.0" in frontier_tables.settings()

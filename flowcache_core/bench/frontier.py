@@ -395,4 +395,4 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     over([film for film in todo if film not in kept.films], measure, args.workers, bundle, kept.add)
     entries = [entry for film in todo for entry in kept.films[film]]
     settings = {name: getattr(args, name) for name in ("grid", "workers", "precision")}
-    return {**settings, "dtype": str(bundle.network.dtype).removeprefix("torch."), "rows": rows(entries)}
+    return {**settings, "dtype": bundle.dtype, "rows": rows(entries)}

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _row(point, [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips], quality) for k, point in enumerate(wanted)
     ]
     settings = {key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "precision", "granularity", "workers")}
-    return {**settings, "rows": rows}
+    return {**settings, "dtype": bundle.dtype, "rows": rows}
 
 
 WHOLE = Random()

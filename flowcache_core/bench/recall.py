@@ -11,6 +11,7 @@ Clips in which nothing moves, or nearly everything does, are left out: there is 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..sampling.chunk import Chunk
 from ..sampling.noise import flow_sigmas
 from ..sampling.schedule import ChunkSchedule
 from ..training.scenes import HELD_OUT, make_scene, motion_mask, render
+from .measured import data, origin, table
 
 NAME = "recall"
 MEASURES: tuple[Measure, ...] = ("clean", "noisy", "output", "change")
@@ -66,7 +68,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         mean = torch.tensor(lines).mean(0).tolist()
         recall = {f"recall@{share:.0%}": round(r, 3) for share, r in zip(SHARES, mean, strict=False)}
         rows.append({"measure": name, **recall, "spearman": round(mean[-1], 3)})
-    return {"clips": args.clips, "steps": args.steps, "moving_share": round(sum(moving_shares) / len(moving_shares), 3), "rows": rows}
+    return {
+        "clips": args.clips,
+        "steps": args.steps,
+        "dtype": bundle.dtype,
+        "moving_share": round(sum(moving_shares) / len(moving_shares), 3),
+        "rows": rows,
+    }
 
 
 def tokens_that_move(cells: Tensor) -> Tensor:
@@ -123,3 +131,11 @@ def _clip(bundle: Bundle, caption: str, film: Tensor, moving: Tensor, steps: int
                 ranking = normalised(value[here])
                 out.append((name, [*(recall(ranking, moving[here], s) for s in SHARES), spearman(ranking, truth[here])]))
     return out
+
+
+def shown() -> str:
+    rows = data(NAME)["rows"]
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+FIGURES: dict[str, Callable[[], str]] = {"recall": shown, "recall-origin": lambda: origin(NAME)}

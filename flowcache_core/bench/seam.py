@@ -7,6 +7,7 @@ between its last frame and the first new one is set beside that of neighbouring 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..device import fast_dtype
 from ..models.bundle import Bundle, load_bundle
 from ..models.wan_vae import TEMPORAL, latent_frames, pixel_frames
 from ..run.generate import Given, Job, decode, generate, generate_upstream
+from .measured import data, origin, table
 from .prompts import PROMPTS, seed_of
 
 NAME = "seam"
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not wanted:
         raise ValueError(f"no rule is called {args.rules}: there are {', '.join(dict.fromkeys(r.rule for r in RULES))}")
     jobs = [Job(PROMPTS[index], steps=args.steps, seed=seed_of(index)) for index in range(args.prompts)]
-    return {"steps": args.steps, "prompts": args.prompts, "rows": measure(load_bundle(fast_dtype()), jobs, wanted)}
+    bundle = load_bundle(fast_dtype())
+    return {"steps": args.steps, "prompts": args.prompts, "dtype": bundle.dtype, "rows": measure(bundle, jobs, wanted)}
 
 
 def measure(bundle: Bundle, jobs: list[Job], rules: list[Way]) -> list[dict[str, Any]]:
@@ -111,3 +114,11 @@ def change(a: Tensor, b: Tensor) -> Tensor:
 def encode(bundle: Bundle, film: Tensor) -> Tensor:
     """Frames [4n+1, 3, H, W] in 0..1 -> latents [1, 16, n+1, h, w]."""
     return bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
+
+
+def shown() -> str:
+    lines = [[row[key] for key in ("rule", "setting", "seam", "ordinary", "boundary")] for row in data(NAME)["rows"]]
+    return table(["way", "given frames", "seam", "ordinary", "latent boundary"], lines)
+
+
+FIGURES: dict[str, Callable[[], str]] = {"seam": shown, "seam-origin": lambda: origin(NAME)}

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, rules: Sequence[Rule], shares: Sequence[float]
     measured = over(jobs, partial(_measure, wanted=wanted), args.workers, bundle)
     rows = [_row(point, [film[k] for film in measured]) for k, point in enumerate(wanted)]
     settings = {key: getattr(args, key) for key in ("prompts", "steps", "frames", "size", "workers")}
-    return {**settings, "rows": rows, "summary": summary(rows, shares)}
+    return {**settings, "dtype": bundle.dtype, "rows": rows, "summary": summary(rows, shares)}
 
 
 def summary(rows: Sequence[dict[str, Any]], shares: Sequence[float]) -> list[dict[str, Any]]:

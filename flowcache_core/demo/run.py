@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
             write_film(out / f"{file}_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
-        "device": device_name(), "dtype": str(bundle.network.dtype).removeprefix("torch."), "commit": commit(), "date": f"{date.today()}",
+        "device": device_name(), "dtype": bundle.dtype, "commit": commit(), "date": f"{date.today()}",
         "weights": weights_id(), "model": NAME, "prompt": job.prompt,
         "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
     }  # fmt: skip

@@ -41,6 +41,11 @@ class Bundle:
         weight: Tensor = next(self.network.parameters())
         return weight
 
+    @property
+    def dtype(self) -> str:
+        """What the network computes in, in words."""
+        return str(self.like.dtype).removeprefix("torch.")
+
 
 def files_of(family: Family = SKYREELS) -> tuple[Path, Path]:
     """Network and VAE. Raises ValueError where the family has no bundled model."""
