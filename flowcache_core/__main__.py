@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -49,7 +48,7 @@ def main() -> int:
 def _bench(args: argparse.Namespace) -> None:
     bench = next(b for b in BENCHES if args.bench == b.NAME)
     result = {
-        "bench": bench.NAME, "command": _command(), "device": device_name(), "commit": commit(),
+        "bench": bench.NAME, "device": device_name(), "commit": commit(),
         "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
     }  # fmt: skip
     rows = result["rows"]
@@ -66,13 +65,6 @@ def _bench(args: argparse.Namespace) -> None:
             lines.setdefault(row.get("rule") or row.get("arm") or row["policy"], []).append((row["share"], row["psnr"]))
         if lines:
             line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
-
-
-def _command() -> str:
-    """What was asked for, without the file that it is written to."""
-    words = iter(sys.argv[1:])
-    kept = [word for word in words if not (word.startswith("--json") and ("=" in word or next(words, None)))]
-    return shlex.join(["python", "-m", "flowcache_core", *kept])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

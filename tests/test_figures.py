@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from flowcache_core.__main__ import main
 from flowcache_core.bench import figures, measured
-from flowcache_core.bench.figures import FIGURES, MEASURED, PAGES, PLACE, figure
-from flowcache_core.bench.measured import DATA, ROOT, data, table
+from flowcache_core.bench.figures import FIGURES, PAGES, PLACE, figure
+from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, ROOT, data, table
 
 
 def test_the_pages_say_what_was_measured() -> None:
@@ -23,7 +21,7 @@ def test_the_pages_say_what_was_measured() -> None:
 def test_every_figure_stands_on_a_page_and_every_file_is_shown() -> None:
     places = {place[2] for page in PAGES for place in PLACE.finditer((ROOT / page).read_text())}
     assert places == set(FIGURES)
-    assert {path.stem for path in (ROOT / DATA).glob("*.json")} == set(MEASURED)
+    assert {path.stem for path in (ROOT / DATA).glob("*.json")} == set(COMMANDS)
 
 
 def test_files_of_several_commits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +33,7 @@ def test_files_of_several_commits_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_that_is_missing_or_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match=r"docs/bench/kv.json is not there: measure it first"):
+    with pytest.raises(ValueError, match=r"docs/bench/kv.json is not there: make measure makes it"):
         data("kv")
     (tmp_path / DATA).mkdir(parents=True)
     (tmp_path / DATA / "kv.json").write_text(json.dumps({"weights": "other"}))
@@ -52,10 +50,8 @@ def test_a_table_is_markdown() -> None:
     assert table(["a", "b"], [(1, "x")]) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
 
 
-def test_a_bench_writes_down_how_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "seam.json"
-    monkeypatch.setattr(sys, "argv", ["flowcache_core", "bench", "seam", "--prompts", "1", "--json", str(out), "--steps", "1", "--rules", "latents"])
-    assert main() == 0
-    written = json.loads(out.read_text())
-    assert written["command"] == "python -m flowcache_core bench seam --prompts 1 --steps 1 --rules latents"
-    assert written["dtype"] in ("float32", "bfloat16")
+def test_make_measure_runs_what_the_pages_name() -> None:
+    rules = (ROOT / "Makefile").read_text().replace("$(BENCH)", BENCH)
+    for name, command in COMMANDS.items():
+        if name != "demo":
+            assert f"{command} --json {DATA}/{name}.json\n" in rules

@@ -19,12 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from ..show.plot import line_plot
 from . import frontier_tables, kv_tables, recall, seam
 from .frontier_tables import MAIN
-from .measured import DATA, ROOT, data, origin, table
+from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
 PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
 CHART = "docs/frontier.png"
-MEASURED = ("frontier", "frontier-drawn", "demo", "kv", "kv-float32", "kv-stands-for", "recall", "seam")
-"""All files that pages show, which have to be of one commit and one set of weights."""
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -50,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         stale.append(CHART)
         if not args.check:
             _chart(chart)
-    commits = {name: data(name)["commit"] for name in MEASURED}
+    commits = {name: data(name)["commit"] for name in COMMANDS}
     if len(set(commits.values())) > 1:
         said = ", ".join(f"{name} {commit}" for name, commit in commits.items())
         raise ValueError(f"the files in {DATA} are of several commits ({said}): make measure makes them all of one")
@@ -81,7 +79,7 @@ def demo() -> str:
         steps, share = f"{run['chunk_steps_computed']} of {run['chunk_steps']}", f"{run['tokens_computed'] / run['tokens']:.0%}"
         lines.append((names[run["arm"]], f"{run['wall_s']:.1f} s", f"{base['wall_s'] / run['wall_s']:.2f}x", steps, share, *close))
     head = ["arm", "seconds", "speed against uncached", "chunk-steps computed", "tokens computed", "PSNR to uncached", "SSIM"]
-    return table(head, lines) + "\n" + origin("demo", "make demo")
+    return table(head, lines) + "\n" + origin("demo")
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -11,13 +11,25 @@ from ..models.bundle import weights_id
 
 ROOT = Path(__file__).parents[2]
 DATA = "docs/bench"
+BENCH = "python -m flowcache_core bench"
+COMMANDS = {
+    "demo": "make demo",
+    "recall": f"{BENCH} recall --clips 6",
+    "seam": f"{BENCH} seam --prompts 2",
+    "kv": f"{BENCH} kv --workers 2",
+    "kv-float32": f"{BENCH} kv --precision float32 --policies even --prompts 6 --clips 1",
+    "kv-stands-for": f'{BENCH} kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1',
+    "frontier": f"{BENCH} frontier --workers 2",
+    "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
+}
+"""What makes every file that pages show; `make measure` runs them all, so that they are of one commit and one set of weights."""
 
 
 def data(name: str) -> dict[str, Any]:
     """What a bench wrote. Raises ValueError where the file is missing or of other weights than the bundled ones."""
     path = ROOT / DATA / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"{DATA}/{name}.json is not there: measure it first (python -m flowcache_core bench {name} --json {DATA}/{name}.json)")
+        raise ValueError(f"{DATA}/{name}.json is not there: make measure makes it")
     values: dict[str, Any] = json.loads(path.read_text())
     if values.get("weights") != weights_id():
         raise ValueError(
@@ -31,7 +43,8 @@ def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
 
 
-def origin(name: str, command: str = "") -> str:
-    """Where figures come from, in one line; `command` in place of what the file says."""
+def origin(name: str) -> str:
+    """Where figures come from, in one line."""
     d = data(name)
-    return f"`{command or d['command']}`, {d['device']}, {d['dtype']}, commit {d['commit']}, {d['date']}.\n"
+    dtype = f", {d['dtype']}" if "dtype" in d else ""
+    return f"`{COMMANDS[name]}`, {d['device']}{dtype}, commit {d['commit']}, {d['date']}.\n"
