@@ -17,11 +17,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..show.plot import line_plot
-from . import frontier_tables, kv_tables, recall, seam
+from . import frontier_tables, kv_tables, model, recall, seam
 from .frontier_tables import MAIN
 from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
-PAGES = ("README.md", "docs/measurements.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
+PAGES = ("README.md", "docs/measurements.md", "docs/gpu.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
 CHART = "docs/frontier.png"
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -83,7 +83,7 @@ def demo() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    **frontier_tables.FIGURES, **kv_tables.FIGURES, **recall.FIGURES, **seam.FIGURES, "demo": demo,
+    **frontier_tables.FIGURES, **kv_tables.FIGURES, **recall.FIGURES, **seam.FIGURES, **model.FIGURES, "demo": demo,
 }  # fmt: skip
 
 

@@ -46,6 +46,8 @@ class Job:
     denoise: float = 1.0
     addnoise: int = 20
     overlap: int = 17
+    width: int = 0
+    """Of the picture in pixels; `size` is then its height. 0 makes it square."""
 
     def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:
         """With latent frames given at the start and the end. Raises ValueError, before anything runs, for what does not fit."""
@@ -63,16 +65,25 @@ class Job:
 
     def noise(self, bundle: Bundle) -> Tensor:
         """[1, C, F, h, w]."""
+        return torch.randn(self.noise_shape(bundle), generator=torch.Generator().manual_seed(self.seed))
+
+    def noise_shape(self, bundle: Bundle) -> tuple[int, int, int, int, int]:
         latents, frames = bundle.family.latents, bundle.family.frames.latent(self.frames)
-        side = self.size // latents.spatial
-        return torch.randn(1, latents.channels, frames, side, side, generator=torch.Generator().manual_seed(self.seed))
+        height, width = (side // latents.spatial for side in self.picture)
+        return 1, latents.channels, frames, height, width
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.size, self.width or self.size
 
     def _frames(self, bundle: Bundle) -> int:
         """Latent frames. Raises ValueError for a film, a picture or a rate that the family does not make."""
         family, multiple = bundle.family, bundle.family.latents.multiple
-        if self.size < multiple or self.size % multiple:
-            nearest = max(multiple, self.size // multiple * multiple)
-            raise ValueError(f"a picture of {self.size} pixels does not fit: use a multiple of {multiple}, such as {nearest}")
+        for side in self.picture:
+            if side < multiple or side % multiple:
+                nearest = max(multiple, side // multiple * multiple)
+                raise ValueError(f"a picture of {side} pixels does not fit: use a multiple of {multiple}, such as {nearest}")
         family.require_rate(self.fps)
         return family.frames.require(self.frames)
 
