@@ -9,13 +9,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import figures, frontier, kv, model, motion, recall, reuse, seam
+from .bench import figures, frontier, kernels, kv, model, motion, recall, reuse, seam
 from .demo import run as demo
 from .device import commit, device_name
 from .models.bundle import weights_id
 from .show.plot import line_plot
 
-BENCHES = (frontier, reuse, motion, recall, seam, kv, model)
+BENCHES = (frontier, reuse, motion, recall, seam, kv, model, kernels)
 
 
 def main() -> int:
