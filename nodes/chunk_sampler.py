@@ -12,10 +12,10 @@ import comfy.samplers
 import torch
 
 from ..flowcache_core.policies.presets import PLANS
-from ..flowcache_core.policies.protocol import WindowPolicy
+from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.run import Film, Place, Run, Turn
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
-from ..flowcache_core.sampling.schedule import ChunkSchedule, windows_of
+from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
 from .fit import require_ours
 from .host_model import HostModel
@@ -121,12 +121,12 @@ class ChunkSampler(comfy.samplers.Sampler):
             return ChunkSchedule(frames, chunk, steps, self.ar_step, window, prefix, suffix, pixels)
         self._require_whole_rows(model_options)
         length = pixels.latent(self.window_frames) if self.window_frames else chunk * window
-        return windows_of(frames, chunk, steps, self.ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)
+        return sections_of(frames, chunk, steps, self.ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)
 
     def _require_whole_rows(self, model_options: dict[str, Any]) -> None:
         """Raises ValueError for settings on the MODEL that bidirectional attention cannot serve."""
         policy, compressor = policy_of(model_options), compressor_of(model_options)
-        decides = policy is not None and not isinstance(policy, WindowPolicy)
+        decides = policy is not None and not isinstance(policy, SectionPolicy)
         nodes = " and ".join(filter(None, [policy_node(model_options) if decides else "", KV_NODE if compressor else ""]))
         if not nodes:
             return

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..flowcache_core.models.adapter import TimeSignature
 from ..flowcache_core.policies.chunkwise import Chunkwise
-from ..flowcache_core.policies.foresight import on_rescaling
+from ..flowcache_core.policies.forecast import on_rescaling
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target

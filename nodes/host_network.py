@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ..flowcache_core.models.adapter import require_whole
+from ..flowcache_core.models.adapter import require_bidirectional
 from ..flowcache_core.models.family import Family
 from ..flowcache_core.run.run import Turn
 from .settings_on_model import nodes_of, wrong_sampler
@@ -29,6 +29,6 @@ def host_network(family: Family) -> type[Any]:
                 return turn.denoise(x, context, tuple(options["uuids"]))
             if nodes := nodes_of({"transformer_options": options}):
                 raise ValueError(wrong_sampler(nodes))
-            return require_whole(family.adapter(self, x.dtype)).film(x, timestep, context)
+            return require_bidirectional(family.adapter(self, x.dtype)).film(x, timestep, context)
 
     return HostNetwork

@@ -62,7 +62,7 @@ def open_model(path: Path, name: str, family: str = AUTO) -> ModelFile:
     if path.suffix.lower() == gguf.SUFFIX:
         return _open_gguf(path, name, family)
     checkpoint = open_checkpoint(path)
-    found = recognise(checkpoint.slots, name, checkpoint.metadata, family)
+    found = recognise(checkpoint.stored, name, checkpoint.metadata, family)
     names = found.names
     weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names, lambda file: comfy.utils.load_torch_file(str(file)))}
     logging.info(f"FlowCache: {name} is {found.release}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")

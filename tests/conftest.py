@@ -15,7 +15,7 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
-from flowcache_core.sampling.loop import sample_chunks, sample_window
+from flowcache_core.sampling.loop import sample_chunks, sample_section
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
@@ -102,7 +102,7 @@ def dense(net: SkyReelsV2, texts: Tensor) -> Dense:
         def predict(x: Tensor, sigmas: Tensor, row: object) -> Tensor:
             return net(x, torch.tensor([[timestep(float(s)) for s in sigmas]]), text, BlockCausal(ends))
 
-        return sample_window(predict, noise, schedule, flow_sigmas(schedule.steps), solver or Euler())
+        return sample_section(predict, noise, schedule, flow_sigmas(schedule.steps), solver or Euler())
 
     return run
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
-from flowcache_core.sampling.loop import Note, PredictWindow
+from flowcache_core.sampling.loop import Note, PredictSection
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.schedule import ChunkSchedule, Row
 
@@ -55,11 +55,11 @@ class Driven:
 
 
 @dataclass(frozen=True)
-class DrivenWindows:
-    """The same for bidirectional windows."""
+class DrivenSections:
+    """The same for bidirectional sections."""
 
-    evaluate: PredictWindow
-    session: WindowSession
+    evaluate: PredictSection
+    session: SectionSession
     see: Note | None = None
 
     @property

@@ -17,7 +17,7 @@ from flowcache_core.run.generate import Given, Job, decode, generate, generate_u
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.run import Run, Turn
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule, Window, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Section, sections_of
 from flowcache_core.show.metrics import psnr
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
@@ -109,9 +109,9 @@ def test_the_upstream_way_runs_idle_chunks_too(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("film", "longest"), [(ChunkSchedule(8, 3, 4, 2), 3), (ChunkSchedule(9, 3, 4, 2, prefix=1, suffix=1), 3), (windows_of(20, 3, 4, 2, 9, 2), 9)]
+    ("film", "longest"), [(ChunkSchedule(8, 3, 4, 2), 3), (ChunkSchedule(9, 3, 4, 2, prefix=1, suffix=1), 3), (sections_of(20, 3, 4, 2, 9, 2), 9)]
 )
-def test_a_run_knows_its_length_before_it_begins(bundle: Bundle, film: ChunkSchedule | tuple[Window, ...], longest: int) -> None:
+def test_a_run_knows_its_length_before_it_begins(bundle: Bundle, film: ChunkSchedule | tuple[Section, ...], longest: int) -> None:
     run = Run(bundle.family, bundle.adapter(), film, flow_sigmas(4), (16, 4, 4))
     shown: list[Tensor] = []
     x = torch.randn(1, 16, film.frames if isinstance(film, ChunkSchedule) else film[-1].end, 4, 4)
@@ -128,8 +128,8 @@ def test_a_run_knows_its_length_before_it_begins(bundle: Bundle, film: ChunkSche
     assert run.chunks == max(made) + 1 == len(report.map)
 
 
-@pytest.mark.parametrize("film", [ChunkSchedule(8, 3, 4, 2), windows_of(20, 3, 4, 2, 9, 2)])
-def test_an_audience_hears_what_follows_from_a_timing(bundle: Bundle, film: ChunkSchedule | tuple[Window, ...]) -> None:
+@pytest.mark.parametrize("film", [ChunkSchedule(8, 3, 4, 2), sections_of(20, 3, 4, 2, 9, 2)])
+def test_an_audience_hears_what_follows_from_a_timing(bundle: Bundle, film: ChunkSchedule | tuple[Section, ...]) -> None:
     run = Run(bundle.family, bundle.adapter(), film, flow_sigmas(4), (16, 4, 4), policy=Planned(seconds=1e5))
     heard: list[tuple[str, ...]] = []
     watch = SimpleNamespace(begin=lambda report, said: heard.append(tuple(said)), step=lambda report, chunk, clean, whole: None)

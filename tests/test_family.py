@@ -82,9 +82,9 @@ def test_every_evaluation_runs_three_branches_and_commits_at_the_commit_level(bu
     generate(bundle, JOB, adapter=watch)
     calls = watched[0].calls
     assert {branches for _, _, branches in calls} == {3}
-    assert {told for chunk, told, _ in calls if chunk.committing} == {1 - TOY.noise.commit}
+    assert {timestep for chunk, timestep, _ in calls if chunk.committing} == {1 - TOY.noise.commit}
     levels = JOB.sigmas(bundle)
-    assert all(told == 1 - levels[chunk.step] for chunk, told, _ in calls if not chunk.committing)
+    assert all(timestep == 1 - levels[chunk.step] for chunk, timestep, _ in calls if not chunk.committing)
 
 
 def test_text_differs_by_chunk(bundle: Bundle) -> None:
@@ -163,7 +163,7 @@ def test_a_plan_computes_less_and_everything_is_everything(bundle: Bundle) -> No
     assert report.share <= 0.5
 
 
-def test_a_network_that_only_looks_back_is_refused_whole_windows(bundle: Bundle) -> None:
+def test_a_network_that_only_looks_back_is_refused_bidirectional_sections(bundle: Bundle) -> None:
     with pytest.raises(ValueError, match="toy looks back only"):
         generate_upstream(bundle, JOB)
 
@@ -182,14 +182,14 @@ def test_a_file_is_recognised_as_its_family_and_no_other(tmp_path: Path, monkeyp
     monkeypatch.setattr(models, "FAMILIES", (*FAMILIES, TOY))
     save_file(toy_network().state_dict(), tmp_path / "toy.safetensors")
     toy, sky = open_checkpoint(tmp_path / "toy.safetensors"), open_checkpoint(NETWORK)
-    assert recognise(toy.slots, "toy").family is TOY
-    assert recognise(sky.slots, "sky").family is FAMILIES[0]
+    assert recognise(toy.stored, "toy").family is TOY
+    assert recognise(sky.stored, "sky").family is FAMILIES[0]
     network = load_network_file(tmp_path / "toy.safetensors")
     assert all(torch.equal(v, toy_network().state_dict()[k]) for k, v in network.state_dict().items())
     with pytest.raises(ValueError, match=r"toy: .*"):
-        recognise(toy.slots, "toy", family="skyreels-v2-df")
+        recognise(toy.stored, "toy", family="skyreels-v2-df")
     with pytest.raises(ValueError, match="toy is said to be of the family 'gone': there are skyreels-v2-df, toy"):
-        recognise(toy.slots, "toy", family="gone")
+        recognise(toy.stored, "toy", family="gone")
 
 
 def test_families_of_the_same_shapes_are_told_apart_by_metadata_or_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_families_of_the_same_shapes_are_told_apart_by_metadata_or_the_user(monk
 
 
 def test_metadata_of_another_tool_say_nothing() -> None:
-    slots = open_checkpoint(NETWORK).slots
-    assert recognise(slots, "sky", {"architecture": "stable-diffusion-v1"}).family is FAMILIES[0]
+    stored = open_checkpoint(NETWORK).stored
+    assert recognise(stored, "sky", {"architecture": "stable-diffusion-v1"}).family is FAMILIES[0]
 
 
 def test_branch_texts_are_made_once_a_run(bundle: Bundle) -> None:

@@ -14,15 +14,15 @@ from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise, given_frames
-from flowcache_core.sampling.loop import sample_chunks, sample_window, sample_windows
+from flowcache_core.sampling.loop import sample_chunks, sample_section, sample_sections
 from flowcache_core.sampling.noise import flow_sigmas, timestep
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, sections_of
 from flowcache_core.sampling.solvers import Euler, UniPC
-from tests.driven import Driven, DrivenWindows
+from tests.driven import Driven, DrivenSections
 
 Noise = Callable[..., Tensor]
 Cached = Callable[..., tuple[Tensor, RunReport]]
@@ -31,18 +31,18 @@ LENGTHS = (33, 97, 101, 177, 260, 737)
 
 
 @pytest.fixture
-def windowed(net: SkyReelsV2, texts: Tensor) -> Callable[..., tuple[Tensor, RunReport]]:
-    """A film as bidirectional windows -> latents, report."""
+def by_section(net: SkyReelsV2, texts: Tensor) -> Callable[..., tuple[Tensor, RunReport]]:
+    """A film as bidirectional sections -> latents, report."""
 
     def run(noise: Tensor, steps: int = 3, ar_step: int = 1, chunk: int = 3, length: int = 9, overlap: int = 2, prefix: int = 0, suffix: int = 0,
             given: GivenNoise = CLEAN) -> tuple[Tensor, RunReport]:  # fmt: skip
-        windows = windows_of(noise.shape[2], chunk, steps, ar_step, length, overlap, prefix, suffix)
-        with WindowSession(SkyReelsAdapter(net), windows, (noise.shape[3], noise.shape[4])) as session:
+        sections = sections_of(noise.shape[2], chunk, steps, ar_step, length, overlap, prefix, suffix)
+        with SectionSession(SkyReelsAdapter(net), sections, (noise.shape[3], noise.shape[4])) as session:
 
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
                 return session.denoise(x, sigmas, texts[:1], ("cond",))
 
-            film = sample_windows(DrivenWindows(predict, session), noise, windows, flow_sigmas(steps), UniPC(), given)
+            film = sample_sections(DrivenSections(predict, session), noise, sections, flow_sigmas(steps), UniPC(), given)
         return film, session.report
 
     return run
@@ -61,11 +61,11 @@ def test_given_frames_come_out_as_they_went_in(cached: Cached, noise_of: Noise, 
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [*ENDS, (11, 1)])
-def test_given_frames_come_out_of_windows_as_they_went_in(
-    windowed: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise, prefix: int, suffix: int
+def test_given_frames_come_out_of_sections_as_they_went_in(
+    by_section: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise, prefix: int, suffix: int
 ) -> None:
     noise = noise_of(14, side=2)
-    film, _ = windowed(noise, length=13, prefix=prefix, suffix=suffix, given=GivenNoise(50, 3), overlap=3)
+    film, _ = by_section(noise, length=13, prefix=prefix, suffix=suffix, given=GivenNoise(50, 3), overlap=3)
     end = 14 - suffix
     assert torch.equal(film[:, :, :prefix], noise[:, :, :prefix])
     assert torch.equal(film[:, :, end:], noise[:, :, end:])
@@ -125,7 +125,7 @@ def test_the_prefix_is_shown_at_its_light_noise_level_in_every_row(noise_of: Noi
         seen.append(x[:, :, :4])
         return torch.zeros_like(x)
 
-    sample_window(predict, noise, schedule, flow_sigmas(4), Euler(), given=GivenNoise(20, 1))
+    sample_section(predict, noise, schedule, flow_sigmas(4), Euler(), given=GivenNoise(20, 1))
     assert not torch.equal(seen[0], seen[1]), "fresh noise in every row"
     for x in seen:
         residue = x - 0.98 * noise[:, :, :4]
@@ -146,10 +146,10 @@ def test_the_cached_way_shows_the_prefix_once_and_lightly_noised(net: SkyReelsV2
     assert 0.015 < float(residue.std()) < 0.025
 
 
-def test_what_is_foretold_counts_what_is_generated_and_not_what_is_given(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+def test_the_forecast_counts_what_is_generated_and_not_what_is_given(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
     schedule, sigmas, noise = ChunkSchedule(9, 3, 12, 2, prefix=4), flow_sigmas(12), noise_of(9)
     with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=Chunkwise(warmup_steps=2)) as session:
-        said, *_ = session.foresee(noise.device)
+        said, *_ = session.forecast(noise.device)
         sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session), noise, schedule, sigmas, Euler())
     assert session.report.chunk_steps == schedule.chunk_steps == 24
     assert said == f"{session.report.chunk_steps_computed} of 24 chunk-steps will be computed"
@@ -166,9 +166,9 @@ def test_the_light_noise_is_repeatable_and_none_leaves_the_frames_alone(noise_of
 
 
 @pytest.mark.parametrize("frames", LENGTHS)
-def test_films_of_any_length_run_in_windows(windowed: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise, frames: int) -> None:
+def test_films_of_any_length_run_in_sections(by_section: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise, frames: int) -> None:
     latents = (frames - 1) // 4 + 1
-    film, report = windowed(noise_of(latents, side=2), steps=2, ar_step=1, chunk=5, length=25, overlap=5, given=GivenNoise(20))
+    film, report = by_section(noise_of(latents, side=2), steps=2, ar_step=1, chunk=5, length=25, overlap=5, given=GivenNoise(20))
     assert film.shape[2] == latents
     assert torch.isfinite(film).all()
     assert (report.map == 2).sum() == report.map.size, "every chunk made its steps"
@@ -183,40 +183,42 @@ def test_films_of_any_length_run_block_causal(cached: Cached, noise_of: Noise, f
     assert report.chunk_steps == 2 * -(-latents // 5)
 
 
-def test_a_later_window_never_changes_an_earlier_one(windowed: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise) -> None:
+def test_a_later_section_never_changes_an_earlier_one(by_section: Callable[..., tuple[Tensor, RunReport]], noise_of: Noise) -> None:
     noise = noise_of(14, side=2)
-    film, _ = windowed(noise)
+    film, _ = by_section(noise)
     noise[:, :, 9:] *= -1
-    other, _ = windowed(noise)
+    other, _ = by_section(noise)
     assert torch.equal(film[:, :, :9], other[:, :, :9])
     assert not torch.allclose(film[:, :, 9:], other[:, :, 9:])
 
 
-def test_one_window_is_the_window_alone(windowed: Callable[..., tuple[Tensor, RunReport]], net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
+def test_one_section_is_the_section_alone(
+    by_section: Callable[..., tuple[Tensor, RunReport]], net: SkyReelsV2, texts: Tensor, noise_of: Noise
+) -> None:
     noise, text = noise_of(9), net.text_kv(texts[:1])
 
     def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
         return net(x, torch.tensor([[timestep(s) for s in sigmas]]), text, bidirectional)
 
-    alone = sample_window(predict, noise, ChunkSchedule(9, 3, 3, 1), flow_sigmas(3), UniPC())
-    assert torch.equal(windowed(noise)[0], alone)
+    alone = sample_section(predict, noise, ChunkSchedule(9, 3, 3, 1), flow_sigmas(3), UniPC())
+    assert torch.equal(by_section(noise)[0], alone)
 
 
 def test_chunks_that_have_not_begun_stand_at_the_first_level_of_a_shortened_schedule(noise_of: Noise) -> None:
-    levels, told = flow_sigmas(4, 8.0, 0.4), []
+    levels, timesteps = flow_sigmas(4, 8.0, 0.4), []
 
     def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
-        told.append(sigmas[::3])
+        timesteps.append(sigmas[::3])
         return torch.zeros_like(x)
 
-    sample_window(predict, noise_of(6), ChunkSchedule(6, 3, 4, 2), levels, Euler())
+    sample_section(predict, noise_of(6), ChunkSchedule(6, 3, 4, 2), levels, Euler())
     assert levels[0] < 0.95
-    first, second = (list(column) for column in zip(*told, strict=True))
+    first, second = (list(column) for column in zip(*timesteps, strict=True))
     assert first == [*levels, 0.0]
     assert second == [levels[0], levels[0], *levels[:4]]
 
 
-def test_windows_do_not_go_through_the_network_s_own_forward(
+def test_sections_do_not_go_through_the_network_s_own_forward(
     net: SkyReelsV2, texts: Tensor, noise_of: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In ComfyUI that method has the host's calling convention."""

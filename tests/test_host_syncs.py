@@ -29,15 +29,15 @@ from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.policies.target import Target
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import GivenNoise
-from flowcache_core.sampling.loop import sample_chunks, sample_windows
+from flowcache_core.sampling.loop import sample_chunks, sample_sections
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, sections_of
 from flowcache_core.sampling.solvers import UniPC
-from tests.driven import Driven, DrivenWindows
+from tests.driven import Driven, DrivenSections
 
 AWAY = torch.device("meta")
 """The name under which the pretended device goes; nothing else here is on it."""
@@ -140,7 +140,7 @@ def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, 
         aside = Watch if isinstance(texts, Far) else torch.no_grad
         with aside():
             noise = noise.to(device)
-            session.foresee(device)
+            session.forecast(device)
         with around() as watch:
             out = sample_chunks(Driven(predict, session), noise, schedule, levels, UniPC(), light)  # fmt: skip
         with aside():
@@ -198,17 +198,17 @@ def test_every_wait_is_counted_with_a_learnt_score(net: SkyReelsV2, texts: Tenso
     assert len(watch.waits) == report.host_syncs == report.commits > 0, watch.waits
 
 
-def test_nobody_waits_in_bidirectional_windows(net: SkyReelsV2, texts: Tensor) -> None:
+def test_nobody_waits_in_bidirectional_sections(net: SkyReelsV2, texts: Tensor) -> None:
     """Given frames are shown with fresh noise in every row."""
-    windows, levels = windows_of(9, 3, 8, 3, 6, 3, prefix=2, suffix=1), flow_sigmas(8)
-    session = WindowSession(SkyReelsAdapter(sent(net)), windows, (SIDE, SIDE), policy=Planned(share=0.6))
+    sections, levels = sections_of(9, 3, 8, 3, 6, 3, prefix=2, suffix=1), flow_sigmas(8)
+    session = SectionSession(SkyReelsAdapter(sent(net)), sections, (SIDE, SIDE), policy=Planned(share=0.6))
 
     def predict(part: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
         return session.denoise(part, sigmas, there[:1], ("cond",))
 
     there, noise = Far(texts), Far(torch.randn(1, 16, 9, SIDE, SIDE))
     with Watch() as watch, session:
-        sample_windows(DrivenWindows(predict, session), noise, windows, levels, UniPC(), GivenNoise(20))
+        sample_sections(DrivenSections(predict, session), noise, sections, levels, UniPC(), GivenNoise(20))
     assert watch.waits == []
 
 

@@ -207,7 +207,7 @@ def test_links_that_lie_in_the_folder_are_followed(tmp_path: Path) -> None:
     save(inside / "b.safetensors", "y")
     (inside / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     for path in (inside, inside / "b.safetensors"):
-        assert set(open_checkpoint(path).slots) == {"x", "y"}
+        assert set(open_checkpoint(path).stored) == {"x", "y"}
 
 
 def test_an_index_of_very_many_files_is_answered_soon(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: C
 
     def film(noise: Tensor) -> Tensor:
         n = len(noise)
-        with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), batch=n) as session:
+        with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), films=n) as session:
             context = texts.repeat_interleave(n, 0)
 
             def predict(x: Tensor, chunk: Chunk) -> Tensor:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from flowcache_core.kv.compressor import Budget
-from flowcache_core.kv.foresight import foresee_history
+from flowcache_core.kv.forecast import forecast_history
 from flowcache_core.kv.layout import capacity
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.run.footprint import footprint
-from flowcache_core.run.history import STAGES_TOLD
+from flowcache_core.run.history import STAGES_SHOWN
 from flowcache_core.run.report import RunReport
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.schedule import ChunkSchedule
@@ -24,7 +24,7 @@ FRAME, SINK = 4, 4
 """Tokens of a frame; tokens that stay whatever comes."""
 
 
-def told(chunks: int, slots: int, layers: int = 2) -> RunReport:
+def report_of(chunks: int, slots: int, layers: int = 2) -> RunReport:
     """Chunks of one frame of 2 x 2 tokens, of which the first frame and the newest tokens stay."""
     report = RunReport(chunks + 1, 2, (chunks + 1, 2, 2))
     for k in range(chunks):
@@ -35,7 +35,7 @@ def told(chunks: int, slots: int, layers: int = 2) -> RunReport:
 
 
 def test_history_is_counted_over_time() -> None:
-    report = told(5, 10)
+    report = report_of(5, 10)
     assert report.history.tokens == [4, 8, 10, 10, 10]
     assert report.history.bytes == [4096, 8192, 10240, 10240, 10240]
     assert [frames.tolist() for frames in report.history.frames[2:]] == [[4, 2, 4], [4, 0, 2, 4], [4, 0, 0, 2, 4]]
@@ -45,16 +45,16 @@ def test_history_is_counted_over_time() -> None:
 
 def test_the_text_tells_each_stage_of_history_once() -> None:
     stages = "4 after chunk 1 (0.0 MiB), 8 after chunk 2 (0.0 MiB), 10 after chunks 3 to 5 (0.0 MiB)"
-    assert told(5, 10).text().splitlines()[1] == f"history in tokens per layer: {stages}, of 20 finished ones"
+    assert report_of(5, 10).text().splitlines()[1] == f"history in tokens per layer: {stages}, of 20 finished ones"
 
 
 def test_a_history_of_many_stages_is_told_by_its_ends() -> None:
-    said = told(STAGES_TOLD + 3, 1000).history.line()
+    said = report_of(STAGES_SHOWN + 3, 1000).history.line()
     assert "4 after chunk 1 (0.0 MiB), ..., 36 after chunk 9 (0.0 MiB), of 36" in said
 
 
 def test_json_has_the_history() -> None:
-    report = told(5, 10)
+    report = report_of(5, 10)
     history = json.loads(json.dumps(report.as_dict()))["history"]
     assert history == {"tokens": [4, 8, 10, 10, 10], "bytes": [4096, 8192, 10240, 10240, 10240], "frames": [4, 0, 0, 2, 4]}
 
@@ -67,7 +67,7 @@ def test_without_a_budget_there_is_no_history() -> None:
 
 
 def test_the_picture_is_the_darker_the_more_of_a_frame_is_kept() -> None:
-    picture = history_map(told(5, 10))
+    picture = history_map(report_of(5, 10))
     cell, last = 16, 34 + 4 * 16 + 6
     shades = [picture.getpixel((74 + f * cell + 6, last)) for f in range(5)]
     assert shades[0] == shades[4] == KEPT_SHADES[1]
@@ -80,7 +80,7 @@ def test_the_picture_is_the_darker_the_more_of_a_frame_is_kept() -> None:
 
 def test_the_picture_shows_the_places_of_the_frames_that_are_kept() -> None:
     """Frames 1, 4 and 5: of frame 4 the lower half."""
-    picture = history_map(told(5, 10))
+    picture = history_map(report_of(5, 10))
     top = 34 + 5 * 16 + 30 + 28
     place = {(n, y): picture.getpixel((10 + n * 58 + 8, top + 24 * y + 8)) for n in range(3) for y in range(2)}
     assert [place[n, y] == KEPT_SHADES[1] for n in range(3) for y in range(2)] == [True, True, False, True, True, True]
@@ -89,7 +89,7 @@ def test_the_picture_shows_the_places_of_the_frames_that_are_kept() -> None:
 
 @pytest.mark.parametrize("chunks", [1, 3, 400])
 def test_films_of_every_length_are_drawn(chunks: int) -> None:
-    width, height = history_map(told(chunks, 10 if chunks < 400 else 4 * PLACES_AT_MOST + 40)).size
+    width, height = history_map(report_of(chunks, 10 if chunks < 400 else 4 * PLACES_AT_MOST + 40)).size
     assert 128 <= width <= 1300
     assert height <= 1300
 
@@ -112,13 +112,13 @@ def test_a_frame_of_many_tokens_is_drawn() -> None:
 )
 def test_what_a_budget_will_do_is_said_before_the_run(ar_step: int, slots: int, prefix: int, sentence: str) -> None:
     schedule = ChunkSchedule(30, 3, 10, ar_step, 5) if ar_step == 2 else ChunkSchedule(12, 3, 10, ar_step, None, prefix)
-    assert foresee_history(Budget(slots, FRAME, 3 * FRAME, "token", KV_POLICIES[0]()), schedule, FRAME).startswith(sentence)
+    assert forecast_history(Budget(slots, FRAME, 3 * FRAME, "token", KV_POLICIES[0]()), schedule, FRAME).startswith(sentence)
     no_less = "saves nothing" in sentence or "the KV cache is" in sentence
     assert (capacity(schedule, FRAME, slots).total >= capacity(schedule, FRAME).total) == no_less
 
 
 def test_fewer_bits_save_memory_even_where_all_is_kept() -> None:
-    said = foresee_history(Budget(36, FRAME, 3 * FRAME, "token", KV_POLICIES[0](), "int8"), ChunkSchedule(12, 3, 10), FRAME)
+    said = forecast_history(Budget(36, FRAME, 3 * FRAME, "token", KV_POLICIES[0](), "int8"), ChunkSchedule(12, 3, 10), FRAME)
     assert said == "all of history is kept: the budget has room for 9 latent frames, and it is never longer than 9"
 
 

@@ -48,7 +48,7 @@ def models(host: Host) -> Path:
 def weights() -> Weights:
     """A small network, float32, that takes the text embeddings of the bundled CLIP."""
     torch.manual_seed(0)
-    width = open_checkpoint(bundle.NETWORK).slots["text_embedding.0.weight"].shape[1]
+    width = open_checkpoint(bundle.NETWORK).stored["text_embedding.0.weight"].shape[1]
     network = SkyReelsV2(SkyReelsConfig(128, 256, 2, width, fps=True))
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.05)
@@ -188,7 +188,7 @@ def test_a_lora_in_every_wan_format_changes_the_film_alike(host: Host, models: P
 
 
 def test_a_lora_on_the_bundled_model_changes_the_film(host: Host, graph: Graph) -> None:
-    width = open_checkpoint(bundle.NETWORK).slots[KEY].shape[0]
+    width = open_checkpoint(bundle.NETWORK).stored[KEY].shape[0]
     lora_file(host.base / "models" / "loras" / "own.safetensors", {"diffusion_model.blocks.0.self_attn.q": (width, width)})
     assert not torch.equal(host.latents(with_lora(graph, "own.safetensors")), host.latents(graph))
 

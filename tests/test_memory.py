@@ -1,4 +1,4 @@
-"""What a run really holds, by an account of every storage that an operation makes: not by the formula that foretells it."""
+"""What a run really holds, by an account of every storage that an operation makes: not by the formula that forecasts it."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_of_a_chunk_before_only_its_last_frame_is_kept(measure: str, net: SkyRee
 
 
 @pytest.mark.parametrize("replay", ["velocity", "residual"])
-def test_what_motion_watches_in_the_output_is_held_once_and_foretold(replay: str, net: SkyReelsV2, texts: Tensor) -> None:
+def test_what_motion_watches_in_the_output_is_held_once_and_forecast(replay: str, net: SkyReelsV2, texts: Tensor) -> None:
     """A residual that is kept to be replayed is not kept again to be watched."""
     rule = motion("output", replace(RULE, replay=replay))
     (said, with_motion), (_, without) = (Run(policy).held(net, texts) for policy in (rule, rule.base))

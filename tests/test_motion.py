@@ -574,7 +574,7 @@ def test_a_short_last_chunk_of_one_frame_works(cached: Cached, noise_of: Noise) 
 
 def test_films_of_a_batch_share_one_mask(net: SkyReelsV2, texts: Tensor, noise_of: Noise) -> None:
     schedule, sigmas, noise = ChunkSchedule(6, 3, 12, 3), flow_sigmas(12), noise_of(6, side=SIDE).repeat(2, 1, 1, 1, 1)
-    with Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), batch=2, policy=RUN) as session:
+    with Session(SkyReelsAdapter(net), schedule, sigmas, (SIDE, SIDE), films=2, policy=RUN) as session:
         film = sample_chunks(Driven(lambda x, c: session.denoise(x, c, texts[:1].repeat(2, 1, 1), (0,)), session), noise, schedule, sigmas, Euler())
     assert session.report.chunk_steps_refreshed > 0
     torch.testing.assert_close(film[0], film[1], rtol=1e-4, atol=1e-4)

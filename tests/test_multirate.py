@@ -344,7 +344,7 @@ def test_it_is_a_policy_of_plans_and_says_where_chunks_do_as_well() -> None:
     assert not isinstance(policy, TokenPolicy)
     assert not isinstance(Planned(), PartPolicy)
     assert not isinstance(Motion(), PartPolicy)
-    assert policy.foresee(outlook) == Multirate(share=0.3).foresee(outlook) == (RIVAL,)
+    assert policy.forecast(outlook) == Multirate(share=0.3).forecast(outlook) == (RIVAL,)
     assert "Chunkwise Cache did as well" in RIVAL
     timed = Multirate(seconds=40.0).timed(FILM, 1.0)
     assert 30 < timed.frames_computed(FILM) <= 40

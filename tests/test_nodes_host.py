@@ -181,10 +181,10 @@ def test_video_to_video_with_little_denoising_stays_near_its_source(host: Host, 
 
 def test_bidirectional_windows_run_and_make_another_film(host: Host, graph: Graph) -> None:
     base = put(put(without_cache(small(graph, 2, 69)), "FlowCacheSampler", ar_step=1), "FlowCacheLatent", width=64, height=64)
-    causal, windows = host.latents(base), host.latents(put(base, "FlowCacheSampler", attention=BIDIRECTIONAL, overlap_history=9))
-    assert causal.shape == windows.shape == (1, 16, 18, 8, 8)
-    assert torch.isfinite(windows).all()
-    assert not torch.allclose(causal, windows)
+    causal, sections = host.latents(base), host.latents(put(base, "FlowCacheSampler", attention=BIDIRECTIONAL, overlap_history=9))
+    assert causal.shape == sections.shape == (1, 16, 18, 8, 8)
+    assert torch.isfinite(sections).all()
+    assert not torch.allclose(causal, sections)
 
 
 def test_one_chunk_alone_is_the_same_either_way(host: Host, graph: Graph) -> None:
@@ -262,10 +262,10 @@ def test_a_preset_replaces_every_widget_and_the_node_says_by_what(host: Host, gr
     shown = "\n".join(done["outputs"][node(graph, "FlowCacheChunkwise")]["text"])
     assert "flowcache-slow: threshold 0.1, warmup_steps 5, max_reuse 1000, signature time, rescale clamped, replay residual" in shown
     assert "no polynomial was published for this model" in shown
-    _held, summary, foretold, *_ = "\n".join(done["outputs"][node(graph, "FlowCacheReport")]["text"]).splitlines()
+    _held, summary, forecast, *_ = "\n".join(done["outputs"][node(graph, "FlowCacheReport")]["text"]).splitlines()
     (computed,) = re.findall(r"computed (\d+) of 12 chunk-steps", summary)
-    assert foretold.startswith(f"{computed} of 12 chunk-steps will be computed")
-    assert f"FlowCache: {foretold}" in host.log.read_text()
+    assert forecast.startswith(f"{computed} of 12 chunk-steps will be computed")
+    assert f"FlowCache: {forecast}" in host.log.read_text()
 
 
 @pytest.mark.parametrize("settings", [{"target": "computed share", "target_share": 0.5}, {"target": "speed-up", "target_speedup": 2.0}])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcache_core.policies.planned import Planned
 from flowcache_core.run.report import RunReport
-from flowcache_core.sampling.loop import sample_chunks, sample_window
+from flowcache_core.sampling.loop import sample_chunks, sample_section
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import FORMAT, Plan, attended
@@ -200,7 +200,7 @@ def test_rows_are_skipped_as_a_whole_in_a_bidirectional_window() -> None:
             assert set(per_frame[chunk.start : chunk.start + chunk.frames]) == {levels[chunk.step]}
         return torch.sin(x)
 
-    sample_window(predict, torch.randn(1, 2, 6, 2, 2), schedule, levels, UniPC(), plan=plan)
+    sample_section(predict, torch.randn(1, 2, 6, 2, 2), schedule, levels, UniPC(), plan=plan)
     assert len(rows) == 8 == round(0.5 * len(schedule.rows))
     assert [tuple(c.step for row in rows for c in row.active if c.index == k) for k in range(2)] == list(plan.computed)
 

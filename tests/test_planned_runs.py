@@ -1,4 +1,4 @@
-"""Runs that keep to a plan, with a KV cache and in bidirectional windows: what they compute, count and say."""
+"""Runs that keep to a plan, with a KV cache and in bidirectional sections: what they compute, count and say."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from flowcache_core.policies import Chunkwise, Motion
 from flowcache_core.policies.planned import Planned, share_of
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise
-from flowcache_core.sampling.loop import frame_seconds, sample_chunks, sample_windows
+from flowcache_core.sampling.loop import frame_seconds, sample_chunks, sample_sections
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.plan import read_plan
 from flowcache_core.sampling.planner import plan_in_part
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, Window, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, Section, sections_of
 from flowcache_core.sampling.solvers import Solver, UniPC
-from tests.driven import Driven, DrivenWindows
+from tests.driven import Driven, DrivenSections
 
 Noise = Callable[..., Tensor]
 
@@ -44,7 +44,7 @@ class Runs:
                solver: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
         levels = flow_sigmas(schedule.steps)
         with Session(SkyReelsAdapter(self.net), schedule, levels, (noise.shape[3], noise.shape[4]), policy=policy) as session:
-            session.foresee(noise.device)
+            session.forecast(noise.device)
 
             def predict(x: Tensor, chunk: Chunk) -> Tensor:
                 return session.denoise(x, chunk, self.text, ("cond",))
@@ -52,16 +52,16 @@ class Runs:
             film = sample_chunks(Driven(predict, session), noise, schedule, levels, solver or UniPC(), given)
         return film, session.report
 
-    def windows(self, noise: Tensor, windows: Sequence[Window], policy: CachePolicy | None = None,
+    def sections(self, noise: Tensor, sections: Sequence[Section], policy: CachePolicy | None = None,
                 given: GivenNoise = CLEAN) -> tuple[Tensor, RunReport]:  # fmt: skip
-        levels = flow_sigmas(windows[0].schedule.steps)
-        with WindowSession(SkyReelsAdapter(self.net), windows, (noise.shape[3], noise.shape[4]), policy=policy) as session:
-            session.foresee()
+        levels = flow_sigmas(sections[0].schedule.steps)
+        with SectionSession(SkyReelsAdapter(self.net), sections, (noise.shape[3], noise.shape[4]), policy=policy) as session:
+            session.forecast()
 
             def predict(x: Tensor, sigmas: tuple[float, ...], row: Row) -> Tensor:
                 return session.denoise(x, sigmas, self.text, ("cond",))
 
-            film = sample_windows(DrivenWindows(predict, session), noise, windows, levels, UniPC(), given)
+            film = sample_sections(DrivenSections(predict, session), noise, sections, levels, UniPC(), given)
         return film, session.report
 
 
@@ -77,11 +77,11 @@ SCHEDULES = [
     ChunkSchedule(10, 3, 12, 12, 1),
 ]
 FILMS = [
-    windows_of(9, 3, 12, 2, 9, 2),
-    windows_of(8, 3, 12, 0, 9, 2),
-    windows_of(9, 3, 12, 3, 9, 2, prefix=4, suffix=1),
-    windows_of(20, 3, 12, 2, 9, 2),
-    windows_of(19, 3, 12, 1, 9, 4, prefix=1, suffix=2),
+    sections_of(9, 3, 12, 2, 9, 2),
+    sections_of(8, 3, 12, 0, 9, 2),
+    sections_of(9, 3, 12, 3, 9, 2, prefix=4, suffix=1),
+    sections_of(20, 3, 12, 2, 9, 2),
+    sections_of(19, 3, 12, 1, 9, 4, prefix=1, suffix=2),
 ]
 LIGHT = GivenNoise(20, 3)
 
@@ -95,10 +95,10 @@ def test_a_plan_of_everything_equals_no_plan_bit_for_bit(runs: Runs, noise_of: N
     assert (plain.plans, planned.share) == ((), 1.0)
 
 
-@pytest.mark.parametrize("windows", FILMS)
-def test_a_plan_of_every_row_equals_no_plan_bit_for_bit(runs: Runs, noise_of: Noise, windows: tuple[Window, ...]) -> None:
-    noise = noise_of(windows[-1].end)
-    (one, plain), (other, planned) = (runs.windows(noise, windows, policy, LIGHT) for policy in (None, Planned(share=1.0)))
+@pytest.mark.parametrize("sections", FILMS)
+def test_a_plan_of_every_row_equals_no_plan_bit_for_bit(runs: Runs, noise_of: Noise, sections: tuple[Section, ...]) -> None:
+    noise = noise_of(sections[-1].end)
+    (one, plain), (other, planned) = (runs.sections(noise, sections, policy, LIGHT) for policy in (None, Planned(share=1.0)))
     assert torch.equal(one, other)
     assert plain.as_dict()["map"] == planned.as_dict()["map"]
     assert (plain.chunk_steps, plain.tokens) == (planned.chunk_steps_computed, planned.tokens_computed)
@@ -106,7 +106,7 @@ def test_a_plan_of_every_row_equals_no_plan_bit_for_bit(runs: Runs, noise_of: No
 
 @pytest.mark.parametrize("share", [0.55, 0.4, 0.13])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_what_was_planned_and_foretold_is_what_is_computed_and_counted(runs: Runs, noise_of: Noise, schedule: ChunkSchedule, share: float) -> None:
+def test_what_was_planned_and_forecast_is_what_is_computed_and_counted(runs: Runs, noise_of: Noise, schedule: ChunkSchedule, share: float) -> None:
     film, report = runs.causal(noise_of(schedule.frames), schedule, Planned(share=share))
     (plan,) = report.plans
     assert torch.isfinite(film).all()
@@ -121,23 +121,23 @@ def test_what_was_planned_and_foretold_is_what_is_computed_and_counted(runs: Run
 
 
 @pytest.mark.parametrize("share", [0.55, 0.4, 0.13])
-@pytest.mark.parametrize("windows", FILMS)
+@pytest.mark.parametrize("sections", FILMS)
 def test_every_row_of_a_window_is_computed_whole_or_skipped_and_counted_so(
-    runs: Runs, noise_of: Noise, windows: tuple[Window, ...], share: float
+    runs: Runs, noise_of: Noise, sections: tuple[Section, ...], share: float
 ) -> None:
-    noise, schedules = noise_of(windows[-1].end), [window.schedule for window in windows]
-    film, report = runs.windows(noise, windows, Planned(share=share), LIGHT)
+    noise, schedules = noise_of(sections[-1].end), [section.schedule for section in sections]
+    film, report = runs.sections(noise, sections, Planned(share=share), LIGHT)
     assert torch.isfinite(film).all()
-    for window, plan in zip(windows, report.plans, strict=True):
-        plan.check(window.schedule)
-        for row in window.schedule.rows:
-            assert len({report.map[chunk.index + window.index, chunk.step] for chunk in row.active}) == 1
+    for section, plan in zip(sections, report.plans, strict=True):
+        plan.check(section.schedule)
+        for row in section.schedule.rows:
+            assert len({report.map[chunk.index + section.index, chunk.step] for chunk in row.active}) == 1
     assert report.share == pytest.approx(share_of(report.plans, schedules))
     assert ((report.map == 2) == (report.planned == 1)).all()
     rows = sum(len(one.rows) for one in schedules)
     assert f" of {rows} rows ({report.chunk_steps_computed} of {report.chunk_steps} chunk-steps) will be computed" in report.notes[0]
     assert f"{report.share:.0%} of all tokens" in report.notes[0]
-    given = windows[0].schedule.prefix, windows[-1].schedule.suffix
+    given = sections[0].schedule.prefix, sections[-1].schedule.suffix
     assert torch.equal(film[:, :, : given[0]], noise[:, :, : given[0]])
     assert torch.equal(film[:, :, noise.shape[2] - given[1] :], noise[:, :, noise.shape[2] - given[1] :])
 
@@ -151,7 +151,7 @@ def test_each_evaluation_of_the_network_is_one_that_the_plan_names(runs: Runs, n
         return way(adapter, *given)
 
     monkeypatch.setattr(SkyReelsAdapter, "whole", counted)
-    _, report = runs.windows(noise_of(20), FILMS[3], Planned(share=0.4))
+    _, report = runs.sections(noise_of(20), FILMS[3], Planned(share=0.4))
     rows = [row for plan, w in zip(report.plans, FILMS[3], strict=True) for row in w.schedule.rows if any(plan.computes(c) for c in row.active)]
     assert calls == len(rows)
 
@@ -162,7 +162,7 @@ def test_a_budget_in_seconds_makes_the_film_of_the_plan_it_settles_on(
 ) -> None:
     """A frame that takes 10 ms: the timing itself leaves no trace in film or counts."""
     monkeypatch.setattr(loop, "seconds_of", lambda evaluate, chunk, device: (evaluate(chunk), 0.01 * 9)[1])
-    for make, what in ((runs.causal, SCHEDULES[2]), (runs.windows, FILMS[4])):
+    for make, what in ((runs.causal, SCHEDULES[2]), (runs.sections, FILMS[4])):
         frames = what.frames if isinstance(what, ChunkSchedule) else what[-1].end
         film, report = make(noise_of(frames), what, Planned(seconds=budget), LIGHT)  # type: ignore[operator]
         exact = report.plans if report.plans[0].together else report.plans[0]
@@ -176,18 +176,18 @@ def test_a_budget_in_seconds_makes_the_film_of_the_plan_it_settles_on(
 
 
 def test_a_budget_in_seconds_is_kept_in_steps_of_whole_evaluations(noise_of: Noise) -> None:
-    schedule, windows = ChunkSchedule(15, 3, 50, 5), windows_of(40, 3, 50, 5, 15, 5)
+    schedule, sections = ChunkSchedule(15, 3, 50, 5), sections_of(40, 3, 50, 5, 15, 5)
     for budget in (3.0, 4.0, 5.0):
         policy = Planned(seconds=budget)
         one = policy.timed(schedule, 0.01)
         assert budget - 0.03 < 0.01 * one.frames_computed(schedule) <= budget
-        schedules = [window.schedule for window in windows]
+        schedules = [section.schedule for section in sections]
         frames = sum(plan.frames_computed(each) for plan, each in zip(policy.plans(schedules, 0.01), schedules, strict=True))
-        assert budget - 0.15 * len(windows) < 0.01 * frames <= budget
+        assert budget - 0.15 * len(sections) < 0.01 * frames <= budget
 
 
 @pytest.mark.parametrize(("make", "what", "network", "more"), [("causal", SCHEDULES[0], "forward", 3), ("causal", SCHEDULES[3], "forward", 2),
-                                                              ("windows", FILMS[0], "whole", 2)])  # fmt: skip
+                                                              ("sections", FILMS[0], "whole", 2)])  # fmt: skip
 def test_a_timing_is_a_warm_up_and_one_evaluation_or_two(
     runs: Runs, noise_of: Noise, monkeypatch: pytest.MonkeyPatch, make: str, what: Any, network: str, more: int
 ) -> None:
@@ -218,7 +218,7 @@ def test_a_chunk_that_sees_more_takes_longer_by_what_the_second_one_shows(monkey
     assert frame_seconds(alone, lambda chunk: None, torch.device("cpu")) == pytest.approx(1.3)
 
 
-@pytest.mark.parametrize("make", ["causal", "windows"])
+@pytest.mark.parametrize("make", ["causal", "sections"])
 def test_a_run_that_is_interrupted_while_it_is_timed_leaves_nothing(runs: Runs, noise_of: Noise, make: str) -> None:
     text, runs.text = runs.text, torch.zeros(1, 8, 3)
     what = SCHEDULES[0] if make == "causal" else FILMS[0]
@@ -238,10 +238,10 @@ def test_a_plan_goes_through_the_json_of_a_report_and_comes_back(runs: Runs, noi
         plan = read_plan(text)
         assert plan == report.plans[0]
         assert torch.equal(film, runs.causal(noise_of(9), SCHEDULES[0], Planned(exact=plan))[0])
-    film, report = runs.windows(noise_of(20), FILMS[3], Planned(share=0.4))
+    film, report = runs.sections(noise_of(20), FILMS[3], Planned(share=0.4))
     plan = read_plan(json.dumps(report.as_dict()))
     assert plan == report.plans
-    assert torch.equal(film, runs.windows(noise_of(20), FILMS[3], Planned(exact=plan))[0])
+    assert torch.equal(film, runs.sections(noise_of(20), FILMS[3], Planned(exact=plan))[0])
 
 
 @pytest.mark.parametrize(
@@ -261,18 +261,18 @@ def test_what_is_no_plan_is_refused_with_what_it_should_be(text: str, sentence: 
 
 
 def test_a_plan_of_another_run_is_refused_with_both_numbers() -> None:
-    causal, windows = SCHEDULES[0], [window.schedule for window in FILMS[3]]
-    plan, plans = Planned(share=0.4).plan(causal), Planned(share=0.4).plans(windows)
+    causal, sections = SCHEDULES[0], [section.schedule for section in FILMS[3]]
+    plan, plans = Planned(share=0.4).plan(causal), Planned(share=0.4).plans(sections)
     with pytest.raises(ValueError, match="the plan is for 3 chunks of 12 steps, this run has 3 chunks of 10 steps"):
         Planned(exact=plan).plan(replace(causal, steps=10))
     with pytest.raises(ValueError, match="out of step"):
         Planned(exact=plan).plan(replace(causal, ar_step=5))
     with pytest.raises(ValueError, match=r"the plan is for block-causal attention, and this run is bidirectional: .* set attention to block-causal"):
-        Planned(exact=plan).plans(windows)
+        Planned(exact=plan).plans(sections)
     with pytest.raises(ValueError, match="the plan is for bidirectional attention, and this run is block-causal"):
         Planned(exact=plans).plan(causal)
-    with pytest.raises(ValueError, match=f"the plan is for {len(plans)} windows, and this film has 1"):
-        Planned(exact=plans).plans(windows[:1])
+    with pytest.raises(ValueError, match=f"the plan is for {len(plans)} sections, and this film has 1"):
+        Planned(exact=plans).plans(sections[:1])
     with pytest.raises(ValueError, match="leave one of them out"):
         Planned(exact=plan, seconds=3.0)
 
@@ -280,11 +280,11 @@ def test_a_plan_of_another_run_is_refused_with_both_numbers() -> None:
 @pytest.mark.parametrize("policy", [Chunkwise(), Motion()])
 def test_a_policy_that_decides_for_every_chunk_is_refused_in_a_window(net: SkyReelsV2, policy: CachePolicy) -> None:
     with pytest.raises(ValueError, match=f"{policy.title} decides for every chunk by itself"):
-        WindowSession(SkyReelsAdapter(net), FILMS[0], (4, 4), policy=policy)
+        SectionSession(SkyReelsAdapter(net), FILMS[0], (4, 4), policy=policy)
 
 
 def test_nothing_is_said_of_plans_where_there_is_none(runs: Runs, noise_of: Noise) -> None:
-    for _, report in (runs.causal(noise_of(9), SCHEDULES[0]), runs.windows(noise_of(9), FILMS[0])):
+    for _, report in (runs.causal(noise_of(9), SCHEDULES[0]), runs.sections(noise_of(9), FILMS[0])):
         assert (report.notes, report.as_dict()["plan"]) == ((), None)
 
 

@@ -104,9 +104,9 @@ def test_motion_cache_refines_it_or_refuses_it_by_name_and_never_drops_it(host: 
 
 
 def test_refusals_name_the_node_that_has_set_the_policy(host: Host, bare: Graph) -> None:
-    windows = put(bare, "FlowCacheSampler", attention=BIDIRECTIONAL)
-    refused(host, before(windows, "threshold"), "^Cache Policy cannot work with the attention of AR Chunk Sampler.* or bypass Cache Policy;")
-    assert torch.isfinite(host.latents(before(windows, "planned"))).all()
+    sections = put(bare, "FlowCacheSampler", attention=BIDIRECTIONAL)
+    refused(host, before(sections, "threshold"), "^Cache Policy cannot work with the attention of AR Chunk Sampler.* or bypass Cache Policy;")
+    assert torch.isfinite(host.latents(before(sections, "planned"))).all()
     stock = {**bare, node(bare, "FlowCacheSampler"): {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}}
     del stock[node(stock, "FlowCacheReport")]
     refused(host, before(stock, "motion-plan"), "^Cache Policy works with the AR Chunk Sampler: .* or bypass Cache Policy$")

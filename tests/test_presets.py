@@ -1,4 +1,4 @@
-"""The published rule of SkyReels-V2 against a plain reference, the table of presets, and what is foretold of a run."""
+"""The published rule of SkyReels-V2 against a plain reference, the table of presets, and what is forecast of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flowcache_core.models.published import POLYNOMIALS
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Always, Chunkwise
-from flowcache_core.policies.foresight import free_steps, headroom
+from flowcache_core.policies.forecast import free_steps, headroom
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, RULES, describe, on_signature, preset
-from flowcache_core.policies.protocol import CachePolicy, Compute, Foresees, Outlook, Signature
+from flowcache_core.policies.protocol import CachePolicy, Compute, Forecasts, Outlook, Signature
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.policies.target import Target
 from flowcache_core.run.report import RunReport
@@ -154,9 +154,9 @@ def test_without_a_polynomial_changes_are_added_up_as_they_are_and_that_is_said(
     changes = [0.0] * 5 + [0.03] * 45
     assert decisions(preset("flowcache-slow"), changes) == decisions(Chunkwise(0.1, max_reuse=1000, signature="time"), changes)
     slow = RULES["flowcache-slow"]
-    said = slow.foresee(Known(changes, ()).outlook)
+    said = slow.forecast(Known(changes, ()).outlook)
     assert "no polynomial was published for this model" in " ".join(said)
-    assert "polynomial published for a model of this size, clamped" in " ".join(slow.foresee(Known(changes, SMALL).outlook))
+    assert "polynomial published for a model of this size, clamped" in " ".join(slow.forecast(Known(changes, SMALL).outlook))
 
 
 def test_a_polynomial_belongs_to_the_time_signature() -> None:
@@ -225,18 +225,18 @@ def test_a_rule_under_the_time_signature_is_told_to_be_a_plan_too() -> None:
         assert on_signature(rule) == ()
 
 
-# what is foretold
+# what is forecast
 
 
 @pytest.mark.parametrize("settings", [{}, {"warmup_steps": 2, "max_reuse": 3}, {"start_percent": 0.2, "end_percent": 0.7}])
-def test_what_is_foretold_under_the_time_signature_is_what_happens(
+def test_the_forecast_under_the_time_signature_is_what_happens(
     net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], settings: dict[str, float]
 ) -> None:
     noise, schedule, sigmas = noise_of(8), ChunkSchedule(8, 3, 24, 4), flow_sigmas(24)
     for threshold in (0.0, 0.05, 0.3):
         policy = Chunkwise(threshold=threshold, signature="time", **settings)  # type: ignore[arg-type]
         with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4), policy=policy) as session:
-            (said, *_) = session.foresee(noise.device)
+            (said, *_) = session.forecast(noise.device)
             sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, texts[:1], ("cond",)), session), noise, schedule, sigmas, Euler())
         done = session.report
         assert f"{done.chunk_steps_computed} of {done.chunk_steps} chunk-steps" in said or (threshold == 0 and "all 72 chunk-steps" in said)
@@ -245,19 +245,19 @@ def test_what_is_foretold_under_the_time_signature_is_what_happens(
         assert done.as_dict()["notes"] == list(done.notes)
 
 
-def test_under_the_latent_signature_only_a_bound_is_foretold(
+def test_under_the_latent_signature_only_a_bound_is_forecast(
     noise_of: Callable[..., Tensor], cached: Callable[..., tuple[Tensor, RunReport]]
 ) -> None:
     policy = Chunkwise(threshold=10, warmup_steps=4, max_reuse=6, signature="latent")
-    (said,) = policy.foresee(Outlook(2, flow_sigmas(30), lambda: pytest.fail("not needed")))
+    (said,) = policy.forecast(Outlook(2, flow_sigmas(30), lambda: pytest.fail("not needed")))
     _, report = cached(noise_of(6), ChunkSchedule(6, 3, 30, 4), policy=policy)
     assert said.startswith(f"at least {report.chunk_steps_computed} of 60 chunk-steps will be computed")
 
 
-def test_a_policy_that_foretells_nothing_is_asked_nothing(net: SkyReelsV2) -> None:
-    assert not isinstance(Always(), Foresees)
+def test_a_policy_that_forecasts_nothing_is_asked_nothing(net: SkyReelsV2) -> None:
+    assert not isinstance(Always(), Forecasts)
     with Session(SkyReelsAdapter(net), ChunkSchedule(3, 3, 4), flow_sigmas(4), (4, 4)) as session:
-        assert session.foresee(torch.device("cpu")) == ()
+        assert session.forecast(torch.device("cpu")) == ()
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_too_few_steps_are_called_too_few_with_what_helps(rule: Chunkwise, steps
     (said,) = headroom(rule, steps)
     for sentence in sentences:
         assert sentence in said
-    assert said in rule.foresee(Outlook(1, flow_sigmas(steps), lambda: [0.0] * steps))
+    assert said in rule.forecast(Outlook(1, flow_sigmas(steps), lambda: [0.0] * steps))
 
 
 @pytest.mark.parametrize(("rule", "steps"), [(Chunkwise(), 9), (Chunkwise(), 50), (Chunkwise(warmup_steps=16), 20), (Chunkwise(threshold=0), 4)])

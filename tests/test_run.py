@@ -16,7 +16,7 @@ from flowcache_core.policies.planned import Planned
 from flowcache_core.run.run import Run, Turn
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 
 FILM = ChunkSchedule(6, 3, 4, 2)
 
@@ -74,7 +74,7 @@ def test_a_run_closes_its_session_whatever_happens(run: Run, noise_of: Callable[
 
 
 def test_a_bidirectional_run_counts_every_step_too(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
-    windows = windows_of(12, 3, 4, 2, 9, 3)
-    film, report = replace(run, film=windows, policy=Planned(share=0.6)).sample(noise_of(12), evaluate(texts))
+    sections = sections_of(12, 3, 4, 2, 9, 3)
+    film, report = replace(run, film=sections, policy=Planned(share=0.6)).sample(noise_of(12), evaluate(texts))
     assert film.shape[2] == 12
-    assert int((report.map != 0).sum()) == sum(window.schedule.chunk_steps for window in windows)
+    assert int((report.map != 0).sum()) == sum(section.schedule.chunk_steps for section in sections)

@@ -261,7 +261,7 @@ def test_a_head_learns_what_the_hidden_state_decides(tmp_path: Path) -> None:
     assert learnt["top_quarter"] > 0.5
 
 
-def test_perfect_and_opposite_foresight_are_told_apart() -> None:
+def test_perfect_and_opposite_predictions_differ() -> None:
     x = torch.randn(40)
     assert training.spearman(x, x.exp()) == pytest.approx(1)
     assert training.spearman(x, -x) == pytest.approx(-1)

@@ -10,7 +10,7 @@ import pytest
 
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.sampling.noise import flow_sigmas, timestep
-from flowcache_core.sampling.schedule import ChunkSchedule, Row, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, sections_of
 
 FIRST_EIGHT = [999, 997, 994, 991, 989, 986, 983, 979]
 LAST_SIX = [521, 470, 409, 337, 249, 140]
@@ -89,7 +89,7 @@ def test_ar_step_zero_moves_all_chunks_together() -> None:
     assert table(ChunkSchedule(9, 3, 4, ar_step=0)) == [f"{t}* {t}* {t}*" for t in (999, 959, 888, 727)]
 
 
-def test_windows_of_five_chunks_at_base_three_follow_the_worked_table() -> None:
+def test_rows_of_five_chunks_at_base_three_follow_the_worked_table() -> None:
     rows = ChunkSchedule(15, 3, 4, ar_step=2, window=3).rows
     assert [(r.first, r.last) for r in rows] == [(0, 3)] * 6 + [(1, 4)] * 2 + [(2, 5)] * 4
 
@@ -189,7 +189,7 @@ def test_a_chunk_sees_whole_chunks_within_the_horizon() -> None:
     assert [ChunkSchedule(17, 3, 4, ar_step=2, window=3, prefix=2).oldest(k) for k in range(6)] == [0, 0, 0, 1, 2, 3]
 
 
-WINDOWS = {
+SECTIONS = {
     33: [(0, 9, 0)],
     97: [(0, 25, 0)],
     101: [(0, 25, 0), (20, 26, 5)],
@@ -199,50 +199,50 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("frames", WINDOWS)
-def test_films_of_any_length_are_cut_into_the_published_windows(frames: int) -> None:
-    """Windows of 97 frames, overlap 17: (first, end, given) in latent frames. 260 frames are 65 latent frames, as 257 are."""
-    windows = windows_of((frames - 1) // 4 + 1, 5, 50, 5, length=25, overlap=5)
-    assert [(w.start, w.end, w.schedule.prefix) for w in windows] == WINDOWS[frames]
+@pytest.mark.parametrize("frames", SECTIONS)
+def test_films_of_any_length_are_cut_into_the_published_sections(frames: int) -> None:
+    """Sections of 97 frames, overlap 17: (first, end, given) in latent frames. 260 frames are 65 latent frames, as 257 are."""
+    sections = sections_of((frames - 1) // 4 + 1, 5, 50, 5, length=25, overlap=5)
+    assert [(w.start, w.end, w.schedule.prefix) for w in sections] == SECTIONS[frames]
 
 
-def test_windows_of_121_frames_follow_the_published_rule() -> None:
-    windows = windows_of(185, 5, 50, 5, length=31, overlap=5)
-    assert [(w.start, w.end) for w in windows] == [(26 * i, min(26 * i + 31, 185)) for i in range(7)]
+def test_sections_of_121_frames_follow_the_published_rule() -> None:
+    sections = sections_of(185, 5, 50, 5, length=31, overlap=5)
+    assert [(w.start, w.end) for w in sections] == [(26 * i, min(26 * i + 31, 185)) for i in range(7)]
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (1, 0), (0, 1), (5, 2), (24, 0)])
 @pytest.mark.parametrize("frames", [26, 27, 40, 45, 46, 65])
-def test_windows_generate_every_frame_that_is_not_given_exactly_once(frames: int, prefix: int, suffix: int) -> None:
-    windows = windows_of(frames, 5, 4, 1, 25, 5, prefix, suffix)
+def test_sections_generate_every_frame_that_is_not_given_exactly_once(frames: int, prefix: int, suffix: int) -> None:
+    sections = sections_of(frames, 5, 4, 1, 25, 5, prefix, suffix)
     made = [0] * frames
-    for window in windows:
-        own = window.schedule
+    for section in sections:
+        own = section.schedule
         assert own.frames <= 25
         for frame in range(own.prefix, own.frames - own.suffix):
-            made[window.start + frame] += 1
+            made[section.start + frame] += 1
     assert made == [0] * prefix + [1] * (frames - prefix - suffix) + [0] * suffix
-    numbers = [c.index + w.index for w in windows for row in w.schedule.rows for c in row.active]
-    assert sorted(set(numbers)) == list(range(windows[0].schedule.given, windows[-1].index + windows[-1].schedule.chunks))
+    numbers = [c.index + w.index for w in sections for row in w.schedule.rows for c in row.active]
+    assert sorted(set(numbers)) == list(range(sections[0].schedule.given, sections[-1].index + sections[-1].schedule.chunks))
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"overlap": 25}, "windows of 25 latent frames cannot overlap by 25: use an overlap of 1 to 24, or at most 25 latent frames"),
+        ({"overlap": 25}, "sections of 25 latent frames cannot overlap by 25: use an overlap of 1 to 24, or at most 25 latent frames"),
         ({"overlap": 0}, "cannot overlap by 0"),
         ({"overlap": 20, "suffix": 5}, "cannot overlap by 20 and end in 5 given frames: use an overlap of 1 to 19"),
-        ({"prefix": 25}, r"25 latent frames are given at the start, but a window holds 25: give at most the last 24 \(93 frames of the clip"),
-        ({"prefix": 64, "suffix": 1}, "64 latent frames are given at the start, but a window holds 25"),
+        ({"prefix": 25}, r"25 latent frames are given at the start, but a section holds 25: give at most the last 24 \(93 frames of the clip"),
+        ({"prefix": 64, "suffix": 1}, "64 latent frames are given at the start, but a section holds 25"),
     ],
 )
-def test_windows_that_cannot_work_are_refused_with_the_numbers(settings: dict[str, int], sentence: str) -> None:
+def test_sections_that_cannot_work_are_refused_with_the_numbers(settings: dict[str, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        windows_of(**{"frames": 65, "chunk_frames": 5, "steps": 50, "ar_step": 5, "length": 25, "overlap": 5, **settings})
+        sections_of(**{"frames": 65, "chunk_frames": 5, "steps": 50, "ar_step": 5, "length": 25, "overlap": 5, **settings})
 
 
 def test_a_film_within_the_window_needs_no_overlap() -> None:
-    assert len(windows_of(25, 5, 4, 1, length=25, overlap=0)) == 1
+    assert len(sections_of(25, 5, 4, 1, length=25, overlap=0)) == 1
 
 
 def test_denoise_keeps_the_tail_of_a_longer_schedule_as_the_host_does() -> None:

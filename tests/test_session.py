@@ -13,12 +13,12 @@ from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Chunkwise
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.window import WindowSession
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
-from flowcache_core.sampling.schedule import ChunkSchedule, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from flowcache_core.sampling.solvers import Euler, UniPC
 from tests.driven import Driven
 
@@ -69,7 +69,7 @@ def test_an_interrupted_run_leaves_no_state_and_no_memory(
 def test_a_run_over_windows_leaves_no_text(
     net: SkyReelsV2, noise_of: Callable[..., Tensor], texts: Tensor, error: type[BaseException] | None
 ) -> None:
-    session = WindowSession(SkyReelsAdapter(net), windows_of(3, 3, 4, 0, 3, 1), (4, 4))
+    session = SectionSession(SkyReelsAdapter(net), sections_of(3, 3, 4, 0, 3, 1), (4, 4))
     with pytest.raises(error) if error else nullcontext(), session:
         session.denoise(noise_of(3), (0.5,) * 3, texts[:1], ("cond",))
         assert session._text

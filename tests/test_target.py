@@ -65,13 +65,13 @@ def test_no_threshold_comes_nearer_to_the_share_than_the_one_that_is_found() -> 
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
-def test_under_the_time_signature_the_run_computes_what_was_foretold_for_the_share(
+def test_under_the_time_signature_the_run_computes_what_was_forecast_for_the_share(
     net: SkyReelsV2, cached: Callable[..., tuple[Tensor, RunReport]], noise_of: Callable[..., Tensor], share: float
 ) -> None:
     policy = Target(share=share, warmup_steps=2, signature="time")
     _, report = cached(noise_of(6), ChunkSchedule(6, 3, 24, 4), policy=policy)
     changes = SkyReelsAdapter(net).time_changes(flow_sigmas(24)[:-1], 24, "cpu")  # type: ignore[arg-type]
-    (said, *_) = policy.foresee(Outlook(2, flow_sigmas(24), lambda: changes))
+    (said, *_) = policy.forecast(Outlook(2, flow_sigmas(24), lambda: changes))
     assert said.startswith(f"{report.chunk_steps_computed} of 48 chunk-steps will be computed")
     assert abs(report.chunk_steps_computed / 48 - share) <= 0.5 / 24 + 1e-9
     assert report.host_syncs == 0
@@ -137,7 +137,7 @@ def test_a_steady_run_is_paced_evenly() -> None:
     made, state = play(Target(share=0.45, signature="latent"), ChunkSchedule(15, 3, 50, 5), lambda k, j: straight[j])
     counts = [row.count("C") for row in made.values()]
     assert max(counts) - min(counts) <= 1
-    (said,) = Target(share=0.45, signature="latent").retell(state.memory)
+    (said,) = Target(share=0.45, signature="latent").findings(state.memory)
     assert said.startswith("target 45%: the threshold lay between ")
 
 

@@ -143,9 +143,9 @@ class ToyAdapter:
         return self._embed(call.x) + residual
 
     def _run(self, call: Call, tokens: Tensor, rope: Tensor, attend: Attend) -> Tensor:
-        told = TOY.noise.timestep(call.sigma)
-        self.calls.append((call.chunk, told, len(call.x)))
-        t = torch.full((1, 1, 1), told).to(tokens)
+        timestep = TOY.noise.timestep(call.sigma)
+        self.calls.append((call.chunk, timestep, len(call.x)))
+        t = torch.full((1, 1, 1), timestep).to(tokens)
         return self.network.stack(tokens, t, call.text, rope.to(tokens.device), attend)
 
     def _embed(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from ..policies import POLICIES
 from ..policies.multirate import Multirate
 from ..policies.named import policy_named
 from ..policies.planned import Planned
-from ..policies.protocol import CachePolicy, Foresees, PlanPolicy, WindowPolicy
+from ..policies.protocol import CachePolicy, Forecasts, PlanPolicy, SectionPolicy
 from ..policies.target import Target
 from ..policies.thresholds import least_computed
 from ..run.generate import Job, decode, generate, generate_upstream
@@ -104,7 +104,7 @@ def make(bundle: Bundle, job: Job, setting: Setting, policy: Any = None, **more:
 
 
 def schedule_of(bundle: Bundle, job: Job, setting: Setting) -> ChunkSchedule:
-    return job.windows(bundle)[0].schedule if setting.attention == BIDIRECTIONAL else job.schedule(bundle)
+    return job.sections(bundle)[0].schedule if setting.attention == BIDIRECTIONAL else job.schedule(bundle)
 
 
 def tokens(bundle: Bundle, job: Job, setting: Setting) -> float:
@@ -169,7 +169,7 @@ def _check_named(bundle: Bundle, film: Film) -> None:
     """Raises ValueError for a share that a policy by name cannot reach."""
     for arm, share in product(set(film.arms) & set(BY_NAME), film.shares):
         policy = by_name(bundle, film, arm, share)
-        if isinstance(policy, Foresees):
+        if isinstance(policy, Forecasts):
             policy.check_run(film.setting.steps)
 
 
@@ -272,7 +272,7 @@ def films(args: argparse.Namespace) -> list[Film]:
         raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {', '.join(CAUSAL_ARMS)}, and on request {', '.join(BY_NAME)}")
 
     def those(arms: Sequence[str], attention: str = CAUSAL) -> tuple[str, ...]:
-        more = [name for name in BY_NAME if attention == CAUSAL or isinstance(policy_named(name), WindowPolicy)]
+        more = [name for name in BY_NAME if attention == CAUSAL or isinstance(policy_named(name), SectionPolicy)]
         return tuple(a for a in (*arms, *more) if a in wanted) if wanted else tuple(arms)
 
     if args.attention == BIDIRECTIONAL:

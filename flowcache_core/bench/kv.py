@@ -170,16 +170,16 @@ def remembering(bundle: Bundle, adapter: ModelAdapter, latents: Tensor, prompt: 
 
 
 class Watched(Around):
-    """Tells what attention returned, layer by layer."""
+    """Passes on what attention returned, layer by layer."""
 
     def __init__(self, inner: ModelAdapter, seen: Callable[[int, Tensor], None]) -> None:
         super().__init__(inner)
-        self.tell = seen
+        self.record = seen
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
         def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
             out = attend(layer, q, k, v, x)
-            self.tell(layer, out)
+            self.record(layer, out)
             return out
 
         return self.inner.forward(call, watched)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..device import fast_dtype
 from ..models.bundle import Bundle, load_bundle
-from ..policies.protocol import CachePolicy, Foresees
+from ..policies.protocol import CachePolicy, Forecasts
 from ..run.generate import Job, MakeAdapter, decode, generate
 from ..show.metrics import psnr, ssim
 from .increment import incremental
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, rules: Sequence[Rule], shares: Sequence[float]
     bundle = load_bundle(fast_dtype())
     jobs[0].schedule(bundle)
     for rule in wanted:
-        if isinstance(rule.policy, Foresees):
+        if isinstance(rule.policy, Forecasts):
             rule.policy.check_run(args.steps)
     measured = over(jobs, partial(_measure, wanted=wanted), args.workers, bundle)
     rows = [_row(point, [film[k] for film in measured]) for k, point in enumerate(wanted)]
@@ -106,7 +106,7 @@ def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle
          done: Callable[[J, T], None] = lambda job, result: None) -> list[T]:  # fmt: skip
     """`work` for every job, in this process with `bundle` or in several, each with the bundled model and its share of the cores.
 
-    `done` is told of every result as soon as it is there.
+    `done` is called with every result as soon as it is there.
     """
     with tqdm(total=len(jobs), unit="prompt") as bar:
         if workers == 1:

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
-    schedules = [w.schedule for w in job.windows(bundle)] if arm == UPSTREAM else [job.schedule(bundle)]
+    schedules = [w.schedule for w in job.sections(bundle)] if arm == UPSTREAM else [job.schedule(bundle)]
     with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == UPSTREAM:
             return generate_upstream(bundle, job, lambda chunk: bar.update())

@@ -64,11 +64,11 @@ class TimeSignature(ModelAdapter, Protocol):
 
 
 @runtime_checkable
-class WholeWindow(ModelAdapter, Protocol):
-    """An adapter of a network that can see a whole window, every frame every other."""
+class Bidirectional(ModelAdapter, Protocol):
+    """An adapter of a network that can attend bidirectionally: every frame sees every other."""
 
     def whole(self, x: Tensor, sigmas: Sequence[float], text: Any, fps: int) -> Tensor:
-        """Velocity of a whole window at one noise level per latent frame."""
+        """Velocity of a section [B, C, F, h, w] at one noise level per latent frame."""
         ...
 
     def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ def require_time(adapter: ModelAdapter) -> TimeSignature:
     return adapter
 
 
-def require_whole(adapter: ModelAdapter) -> WholeWindow:
-    """Raises ValueError where a network cannot see a whole window at once."""
-    if not isinstance(adapter, WholeWindow):
-        raise ValueError(f"{adapter.name} looks back only, it cannot see a whole window at once: use block-causal attention")
+def require_bidirectional(adapter: ModelAdapter) -> Bidirectional:
+    """Raises ValueError where a network cannot attend bidirectionally."""
+    if not isinstance(adapter, Bidirectional):
+        raise ValueError(f"{adapter.name} looks back only, bidirectional attention is not for it: use block-causal attention")
     return adapter

@@ -1,4 +1,4 @@
-"""Dense attention over a whole window: what training and the upstream-like baseline use. `kv/cache.py` has the cached way."""
+"""Dense attention over many chunks at once: what training and the upstream-like baseline use. `kv/cache.py` has the cached way."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Found:
 
 
 def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> Found:
-    """`weights`: key -> tensor, or slot of a file; `family`: a name that the user chose, before what metadata and shapes say.
+    """`weights`: key -> tensor, or what a header says of it; `family`: a name that the user chose, before what metadata and shapes say.
 
     Metadata that name no family of ours are another tool's, and say nothing. Raises ValueError unless it is a whole network of one
     family, with nothing left over.
@@ -101,10 +101,10 @@ def load_network_file(path: str | Path, dtype: torch.dtype | None = None, device
     the peak of memory is that of the network and one file.
     """
     checkpoint = open_checkpoint(path)
-    found = recognise(checkpoint.slots, checkpoint.name, checkpoint.metadata, family)
+    found = recognise(checkpoint.stored, checkpoint.name, checkpoint.metadata, family)
     names = found.names
-    slots = {names[key] for key in names}
-    aside = [key for key, name in names.items() if is_companion(name, slots)]
+    mine = {names[key] for key in names}
+    aside = [key for key, name in names.items() if is_companion(name, mine)]
     scales = {names[key]: tensor for key, tensor in checkpoint.tensors(aside)}
     values = ((names[key], tensor) for key, tensor in checkpoint.tensors(names.keys() - set(aside)))
     return _filled(found, values, scales, dtype, torch.device(device))

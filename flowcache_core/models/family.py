@@ -36,7 +36,7 @@ class NetworkConfig(Protocol):
 class ChunkLayout:
     """How a model was trained: latent frames per chunk, chunks it can look at together, frames per second, attention.
 
-    `causal`: trained with block-causal attention too; without it, only with attention over the whole window.
+    `causal`: trained with block-causal attention too; without it, only with bidirectional attention.
     """
 
     chunk_frames: int
@@ -97,9 +97,9 @@ class Family:
     noise: Noise
     guidance: Guidance
     rates: Sequence[int]
-    """Frames per second that the network can be told."""
+    """Frames per second that the network takes as an input."""
     takes_rate: Callable[[Any], bool]
-    """Whether a network of this config is told the frame rate at all."""
+    """Whether a network of this config takes the frame rate at all."""
     bundled: Bundled | None = None
 
     def require_rate(self, fps: int) -> int:

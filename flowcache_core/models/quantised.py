@@ -28,7 +28,7 @@ class Shaped(Protocol):
 
 
 def is_companion(key: str, keys: Collection[str]) -> bool:
-    """Whether a key tells something about a weight among `keys` instead of being one."""
+    """Whether a key describes a weight among `keys` instead of being one."""
     layer, _, last = key.rpartition(".")
     return key == MARKER or (last in COMPANIONS and f"{layer}.weight" in keys)
 

@@ -26,7 +26,7 @@ ReadFile = Callable[[Path], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class StoredTensor:
     """A tensor that has not been read: where it lies, its shape and dtype."""
 
     file: Path
@@ -36,11 +36,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model on disk. `slots`: key as in the files -> what lies there."""
+    """One model on disk. `stored`: by key as in the files."""
 
     name: str
     files: tuple[Path, ...]
-    slots: Mapping[str, Slot]
+    stored: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
 
     def tensors(self, keys: Iterable[str] | None = None, read_file: ReadFile | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +49,7 @@ class Checkpoint:
         A tensor is a view of the mapped file: whoever keeps it as it is takes up no memory of its own, whoever converts it
         holds the converted values and at most one file.
         """
-        wanted = set(self.slots if keys is None else keys)
+        wanted = set(self.stored if keys is None else keys)
         for file in self.files:
             tensors = (read_file or (lambda path: read(path)[0]))(file)
             for key in [k for k in tensors if k in wanted]:
@@ -70,21 +70,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     not belong together: the same key twice, or keys other than the index lists.
     """
     files, listed = _files_of(Path(path))
-    slots: dict[str, Slot] = {}
+    stored: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
         here, said = _header(file)
-        if twice := sorted(slots.keys() & here.keys()):
-            first = slots[twice[0]].file.name
+        if twice := sorted(stored.keys() & here.keys()):
+            first = stored[twice[0]].file.name
             raise ValueError(f"{len(twice)} keys ({short(twice[0])}, ...) are both in {first} and in {file.name}: the shards are of different models")
-        slots.update(here)
+        stored.update(here)
         metadata.update(said)
-    if listed and listed != slots.keys():
-        gone, extra = sorted(listed - slots.keys()), sorted(slots.keys() - listed)
+    if listed and listed != stored.keys():
+        gone, extra = sorted(listed - stored.keys()), sorted(stored.keys() - listed)
         first = short((gone or extra)[0])
         what = f"lack {len(gone)} keys of their index ({first}, ...)" if gone else f"hold {len(extra)} keys their index lacks ({first}, ...)"
         raise ValueError(f"the shards {files[0].name}, ... {what}: they are of different models or downloads; download the set again")
-    return Checkpoint(Path(path).name, files, slots, metadata)
+    return Checkpoint(Path(path).name, files, stored, metadata)
 
 
 def _files_of(path: Path) -> tuple[tuple[Path, ...], set[str]]:
@@ -206,7 +206,7 @@ def _incomplete(folder: Path, gone: int, total: int, first: Sequence[str], other
     return ValueError(f"{gone} of {total} shards are not in {folder.name}: {named}; download them into the same folder{otherwise}")
 
 
-def _header(file: Path) -> tuple[dict[str, Slot], dict[str, str]]:
+def _header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     with open_tensors(file) as opened:
-        slots = {key: Slot(file, shape, dtype) for key, (shape, dtype) in entries(opened, file.name).items()}
-        return slots, dict(opened.metadata() or {})
+        stored = {key: StoredTensor(file, shape, dtype) for key, (shape, dtype) in entries(opened, file.name).items()}
+        return stored, dict(opened.metadata() or {})

@@ -13,7 +13,7 @@ from typing import ClassVar
 from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..settings import check, setting
-from .foresight import forecast, headroom, on_rescaling
+from .forecast import expected_steps, headroom, on_rescaling
 from .protocol import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature
 from .state import ChunkState
 from .thresholds import rescaled
@@ -97,10 +97,10 @@ class Chunkwise:
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""
 
-    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
-        return (*forecast(self, outlook), *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
+        return (*expected_steps(self, outlook), *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
 
-    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()
 
     def _compute(self, state: ChunkState) -> Decision:

@@ -59,11 +59,10 @@ class Multirate:
         return rate.flatten().topk(count, sorted=False).indices.sort().values
 
     def plan(self, schedule: ChunkSchedule, together: bool = False) -> Plan:
-        """Raises ValueError for attention over the whole window."""
+        """Raises ValueError for bidirectional attention."""
         if together:
             raise ValueError(
-                "Motion Cache computes part of a chunk, which attention over the whole window cannot: set attention to block-causal, "
-                "or use Chunkwise Cache"
+                "Motion Cache computes part of a chunk, which bidirectional attention cannot: set attention to block-causal, or use Chunkwise Cache"
             )
         return plan_in_part(schedule, self.share, self.partial, self.profile)
 
@@ -75,8 +74,8 @@ class Multirate:
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""
 
-    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
         return (RIVAL,)
 
-    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()

@@ -26,7 +26,7 @@ class Planned:
     """A budget, in one of three forms. Raises ValueError for values that contradict each other.
 
     `share`: of all network tokens, clean passes included, the part that is computed. `seconds`: what the network may take in all; one
-    evaluation is timed when the run begins. `exact`: a plan that was made elsewhere; for bidirectional windows one of each.
+    evaluation is timed when the run begins. `exact`: a plan that was made elsewhere; for bidirectional sections one of each.
     """
 
     name: ClassVar[str] = "planned"
@@ -58,7 +58,7 @@ class Planned:
         return plan.check(schedule)
 
     def plans(self, schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[Plan, ...]:
-        """One plan for each bidirectional window. `frame_s`: see `timed`. Raises ValueError for `exact` plans of other windows."""
+        """One plan for each bidirectional section. `frame_s`: see `timed`. Raises ValueError for `exact` plans of other sections."""
         if self.exact is not None:
             return tuple(plan.check(one) for plan, one in zip(self._given(len(schedules), True), schedules, strict=True))
         share = self.share if frame_s is None else self.seconds / full_s(schedules, frame_s, True)
@@ -68,8 +68,8 @@ class Planned:
         """The plan for the budget in seconds, where a latent frame takes `frame_s` of them."""
         return plan_for(schedule, self.seconds / full_s([schedule], frame_s, together), self.profile, together)
 
-    def _given(self, windows: int, together: bool) -> tuple[Plan, ...]:
-        """The exact plans, of as many windows and for this attention."""
+    def _given(self, sections: int, together: bool) -> tuple[Plan, ...]:
+        """The exact plans, of as many sections and for this attention."""
         plans = self.exact if isinstance(self.exact, tuple) else (self.exact,) if self.exact else ()
         if wrong := [plan for plan in plans if plan.together != together]:
             one, other = ("bidirectional", "block-causal") if wrong[0].together else ("block-causal", "bidirectional")
@@ -79,9 +79,9 @@ class Planned:
                 "the plan computes some steps in part, and which part is chosen while the run goes on, by the policy that made it: use that one "
                 f"with the same budget, or the plan of a run of {self.title}"
             )
-        if len(plans) != windows:
+        if len(plans) != sections:
             raise ValueError(
-                f"the plan is for {len(plans)} window{'s' if len(plans) != 1 else ''}, and this film has {windows}: "
+                f"the plan is for {len(plans)} section{'s' if len(plans) != 1 else ''}, and this film has {sections}: "
                 "make a plan for this run, or set the film's length to that of the plan"
             )
         return plans
@@ -89,10 +89,10 @@ class Planned:
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""
 
-    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
         return ()
 
-    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()
 
 
@@ -110,8 +110,8 @@ def share_of(plans: Sequence[Plan], schedules: Sequence[ChunkSchedule]) -> float
     return computed / full
 
 
-def foretell(policy: PlanPolicy, plans: Sequence[Plan], schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[str, ...]:
-    """What plans will do, in sentences: one of a run with a KV cache, or one of each bidirectional window; () before a timing.
+def forecast_plans(policy: PlanPolicy, plans: Sequence[Plan], schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[str, ...]:
+    """What plans will do, in sentences: one of a run with a KV cache, or one of each bidirectional section; () before a timing.
 
     `frame_s`: seconds that a latent frame takes, where that has been timed.
     """
@@ -124,12 +124,12 @@ def foretell(policy: PlanPolicy, plans: Sequence[Plan], schedules: Sequence[Chun
         whole = full_s(schedules, frame_s, together)
         wanted = min(policy.seconds / whole, 1.0)
         budget = (f"all steps would take the network about {whole:.3g} s here, so {policy.seconds:g} s are {wanted:.0%} of all tokens",)
-    said = f"{_counted(plans, schedules)} will be computed, {share:.0%} of all tokens"
+    sentence = f"{_counted(plans, schedules)} will be computed, {share:.0%} of all tokens"
     if not together and commit_frames(schedules[0]):
-        said += " with the clean passes of finished chunks"
+        sentence += " with the clean passes of finished chunks"
     if wanted is not None and share > wanted + 0.5 / plans[0].steps:
-        said += f": {wanted:.0%} cannot be reached, this is the least"
-    return (said, *budget)
+        sentence += f": {wanted:.0%} cannot be reached, this is the least"
+    return (sentence, *budget)
 
 
 def _counted(plans: Sequence[Plan], schedules: Sequence[ChunkSchedule]) -> str:

@@ -138,7 +138,7 @@ class PlanPolicy(CachePolicy, Protocol):
         ...
 
     def plan(self, schedule: ChunkSchedule, together: bool = False) -> Plan:
-        """Raises ValueError where there is none for this schedule. `together`: for attention over the whole window."""
+        """Raises ValueError where there is none for this schedule. `together`: for bidirectional attention."""
         ...
 
     def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
@@ -147,11 +147,11 @@ class PlanPolicy(CachePolicy, Protocol):
 
 
 @runtime_checkable
-class WindowPolicy(PlanPolicy, Protocol):
-    """A policy that can serve attention over whole windows too, where every row computes all of its chunks or none."""
+class SectionPolicy(PlanPolicy, Protocol):
+    """A policy that can serve attention over bidirectional sections too, where every row computes all of its chunks or none."""
 
     def plans(self, schedules: Sequence[ChunkSchedule], frame_s: float | None = None) -> tuple[Plan, ...]:
-        """One plan for each window of a film. `frame_s`: seconds that a latent frame takes, for a budget in seconds. Raises ValueError."""
+        """One plan for each section of a film. `frame_s`: seconds that a latent frame takes, for a budget in seconds. Raises ValueError."""
         ...
 
 
@@ -190,17 +190,17 @@ class SignaturePolicy(CachePolicy, Protocol):
 
 
 @runtime_checkable
-class Foresees(Protocol):
+class Forecasts(Protocol):
     """A policy that can say before a run what the run will do. Optional: the session asks a policy that has these methods."""
 
     def check_run(self, steps: int) -> None:
         """Raises ValueError, before weights load, for a number of steps per chunk that these settings cannot serve."""
         ...
 
-    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
-        """Sentences for the log, the report and the page."""
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
+        """Before the run: sentences for the log, the report and the page."""
         ...
 
-    def retell(self, memory: RunMemory) -> tuple[str, ...]:
-        """Sentences for the report when the run is over."""
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
+        """After the run: sentences for the report."""
         ...

@@ -18,7 +18,7 @@ from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..settings import setting
 from .chunkwise import Chunkwise
-from .foresight import headroom, on_rescaling
+from .forecast import headroom, on_rescaling
 from .protocol import Compute, Decision, Outlook, Signals
 from .state import ChunkState
 from .thresholds import Standing, computed_from, least_computed, nearest_threshold
@@ -76,18 +76,18 @@ class Target(Chunkwise):
     def find(self, outlook: Outlook) -> Found:
         return Found(nearest_threshold(self, self.known_changes(outlook), self.share))
 
-    def foresee(self, outlook: Outlook) -> tuple[str, ...]:
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
         total = outlook.chunks * outlook.steps
         if self.signature == "time":
             threshold = self.find(outlook).threshold
             n = outlook.chunks * computed_from(self, threshold, self.known_changes(outlook))
-            said = f"{n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: threshold {threshold:.4g} was found"
+            sentence = f"{n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: threshold {threshold:.4g} was found"
         else:
             n = round(self.share * total)
-            said = f"about {n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: the threshold follows the target"
-        return (said, *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
+            sentence = f"about {n} of {total} chunk-steps will be computed, target {self.share:.0%} of them: the threshold follows the target"
+        return (sentence, *on_rescaling(self, outlook.polynomial), *headroom(self, outlook.steps))
 
-    def retell(self, memory: RunMemory) -> tuple[str, ...]:
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
         pace = memory.find(Pace)
         if pace is None or not pace.used:
             return ()

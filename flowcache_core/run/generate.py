@@ -14,7 +14,7 @@ from ..models.bundle import Bundle
 from ..policies.protocol import CachePolicy
 from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
-from ..sampling.schedule import ChunkSchedule, Window, windows_of
+from ..sampling.schedule import ChunkSchedule, Section, sections_of
 from ..sampling.solvers import Solver, solver
 from .report import RunReport
 from .run import Place, Run, Turn
@@ -29,7 +29,7 @@ class Job:
     """One film. `cfg` 1 runs the prompt alone; above it the empty or `negative` prompt runs beside it.
 
     `denoise` < 1 starts from a given film; `addnoise` is the timestep of the light noise on given first frames; `overlap`
-    counts the pixel frames that a bidirectional window carries into the next.
+    counts the pixel frames that a bidirectional section carries into the next.
     """
 
     prompt: str
@@ -54,11 +54,11 @@ class Job:
         layout, pixels = bundle.layout, bundle.family.frames
         return ChunkSchedule(self._frames(bundle), layout.chunk_frames, self.steps, self.ar_step, layout.window, prefix, suffix, pixels)
 
-    def windows(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Window, ...]:
+    def sections(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Section, ...]:
         """The same for the upstream way. Raises ValueError."""
         chunk, pixels = bundle.layout.chunk_frames, bundle.family.frames
         length, overlap = chunk * bundle.layout.window, pixels.latent(self.overlap)
-        return windows_of(self._frames(bundle), chunk, self.steps, self.ar_step, length, overlap, prefix, suffix, pixels)
+        return sections_of(self._frames(bundle), chunk, self.steps, self.ar_step, length, overlap, prefix, suffix, pixels)
 
     def sigmas(self, bundle: Bundle) -> tuple[float, ...]:
         return bundle.family.noise.levels(self.steps, self.shift, self.denoise)
@@ -137,15 +137,15 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
 @torch.inference_mode()
 def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
                       policy: CachePolicy | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
-    """As published: bidirectional over the window, every chunk in every row, the branches one after the other.
+    """As published: bidirectional over each section, every chunk in every row, the branches one after the other.
 
     `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`: as in `generate`.
     """
-    film, guided = job.windows(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
+    film, guided = job.sections(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
     return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator)
 
 
-def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Window, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
+def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
           policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None) -> tuple[Tensor, RunReport]:  # fmt: skip
     if job.denoise < 1 and given.film is None:
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
@@ -165,7 +165,7 @@ class Steps:
 
     on_step: Progress
 
-    def begin(self, report: RunReport, said: Iterable[str]) -> None: ...
+    def begin(self, report: RunReport, notes: Iterable[str]) -> None: ...
 
     def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.on_step(chunk)

@@ -10,7 +10,7 @@ import numpy as np
 from ..sampling.chunk import Chunk
 from .footprint import readable
 
-STAGES_TOLD = 6
+STAGES_SHOWN = 6
 """Of a history that grew in more stages than this only the first and the last are listed."""
 
 
@@ -43,9 +43,9 @@ class HistoryLog:
             return ""
         stages = [list(same) for _, same in groupby(enumerate(self.tokens, 1), key=lambda stage: stage[1])]
         when = [f"after chunk {same[0][0]}" if len(same) == 1 else f"after chunks {same[0][0]} to {same[-1][0]}" for same in stages]
-        told = [f"{same[0][1]} {where} ({readable(self.bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
-        told = told if len(told) <= STAGES_TOLD else [told[0], "...", told[-1]]
-        return f"history in tokens per layer: {', '.join(told)}, of {len(self.places)} finished ones"
+        parts = [f"{same[0][1]} {where} ({readable(self.bytes[same[0][0] - 1])})" for where, same in zip(when, stages, strict=True)]
+        parts = parts if len(parts) <= STAGES_SHOWN else [parts[0], "...", parts[-1]]
+        return f"history in tokens per layer: {', '.join(parts)}, of {len(self.places)} finished ones"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; {} without a budget."""

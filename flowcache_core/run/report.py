@@ -27,7 +27,7 @@ class RunReport:
 
     `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens.
 
-    `plans`: what was settled before the run, of every bidirectional window one; () where steps are decided as they come.
+    `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1.
     """
 
@@ -104,7 +104,7 @@ class RunReport:
         self.tokens_computed += tokens
 
     def whole_row(self, row: Row, tokens: int, computed: bool = True) -> None:
-        """The upstream way runs every chunk of the window, idle ones too: all of them are counted. `computed` False: a plan skips the row."""
+        """The upstream way runs every chunk of the section, idle ones too: all of them are counted. `computed` False: a plan skips the row."""
         for chunk in row.active:
             self.map[chunk.index, chunk.step] = COMPUTED if computed else REUSED
             self.shares[chunk.index, chunk.step] = float(computed)
@@ -164,7 +164,7 @@ class RunReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
 
-        `plan` is what `Plan.from_dict` reads, of bidirectional windows a list; None where nothing was settled before the run.
+        `plan` is what `Plan.from_dict` reads, of bidirectional sections a list; None where nothing was settled before the run.
         `shares` has the share of the chunk's tokens that ran, per chunk and step. `history` has, per finished chunk, tokens per
         layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
         """

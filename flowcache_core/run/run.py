@@ -19,24 +19,24 @@ from torch import Tensor
 from ..kv.cache import Branches, KVSizes
 from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
-from ..models.adapter import ModelAdapter, OwnTexts, require_time, require_tokens, require_whole
+from ..models.adapter import ModelAdapter, OwnTexts, require_bidirectional, require_time, require_tokens
 from ..models.family import Family
 from ..policies.planned import Planned
-from ..policies.protocol import CachePolicy, Foresees, PartPolicy, SignaturePolicy, TokenPolicy
+from ..policies.protocol import CachePolicy, Forecasts, PartPolicy, SignaturePolicy, TokenPolicy
 from ..sampling.chunk import Chunk
 from ..sampling.given import CLEAN, GivenNoise
-from ..sampling.loop import sample_chunks, sample_windows
+from ..sampling.loop import sample_chunks, sample_sections
 from ..sampling.noise import require_levels
 from ..sampling.plan import Plan
-from ..sampling.schedule import ChunkSchedule, Row, Window
+from ..sampling.schedule import ChunkSchedule, Row, Section
 from ..sampling.solvers import Solver, UniPC
 from .footprint import Footprint, footprint
 from .report import RunReport
+from .sections import SectionSession, require_whole_rows
 from .session import Session, plan_of
-from .window import WindowSession, require_whole_rows
 
-Film = ChunkSchedule | tuple[Window, ...]
-"""Chunk by chunk against a KV cache, or bidirectional windows."""
+Film = ChunkSchedule | tuple[Section, ...]
+"""Chunk by chunk against a KV cache, or bidirectional sections."""
 
 
 class Turn(Protocol):
@@ -44,7 +44,7 @@ class Turn(Protocol):
 
     @property
     def step(self) -> int:
-        """Of the chunk; in a window, of the one that is least far. The number of steps in the pass over a finished chunk."""
+        """Of the chunk; in a section, of the one that is least far. The number of steps in the pass over a finished chunk."""
         ...
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
@@ -59,7 +59,7 @@ Evaluate = Callable[[Turn, Tensor], Tensor]
 class Observer(Protocol):
     """Who is shown a run while it goes on."""
 
-    def begin(self, report: RunReport, said: Iterable[str]) -> None:
+    def begin(self, report: RunReport, notes: Iterable[str]) -> None:
         """What is known before the first step, and again what follows from a timing."""
         ...
 
@@ -69,7 +69,7 @@ class Observer(Protocol):
 
 
 class NoObserver:
-    def begin(self, report: RunReport, said: Iterable[str]) -> None: ...
+    def begin(self, report: RunReport, notes: Iterable[str]) -> None: ...
 
     def step(self, report: RunReport, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
 
@@ -112,8 +112,8 @@ class Run:
     def __post_init__(self) -> None:
         require_levels(self.sigmas)
         self._require_latents()
-        if self.windows:
-            self._require_whole_windows()
+        if self.sections:
+            self._require_bidirectional()
         if self.family.guidance.inside:
             self._require_one_text()
         self._require_abilities(self.policy)
@@ -133,17 +133,17 @@ class Run:
                 f"{self.family.title} is guided inside the run and takes one text, and {self.place.branches} were given: use a guider with the "
                 "prompt alone (BasicGuider, or cfg 1)"
             )
-        if self.windows or not isinstance(self.adapter, OwnTexts):
-            what = "over whole windows" if self.windows else "without the texts of its branches"
+        if self.sections or not isinstance(self.adapter, OwnTexts):
+            what = "with bidirectional attention" if self.sections else "without the texts of its branches"
             raise ValueError(f"{self.family.title} is guided inside the run, which cannot be done {what}: use block-causal attention")
 
-    def _require_whole_windows(self) -> None:
-        require_whole(self.adapter)
+    def _require_bidirectional(self) -> None:
+        require_bidirectional(self.adapter)
         policy = require_whole_rows(self.policy)
         if self.compressor:
-            raise ValueError("a budget of history was given, but where every frame of a window sees every other there is no KV cache: leave it out")
+            raise ValueError("a budget of history was given, but where every frame of a section sees every other there is no KV cache: leave it out")
         if isinstance(policy, Planned) and policy.exact is not None:
-            policy.plans([window.schedule for window in self.windows])
+            policy.plans([section.schedule for section in self.sections])
 
     def _require_abilities(self, policy: object) -> None:
         """What a policy asks of the network and of the number of steps."""
@@ -151,17 +151,17 @@ class Run:
             require_tokens(self.adapter, policy.title, self.schedule.chunk_frames if isinstance(policy, TokenPolicy) else None)
         if isinstance(policy, SignaturePolicy) and policy.follows_time:
             require_time(self.adapter)
-        if isinstance(policy, Foresees):
+        if isinstance(policy, Forecasts):
             policy.check_run(len(self.sigmas) - 1)
 
     @cached_property
-    def windows(self) -> tuple[Window, ...]:
+    def sections(self) -> tuple[Section, ...]:
         """() where the film is made chunk by chunk."""
         return () if isinstance(self.film, ChunkSchedule) else self.film
 
     @property
     def schedule(self) -> ChunkSchedule:
-        """Of the film, or of its first window."""
+        """Of the film, or of its first section."""
         return self.film if isinstance(self.film, ChunkSchedule) else self.film[0].schedule
 
     @cached_property
@@ -173,11 +173,11 @@ class Run:
     @cached_property
     def plan(self) -> Plan | None:
         """Of a film that is made chunk by chunk; None where it depends on a timing."""
-        return plan_of(self.policy, self.schedule) if self.policy and not self.windows else Plan.full(self.schedule)
+        return plan_of(self.policy, self.schedule) if self.policy and not self.sections else Plan.full(self.schedule)
 
     @cached_property
     def budget(self) -> Budget | None:
-        if self.compressor is None or self.windows:
+        if self.compressor is None or self.sections:
             return None
         batch, grid, place = self.branches * self.place.films, self.latent[1:], self.place
         return self.compressor.budget_for(self.adapter, self.schedule, grid, self.fps, batch, place.itemsize, place.device, self.family.frames.each)
@@ -194,32 +194,32 @@ class Run:
         texts = place.text_tokens * self.branches // place.branches
         if self.budget:
             bounded = self.budget.bytes(KVSizes.of(self.adapter, place.films, self.room), self.branches, place.itemsize)
-        part = self.plan if isinstance(self.policy, PartPolicy) and not self.windows else None
+        part = self.plan if isinstance(self.policy, PartPolicy) and not self.sections else None
         held = footprint(
             self.adapter, self.schedule, self.latent, self.branches * place.films, texts, place.itemsize,
-            self.policy, place.weights, bounded, part, place.films, self.windows[-1].end if self.windows else None,
+            self.policy, place.weights, bounded, part, place.films, self.sections[-1].end if self.sections else None,
         )  # fmt: skip
-        return replace(held, kv=0) if self.windows else held
+        return replace(held, kv=0) if self.sections else held
 
     @property
     def longest(self) -> int:
         """Latent frames of the longest evaluation."""
-        if self.windows:
-            return max(window.schedule.frames for window in self.windows)
+        if self.sections:
+            return max(section.schedule.frames for section in self.sections)
         return max(self.schedule.span(k)[1] for k in range(self.schedule.chunks))
 
     @property
     def steps(self) -> int:
         """Steps of all chunks together."""
-        return sum(window.schedule.chunk_steps for window in self.windows) or self.schedule.chunk_steps
+        return sum(section.schedule.chunk_steps for section in self.sections) or self.schedule.chunk_steps
 
     @property
     def chunks(self) -> int:
-        return self.windows[-1].index + self.windows[-1].schedule.chunks if self.windows else self.schedule.chunks
+        return self.sections[-1].index + self.sections[-1].schedule.chunks if self.sections else self.schedule.chunks
 
     def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None) -> tuple[Tensor, RunReport]:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
-        make = self._by_window if self.windows else self._by_chunk
+        make = self._by_section if self.sections else self._by_chunk
         latents, report = make(x, evaluate, observer or NoObserver())
         report.expected, report.pixels = self.held, self.family.frames
         return latents, report
@@ -231,19 +231,19 @@ class Run:
             self.plan, self.room,
         )  # fmt: skip
         with session:
-            observer.begin(session.report, session.foresee(x.device))
+            observer.begin(session.report, session.forecast(x.device))
             denoiser = ChunkDenoiser(session, self, evaluate, observer)
             return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given), session.report
 
-    def _by_window(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
-        with WindowSession(self.adapter, self.windows, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
-            observer.begin(session.report, session.foresee())
+    def _by_section(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
+        with SectionSession(self.adapter, self.sections, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
+            observer.begin(session.report, session.forecast())
             denoiser = FilmDenoiser(session, evaluate, observer)
-            return sample_windows(denoiser, x, self.windows, self.sigmas, self.solver, self.given), session.report
+            return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given), session.report
 
 
 @contextmanager
-def through_session(session: Session | WindowSession) -> Iterator[None]:
+def through_session(session: Session | SectionSession) -> Iterator[None]:
     """Around an evaluation. Raises RuntimeError where it did not come by the session: the film would be of something else, and nothing counted."""
     before = session.evaluations
     yield
@@ -309,8 +309,8 @@ class ChunkDenoiser:
 
 
 @dataclass(frozen=True)
-class WindowTurn:
-    session: WindowSession
+class SectionTurn:
+    session: SectionSession
     levels: tuple[float, ...]
     """Of every latent frame."""
     row: Row
@@ -325,9 +325,9 @@ class WindowTurn:
 
 @dataclass(frozen=True)
 class FilmDenoiser:
-    """As `ChunkDenoiser`, for bidirectional windows."""
+    """As `ChunkDenoiser`, for bidirectional sections."""
 
-    session: WindowSession
+    session: SectionSession
     evaluate: Evaluate
     observer: Observer
 
@@ -342,7 +342,7 @@ class FilmDenoiser:
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
         with through_session(self.session):
-            return self.evaluate(WindowTurn(self.session, levels, row), x)
+            return self.evaluate(SectionTurn(self.session, levels, row), x)
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)

@@ -16,17 +16,17 @@ from torch import Tensor
 from ..kernels.tokens import mask_over, pooled, spread
 from ..kv.cache import Branches, KVSizes, KVStore
 from ..kv.compressor import Budget
-from ..kv.foresight import foresee_history
+from ..kv.forecast import forecast_history
 from ..kv.keeper import Keeper
 from ..kv.layout import Capacity, Layout, capacity
 from ..models.adapter import Call, ChunkTexts, ModelAdapter, Ranged, TimeSignature, require_time, require_tokens
 from ..policies.always import Always
-from ..policies.planned import foretell
+from ..policies.planned import forecast_plans
 from ..policies.protocol import (
     CachePolicy,
     Compute,
     Decision,
-    Foresees,
+    Forecasts,
     Outlook,
     Part,
     PartPolicy,
@@ -46,7 +46,7 @@ from .signals import StepSignals
 
 
 class Session:
-    """A run of `schedule` over latents [batch, C, frames, h, w], `batch` films, at noise levels `sigmas` (steps + 1 of them, ending in 0).
+    """A run of `schedule` over latents [films, C, frames, h, w] at noise levels `sigmas` (steps + 1 of them, ending in 0).
 
     `prefix_sigma`: the noise level at which the given first frames are shown (0: clean); `budget`: how much history is kept
     (None: all that the window holds); `commit_sigma`: the noise level that the network is given for finished chunks. `plan` and `room`
@@ -54,22 +54,20 @@ class Session:
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
-    def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], batch: int = 1,
+    def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], films: int = 1,
                  policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None,
                  commit_sigma: float = 0.0, plan: Plan | None = None, room: Capacity | None = None) -> None:  # fmt: skip
         if len(sigmas) != schedule.steps + 1:
             raise ValueError(f"{len(sigmas)} noise levels for {schedule.steps} steps: {schedule.steps + 1} are needed")
-        self.adapter, self.schedule, self.sigmas, self.batch, self.fps = adapter, schedule, tuple(sigmas), batch, fps
+        self.adapter, self.schedule, self.sigmas, self.films, self.fps = adapter, schedule, tuple(sigmas), films, fps
         self.prefix_sigma, self.commit_sigma = prefix_sigma or commit_sigma, commit_sigma
         self.policy: CachePolicy = policy or Always()
-        if isinstance(self.policy, Foresees):
+        if isinstance(self.policy, Forecasts):
             self.policy.check_run(schedule.steps)
         self.plan: Plan | None = plan or plan_of(self.policy, schedule)
         """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
         self.evaluations = 0
         """Of the network or in its place, commits included."""
-        self.told: tuple[str, ...] = ()
-        """What the policy says when the run is over."""
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
@@ -87,11 +85,11 @@ class Session:
 
     def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
         adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None)
-        sizes = KVSizes.of(adapter, self.batch, room or capacity(self.schedule, self._frame_tokens, layout.budget))
+        sizes = KVSizes.of(adapter, self.films, room or capacity(self.schedule, self._frame_tokens, layout.budget))
         seen = adapter.seen if isinstance(adapter, Ranged) else None
         if budget is None:
             return KVStore(sizes, layout, waits=self._in_part, seen=seen)
-        keeper = Keeper(budget, self.schedule, adapter.layers, self.batch, self._grid, adapter.rotary)
+        keeper = Keeper(budget, self.schedule, adapter.layers, self.films, self._grid, adapter.rotary)
         return KVStore(sizes, layout, keeper, budget.cache_of(sizes, layout), self._in_part, seen)
 
     def _in_part(self, index: int) -> bool:
@@ -105,9 +103,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        if isinstance(self.policy, Foresees):
-            self.told = self.policy.retell(self.state.memory)
-            self.report.notes += self.told
+        if isinstance(self.policy, Forecasts):
+            self.report.notes += self.policy.findings(self.state.memory)
         self.report.host_syncs += self._kv.syncs
         self.report.close()
         self._kv.free()
@@ -115,27 +112,27 @@ class Session:
         self._chunk_text.clear()
         self.state.clear()
 
-    def foresee(self, device: torch.device) -> tuple[str, ...]:
+    def forecast(self, device: torch.device) -> tuple[str, ...]:
         """What is known before the first step, in sentences that the report repeats. `device`: where the run will be.
 
         Where a policy goes by the time modulation, the device is asked for it here, before anything runs.
         """
         if isinstance(self.policy, SignaturePolicy) and self.policy.follows_time:
             self.time_changes(device)
-        said = self.policy.foresee(self.outlook(device)) if isinstance(self.policy, Foresees) else ()
+        notes = self.policy.forecast(self.outlook(device)) if isinstance(self.policy, Forecasts) else ()
         if isinstance(self.policy, PlanPolicy):
-            said = *foretell(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *said
+            notes = *forecast_plans(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *notes
         if self._budget is not None:
-            said = *said, foresee_history(self._budget, self.schedule, self._frame_tokens)
-        self.report.notes += said
-        return said
+            notes = *notes, forecast_history(self._budget, self.schedule, self._frame_tokens)
+        self.report.notes += notes
+        return notes
 
     def settle(self, frame_s: float) -> Plan:
         """The plan of a budget in seconds, once a latent frame has been timed; the report says what follows from it."""
         assert isinstance(self.policy, PlanPolicy)
         self.plan = self.policy.timed(self.schedule, frame_s)
         self.report.follows(self.plan)
-        self.report.notes = *foretell(self.policy, (self.plan,), (self.schedule,), frame_s), *self.report.notes[1:]
+        self.report.notes = *forecast_plans(self.policy, (self.plan,), (self.schedule,), frame_s), *self.report.notes[1:]
         return self.plan
 
     def outlook(self, device: torch.device) -> Outlook:
@@ -149,7 +146,7 @@ class Session:
         return self.commit_sigma if chunk.committing else self.sigmas[chunk.step]
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
-        """Velocity of one chunk. x: [len(branches) * batch, C, F, h, w]; context: the branches' text embeddings."""
+        """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings."""
         self.evaluations += 1
         call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
@@ -160,7 +157,7 @@ class Session:
                 state.decided_at = chunk.step
                 self.report.committed(chunk.frames * self._frame_tokens)
                 if self._watches in ("clean", "noisy"):
-                    self.state.keep_edge(chunk.index, x[: self.batch])
+                    self.state.keep_edge(chunk.index, x[: self.films])
             return self._compute(call, branches)[0]
         match self._decide(call, state):
             case Reuse(what, order) if branches in state.predictions:
@@ -192,7 +189,7 @@ class Session:
         return spread(chosen.view(grid), self._patch)
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:
-        """After every step: the clean latents [batch, C, F, h, w] now predicted for the chunk, or None where the plan skips it."""
+        """After every step: the clean latents [films, C, F, h, w] now predicted for the chunk, or None where the plan skips it."""
         if clean is None:
             self.report.skipped(chunk, chunk.frames * self._frame_tokens)
         elif self._watches == "clean":
@@ -213,7 +210,7 @@ class Session:
         chunk = call.chunk
         if state.decided_at != chunk.step or state.decision is None:
             grid = (chunk.frames, *self._grid)
-            signals = StepSignals(call, self.batch, grid, self.state, self.report, self.outlook(call.x.device), self._tokens)
+            signals = StepSignals(call, self.films, grid, self.state, self.report, self.outlook(call.x.device), self._tokens)
             state.decision = self.policy.decide(chunk, signals, state)
             state.decided_at = chunk.step
             computed, some = isinstance(state.decision, Compute), state.decision.tokens if isinstance(state.decision, Refresh) else None
@@ -236,9 +233,9 @@ class Session:
             value = velocity if self.policy.keeps == "velocity" else residual
             state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))
         if self._watches == "output" and branches == next(iter(state.predictions), branches):
-            mine, old = residual[: self.batch], state.residual
+            mine, old = residual[: self.films], state.residual
             if self.policy.keeps == "residual":
-                state.residual = state.latest[-1].value[: self.batch]
+                state.residual = state.latest[-1].value[: self.films]
             else:
                 state.residual = mine.clone() if only is None or old is None else torch.where(self._mask(call.chunk, mine, only), mine, old)
 

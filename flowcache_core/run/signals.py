@@ -18,14 +18,14 @@ from .report import RunReport
 
 
 class StepSignals:
-    """`Signals` of one chunk at one step. `grid`: its frames, and height and width in tokens; `batch`: films.
+    """`Signals` of one chunk at one step. `grid`: its frames, and height and width in tokens; `films`: side by side.
 
     In x the films of the first branch come first. `adapter` is asked only by `motion`.
     """
 
-    def __init__(self, call: Call, batch: int, grid: tuple[int, int, int], run: RunState, report: RunReport,
+    def __init__(self, call: Call, films: int, grid: tuple[int, int, int], run: RunState, report: RunReport,
                  outlook: Outlook, adapter: TokenAdapter | None = None) -> None:  # fmt: skip
-        self.call, self.batch, self.grid, self.adapter = call, batch, grid, adapter
+        self.call, self.films, self.grid, self.adapter = call, films, grid, adapter
         self.run, self.state, self.report, self.outlook = run, run.of(call.chunk.index), report, outlook
 
     def change(self, signature: Signature) -> float:
@@ -35,7 +35,7 @@ class StepSignals:
     def unread_change(self, signature: Signature) -> Tensor | float:
         if signature == "time":
             return self.outlook.time_changes()[self.call.chunk.step]
-        now, before = self.call.x[: self.batch], self.state.latent
+        now, before = self.call.x[: self.films], self.state.latent
         self.state.latent = now.clone()
         if before is None:
             return float("inf")
@@ -61,14 +61,14 @@ class StepSignals:
         return cells.shape[-2] // self.grid[1], cells.shape[-1] // self.grid[2]
 
     def _picture(self, measure: Measure) -> Tensor | None:
-        """[batch, channels, frames, h, w] of latents, or of block outputs at one cell per token."""
+        """[films, channels, frames, h, w] of latents, or of block outputs at one cell per token."""
         if measure == "noisy":
-            return self.call.x[: self.batch]
+            return self.call.x[: self.films]
         if measure == "clean":
             return self.state.clean
         if self.state.residual is None or self.adapter is None:
             return None
-        out = self.adapter.output(replace(self.call, x=self.call.x[: self.batch]), self.state.residual)
+        out = self.adapter.output(replace(self.call, x=self.call.x[: self.films]), self.state.residual)
         return out.unflatten(1, self.grid).movedim(-1, 1)
 
     def _rate_of_change(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .chunk import Chunk
 from .given import CLEAN, GivenNoise
 from .plan import Plan
-from .schedule import ChunkSchedule, Row, Window
+from .schedule import ChunkSchedule, Row, Section
 from .solvers import Solver
 from .walk import Walk, walks
 
@@ -139,33 +139,33 @@ def _move(x: Tensor, chunk: Chunk, arrived: Tensor, velocity: Tensor, walk: Walk
     return clean
 
 
-PredictWindow = Callable[[Tensor, tuple[float, ...], Row], Tensor]
-"""(latents of the window [B, C, F, h, w], noise level of every frame, row) -> velocity, same shape."""
+PredictSection = Callable[[Tensor, tuple[float, ...], Row], Tensor]
+"""(latents of the section [B, C, F, h, w], noise level of every frame, row) -> velocity, same shape."""
 Note = Callable[[Chunk, Tensor | None, Tensor], None]
 """As `Denoiser.note`."""
 
 
-class WindowDenoiser(Protocol):
-    """The run as the loop over bidirectional windows sees it; chunks are numbered over the film."""
+class SectionDenoiser(Protocol):
+    """The run as the loop over bidirectional sections sees it; chunks are numbered over the film."""
 
     @property
     def plans(self) -> Sequence[Plan] | None:
-        """One for each window; None where they depend on a timing."""
+        """One for each section; None where they depend on a timing."""
         ...
 
     def settle(self, frame_s: float) -> Sequence[Plan]: ...
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        """As `PredictWindow`; x holds the frames of one window."""
+        """As `PredictSection`; x holds the frames of one section."""
         ...
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
 
 
-def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
+def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
                   note: Note = lambda chunk, clean, film: None, given: GivenNoise = CLEAN, rng: torch.Generator | None = None,
                   plan: Plan | None = None) -> Tensor:  # fmt: skip
-    """The upstream way: every row of the `plan` (None: all) runs all chunks of the window, begun or not, and moves the active ones.
+    """The upstream way: every row of the `plan` (None: all) runs all chunks of the section, begun or not, and moves the active ones.
 
     Frames of prefix and suffix are taken from `noise` and never written; in every row the network is shown the prefix with
     fresh light noise, at that noise level, and the suffix clean.
@@ -180,7 +180,7 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
                 note(chunk, None, x)
             continue
         begin = schedule.span(row.first)[0]
-        velocity = predict(*_window(x, schedule, row, level_of, given, rng), row)
+        velocity = predict(*_shown(x, schedule, row, level_of, given, rng), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
             clean = _move(x, chunk, _part(x, chunk), mine, on_way[chunk.index]) if plan.computes(chunk) else None
@@ -188,9 +188,9 @@ def sample_window(predict: PredictWindow, noise: Tensor, schedule: ChunkSchedule
     return x
 
 
-def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, ...], given: GivenNoise,
+def _shown(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, ...], given: GivenNoise,
             rng: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
-    """What the network is shown in a row: latents [B, C, F, h, w] of the window's frames, and the noise level of every frame.
+    """What the network is shown in a row: latents [B, C, F, h, w] of the section's frames, and the noise level of every frame.
 
     `level_of`: by `Row.indices`, the level of a chunk.
     """
@@ -205,28 +205,28 @@ def _window(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float,
     return seen, tuple(per_frame)
 
 
-def sample_windows(run: WindowDenoiser, noise: Tensor, windows: Sequence[Window], sigmas: Sequence[float], solver: Solver,
+def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Section], sigmas: Sequence[float], solver: Solver,
                    given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
-    """A film of any length [B, C, F, h, w] as published: window after window, each given the last frames of the one before."""
+    """A film of any length [B, C, F, h, w] as published: section after section, each given the last frames of the one before."""
     film, rng = noise.clone(), given.start()
-    plans = run.plans or run.settle(_window_seconds(run, film, windows[0], tuple(sigmas), given))
-    for window, plan in zip(windows, plans, strict=True):
+    plans = run.plans or run.settle(_section_seconds(run, film, sections[0], tuple(sigmas), given))
+    for section, plan in zip(sections, plans, strict=True):
 
-        def predict(part: Tensor, levels: tuple[float, ...], row: Row, window: Window = window) -> Tensor:
-            return run.predict(part, levels, window.over_film(row))
+        def predict(part: Tensor, levels: tuple[float, ...], row: Row, section: Section = section) -> Tensor:
+            return run.predict(part, levels, section.over_film(row))
 
-        def note(chunk: Chunk, clean: Tensor | None, x: Tensor, window: Window = window) -> None:
-            film[:, :, window.start : window.end] = x
-            run.note(window.in_film(chunk), clean, film)
+        def note(chunk: Chunk, clean: Tensor | None, x: Tensor, section: Section = section) -> None:
+            film[:, :, section.start : section.end] = x
+            run.note(section.in_film(chunk), clean, film)
 
-        part = film[:, :, window.start : window.end]
-        film[:, :, window.start : window.end] = sample_window(predict, part, window.schedule, sigmas, solver, note, given, rng, plan)
+        part = film[:, :, section.start : section.end]
+        film[:, :, section.start : section.end] = sample_section(predict, part, section.schedule, sigmas, solver, note, given, rng, plan)
     return film
 
 
-def _window_seconds(run: WindowDenoiser, film: Tensor, window: Window, levels: tuple[float, ...], given: GivenNoise) -> float:
-    """Seconds that a latent frame takes in the first window's first row, by one warm-up and one timed evaluation."""
-    row = window.schedule.rows[0]
-    seen, per_frame = _window(film[:, :, window.start : window.end], window.schedule, row, (levels[0], *levels), given, given.start())
+def _section_seconds(run: SectionDenoiser, film: Tensor, section: Section, levels: tuple[float, ...], given: GivenNoise) -> float:
+    """Seconds that a latent frame takes in the first section's first row, by one warm-up and one timed evaluation."""
+    row = section.schedule.rows[0]
+    seen, per_frame = _shown(film[:, :, section.start : section.end], section.schedule, row, (levels[0], *levels), given, given.start())
     run.predict(seen, per_frame, row)
     return seconds_of(lambda chunk: run.predict(seen, per_frame, row), row.active[0], film.device) / seen.shape[2]

@@ -27,7 +27,7 @@ TEXT = 16 << 20
 class Plan:
     """`computed[k]`: the steps of chunk k at which the network runs, ascending; () for a chunk of given frames.
 
-    `together`: every row computes all of its active chunks or none, as attention over the whole window needs it. `partial[k]`: of the
+    `together`: every row computes all of its active chunks or none, as bidirectional attention needs it. `partial[k]`: of the
     steps of chunk k, those at which only the share `part` of its tokens is computed; () where there are none at all. The others wait.
     """
 
@@ -95,7 +95,7 @@ class Plan:
         if not any(self.partial):
             return
         if self.together:
-            raise ValueError("the plan computes steps in part, which attention over the whole window cannot: use block-causal attention")
+            raise ValueError("the plan computes steps in part, which bidirectional attention cannot: use block-causal attention")
         if not 0 < self.part <= 1 or len(self.partial) != len(self.computed):
             raise ValueError(f"a plan that computes steps in part needs a part above 0 and at most 1 (it is {self.part}), and a list per chunk")
         for k, (steps, some) in enumerate(zip(self.computed, self.partial, strict=True)):
@@ -147,7 +147,7 @@ def _is_lists(value: object) -> TypeGuard[list[list[int]]]:
 
 
 def read_plan(text: str) -> Plan | tuple[Plan, ...]:
-    """A plan from JSON, or of bidirectional windows one each: by itself, or within a whole report. Raises ValueError for what is none."""
+    """A plan from JSON, or of bidirectional sections one each: by itself, or within a whole report. Raises ValueError for what is none."""
     try:
         values = parsed(text, TEXT)
     except ValueError as wrong:
@@ -160,7 +160,7 @@ def read_plan(text: str) -> Plan | tuple[Plan, ...]:
 
 
 def attended(schedule: ChunkSchedule, row: Row, chunk: Chunk, together: bool = False) -> Iterator[Chunk]:
-    """The other active chunks of a row that a chunk attends to: the earlier ones within its horizon, or all in a bidirectional window."""
+    """The other active chunks of a row that a chunk attends to: the earlier ones within its horizon, or all in a bidirectional section."""
     oldest = schedule.oldest(chunk.index)
     for other in row.active:
         if other.index != chunk.index and (together or oldest <= other.index < chunk.index):
@@ -173,5 +173,5 @@ def commit_frames(schedule: ChunkSchedule) -> int:
 
 
 def row_frames(schedule: ChunkSchedule, row: Row) -> int:
-    """Latent frames of the window that a bidirectional row runs."""
+    """Latent frames of the section that a bidirectional row runs."""
     return sum(schedule.span(row.last - 1)) - schedule.span(row.first)[0]

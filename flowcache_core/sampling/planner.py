@@ -58,7 +58,7 @@ class Profile:
 def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile(), together: bool = False) -> Plan:
     """The plan of least cost that computes at most `share` of the run's network tokens, clean passes included.
 
-    A share too small for two steps of every chunk gets these. `together`: for attention over the whole window.
+    A share too small for two steps of every chunk gets these. `together`: for bidirectional attention.
     """
     full = Plan.full(schedule, together)
     if share >= 1:

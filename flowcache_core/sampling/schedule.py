@@ -3,7 +3,7 @@
 `ChunkSchedule` staggers the chunks of a film over the rows of the sampling loop, as the asynchronous generator of SkyReels-V2
 does (report section 3.3): chunk k starts `ar_step` rows after chunk k-1. `ar_step` 0 moves all chunks together; `ar_step` >= steps
 finishes each before the next begins.
-`windows_of` cuts a film that is longer than the trained horizon into overlapping windows, each with a schedule of its own.
+`sections_of` cuts a film that is longer than the trained horizon into overlapping sections, each with a schedule of its own.
 """
 
 from __future__ import annotations
@@ -149,8 +149,11 @@ class ChunkSchedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """Frames `start`.. of a film as a run of their own. `index`: what to add to its chunks' numbers to count them over the film."""
+class Section:
+    """Frames `start`.. of a film, denoised bidirectionally as a film of their own.
+
+    `index`: what to add to its chunks' numbers to count them over the film.
+    """
 
     start: int
     index: int
@@ -161,7 +164,7 @@ class Window:
         return self.start + self.schedule.frames
 
     def in_film(self, chunk: Chunk) -> Chunk:
-        """A chunk of the window, numbered and placed as one of the film."""
+        """A chunk of the section, numbered and placed as one of the film."""
         return replace(chunk, index=chunk.index + self.index, start=chunk.start + self.start)
 
     def over_film(self, row: Row) -> Row:
@@ -169,32 +172,32 @@ class Window:
         return replace(row, active=tuple(self.in_film(chunk) for chunk in row.active))
 
 
-def windows_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
-                 prefix: int = 0, suffix: int = 0, pixels: Frames = FOUR_N_PLUS_1) -> tuple[Window, ...]:  # fmt: skip
-    """A film of `frames` latent frames as windows of `length`, each beginning with the last `overlap` frames of the one before it.
+def sections_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
+                prefix: int = 0, suffix: int = 0, pixels: Frames = FOUR_N_PLUS_1) -> tuple[Section, ...]:  # fmt: skip
+    """A film of `frames` latent frames as sections of `length`, each beginning with the last `overlap` frames of the one before it.
 
     This is how SkyReels-V2 makes films longer than it was trained for (97 frames = 25 latent frames, overlap 17 = 5): the
-    last window takes what is left and may be short. `prefix` and `suffix` are given at the start and the end of the film;
-    a window is ended early where only given frames would be left for the last one.
+    last section takes what is left and may be short. `prefix` and `suffix` are given at the start and the end of the film;
+    a section is ended early where only given frames would be left for the last one.
     """
     if frames > length and not 0 < overlap < length - suffix:
         raise ValueError(
-            f"windows of {length} latent frames cannot overlap by {overlap}{f' and end in {suffix} given frames' if suffix else ''}: "
+            f"sections of {length} latent frames cannot overlap by {overlap}{f' and end in {suffix} given frames' if suffix else ''}: "
             f"use an overlap of 1 to {max(length - suffix - 1, 1)}, or at most {length} latent frames"
         )
     if frames > length and prefix >= length - suffix:
         raise ValueError(
-            f"{prefix} latent frames are given at the start, but a window holds {length}: give at most the last {length - suffix - 1} "
+            f"{prefix} latent frames are given at the start, but a section holds {length}: give at most the last {length - suffix - 1} "
             f"({pixels.pixel(length - suffix - 1)} frames of the clip; 17 is the published overlap)"
         )
-    out: list[Window] = []
+    out: list[Section] = []
     start, given, total = 0, prefix, 0
     while True:
         end = min(start + length, frames)
         if 0 < frames - end <= suffix:
             end = frames - suffix - 1
         schedule = ChunkSchedule(end - start, chunk_frames, steps, ar_step, None, given, suffix if end == frames else 0, pixels)
-        out.append(Window(start, total - (schedule.given if out else 0), schedule))
+        out.append(Section(start, total - (schedule.given if out else 0), schedule))
         if end == frames:
             return tuple(out)
         total = out[-1].index + schedule.chunks

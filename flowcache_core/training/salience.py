@@ -1,7 +1,7 @@
 """`python -m flowcache_core.training.salience`: trains the salience head of a model, for the KV policy of that name.
 
 The model itself is the teacher: the same weights, bidirectional, see which tokens later chunks look at; the head learns to
-foretell it from what the causal model knows when a chunk becomes history. First clips are made and measured, then the head
+predict it from what the causal model knows when a chunk becomes history. First clips are made and measured, then the head
 is trained on them, then it is judged by clips that were held out. A run that was stopped goes on from its work folder.
 PaFu-KV, arXiv 2601.21896; what the paper leaves open is listed in docs/kv.md.
 """
@@ -51,15 +51,15 @@ def ranks(x: Tensor, counted: Tensor) -> Tensor:
     return order / (counted.sum(1, keepdim=True) - 1).clamp(min=1)
 
 
-def ranking_loss(said: Tensor, wanted: Tensor, counted: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def ranking_loss(predicted: Tensor, wanted: Tensor, counted: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """How badly pairs of tokens are ordered: mean softplus of minus their difference, the one with the greater target first.
 
-    said, wanted, counted: [B, T, 3]; first, second: int64 [P], the tokens of every pair. Pairs nearer than GAP do not count.
+    predicted, wanted, counted: [B, T, 3]; first, second: int64 [P], the tokens of every pair. Pairs nearer than GAP do not count.
     """
     place = ranks(wanted, counted)
     apart = place[:, first] - place[:, second]
     counts = counted[:, first] & counted[:, second] & (apart.abs() >= GAP)
-    margin = (said[:, first] - said[:, second]) * apart.sign()
+    margin = (predicted[:, first] - predicted[:, second]) * apart.sign()
     return (F.softplus(-margin) * counts).sum() / counts.sum().clamp(min=1)
 
 
@@ -71,10 +71,10 @@ def loss_of(head: SalienceHead, clips: Sequence[Clip]) -> Tensor:
     total = torch.zeros((), device=counted.device)
     for index in range(head.info.layers):
         layer = head.layer(index)
-        said = layer(torch.stack([c.hidden[index] for c in clips]), place)
+        predicted = layer(torch.stack([c.hidden[index] for c in clips]), place)
         wanted = layer.target(torch.stack([c.received[index] for c in clips]))
-        near = (F.smooth_l1_loss(said, wanted, reduction="none") * counted).sum() / counted.sum()
-        total = total + near + RANKING * ranking_loss(said, wanted, counted, first, second)
+        near = (F.smooth_l1_loss(predicted, wanted, reduction="none") * counted).sum() / counted.sum()
+        total = total + near + RANKING * ranking_loss(predicted, wanted, counted, first, second)
     return total / head.info.layers
 
 
@@ -124,15 +124,15 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
 
 
-def recall(said: Tensor, true: Tensor) -> float:
-    """Which share of the true top quarter is in the foretold top quarter; by chance a quarter."""
+def recall(predicted: Tensor, true: Tensor) -> float:
+    """Which share of the true top quarter is in the predicted top quarter; by chance a quarter."""
     n = max(1, len(true) // 4)
-    return len(set(said.topk(n).indices.tolist()) & set(true.topk(n).indices.tolist())) / n
+    return len(set(predicted.topk(n).indices.tolist()) & set(true.topk(n).indices.tolist())) / n
 
 
 @torch.no_grad()
 def judge(head: SalienceHead, paths: Sequence[Path], device: torch.device | str = "cpu") -> list[dict[str, float]]:
-    """Per layer, mean over clips: how well the attention from later chunks is foretold.
+    """Per layer, mean over clips: how well the attention from later chunks is predicted.
 
     `rank`: Spearman correlation over the tokens of a clip. `rank_in_chunk`: the same within one chunk, where its age says
     nothing. `top_quarter`: share of the true top quarter found.
@@ -143,11 +143,11 @@ def judge(head: SalienceHead, paths: Sequence[Path], device: torch.device | str 
         ranked, within, found = [], [], []
         for clip in clips:
             sees = clip.counted[:, LOW]
-            said, true = head.layer(index)(clip.hidden[index], clip.place)[sees, LOW], clip.received[index][sees, LOW]
+            predicted, true = head.layer(index)(clip.hidden[index], clip.place)[sees, LOW], clip.received[index][sees, LOW]
             chunk = clip.chunk[sees]
-            ranked.append(spearman(said, true))
-            found.append(recall(said, true))
-            within += [spearman(said[chunk == c], true[chunk == c]) for c in chunk.unique().tolist() if int((chunk == c).sum()) > 1]
+            ranked.append(spearman(predicted, true))
+            found.append(recall(predicted, true))
+            within += [spearman(predicted[chunk == c], true[chunk == c]) for c in chunk.unique().tolist() if int((chunk == c).sum()) > 1]
         figures = {"rank": ranked, "rank_in_chunk": within, "top_quarter": found}
         rows.append({name: round(sum(values) / max(len(values), 1), 3) for name, values in figures.items()})
     return rows
@@ -213,7 +213,7 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
     if not args.prompts:
         raise ValueError("a checkpoint makes its clips itself and has to be told of what: give a file with one prompt a line (--prompts)")
     prompts, checkpoint = _lines(args.prompts), open_checkpoint(args.model)
-    found = recognise(checkpoint.slots, checkpoint.name, checkpoint.metadata)
+    found = recognise(checkpoint.stored, checkpoint.name, checkpoint.metadata)
     family, config = found.family, found.config
     if config.text_dim == UMT5_WIDTH and not args.embeddings:
         raise ValueError(
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
     )
     head = train(args.work, info, store.train, args.steps, device)
     head.save(out)
-    print(f"attention from later chunks, foretold on {held_out} held-out clips (by chance: 0, 0 and 0.25)")
+    print(f"attention from later chunks, predicted on {held_out} held-out clips (by chance: 0, 0 and 0.25)")
     print(table(judge(head, store.held_out, device)))
     print(f"{out}: a head for {config.layers} layers of {config.dim} channels, {out.stat().st_size / 1e6:.1f} MB")
 

@@ -1,8 +1,8 @@
-"""Salience (PaFu-KV, arXiv 2601.21896): a small head per layer foretells how much attention a token will draw.
+"""Salience (PaFu-KV, arXiv 2601.21896): a small head per layer predicts how much attention a token will draw.
 
 When a chunk becomes history, nothing it has seen tells which of its tokens later chunks will need. A bidirectional model
 does see that, so the head is taught by one (`training/salience.py`): from what the layer's self-attention is given in the
-clean pass, and from the token's place in its chunk, it foretells the attention from later chunks, from its own and from earlier ones. A token is
+clean pass, and from the token's place in its chunk, it predicts the attention from later chunks, from its own and from earlier ones. A token is
 scored once, when its chunk becomes history; from then on its score is carried along.
 """
 
@@ -66,20 +66,20 @@ class HeadInfo:
         return {**FIXED, **{name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in mine.items()}}
 
     @classmethod
-    def read(cls, said: Mapping[str, str], name: str) -> HeadInfo:
+    def read(cls, metadata: Mapping[str, str], name: str) -> HeadInfo:
         """The same back. Raises ValueError for a file of another kind, with entries missing, or with numbers that are none."""
-        if said.get("format") != FORMAT:
+        if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{name} is no salience head: its format is {short(said.get('format', 'not said'))}, not {FORMAT}; train one with {COMMAND}"
+                f"{name} is no salience head: its format is {short(metadata.get('format', 'not said'))}, not {FORMAT}; train one with {COMMAND}"
             )
-        if missing := [key for key in (*FIXED, *cls.__dataclass_fields__) if key not in said]:
+        if missing := [key for key in (*FIXED, *cls.__dataclass_fields__) if key not in metadata]:
             raise ValueError(f"{name} is not a whole salience head: its metadata lack {', '.join(missing)}; train one with {COMMAND}")
         for key, value in FIXED.items():
-            if said[key] != value:
-                raise ValueError(f"{name} is a salience head of another make: its {key} is {short(said[key])}, and only {value} is known here")
+            if metadata[key] != value:
+                raise ValueError(f"{name} is a salience head of another make: its {key} is {short(metadata[key])}, and only {value} is known here")
         try:
-            layers, in_dim, hidden, block_frames, clips = (int(said[k]) for k in ("layers", "in_dim", "hidden", "block_frames", "train_clips"))
-            low, same, up = (float(part) for part in said["weights"].split(","))
+            layers, in_dim, hidden, block_frames, clips = (int(metadata[k]) for k in ("layers", "in_dim", "hidden", "block_frames", "train_clips"))
+            low, same, up = (float(part) for part in metadata["weights"].split(","))
         except ValueError as error:
             raise ValueError(f"{name} is not a whole salience head: a number in its metadata cannot be read ({short(error)})") from error
         numbers = {"layers": layers, "in_dim": in_dim, "hidden": hidden, "block_frames": block_frames}
@@ -88,8 +88,8 @@ class HeadInfo:
                 raise ValueError(f"{name} is no salience head of a model: its {key} must lie between 1 and {LARGEST[key]}, and is {short(number)}")
         if clips < 0 or not all(map(math.isfinite, (low, same, up))):
             raise ValueError(f"{name} is not a whole salience head: train_clips must be 0 or more, and weights three finite numbers")
-        return cls(layers, in_dim, hidden, block_frames, said["base_model"], said["base_sha256"], said["teacher"], clips, said["licence"],
-                   (low, same, up))  # fmt: skip
+        base, sha, teacher, licence = (metadata[key] for key in ("base_model", "base_sha256", "teacher", "licence"))
+        return cls(layers, in_dim, hidden, block_frames, base, sha, teacher, clips, licence, (low, same, up))
 
 
 class LayerHead(nn.Module):
@@ -110,12 +110,12 @@ class LayerHead(nn.Module):
 
     def forward(self, hidden: Tensor, place: Tensor) -> Tensor:
         """[..., T, C] and `places` of the tokens [..., T, 3 WAVES] -> float32 [..., T, 3] in the order of OUT: standardised log attention."""
-        known = torch.cat([self.norm(hidden.float()), place.expand(*hidden.shape[:-1], -1)], -1)
-        said: Tensor = self.fc2(F.gelu(self.fc1(known)))
-        return said
+        features = torch.cat([self.norm(hidden.float()), place.expand(*hidden.shape[:-1], -1)], -1)
+        out: Tensor = self.fc2(F.gelu(self.fc1(features)))
+        return out
 
     def target(self, received: Tensor) -> Tensor:
-        """Attention received, [..., 3] -> what `forward` should say of it."""
+        """Attention received, [..., 3] -> the target of `forward`."""
         return (log_attention(received) - self.target_mean) / self.target_std
 
 

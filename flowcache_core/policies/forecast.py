@@ -1,4 +1,4 @@
-"""What can be said about a chunkwise run before it begins: how much it will compute, and whether there is anything to skip."""
+"""What is known of a chunkwise run before it begins: how much it will compute, and whether there is anything to skip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW_STEPS = 8
 FEW_FREE = 3
 
 
-def forecast(rule: Chunkwise, outlook: Outlook) -> tuple[str, ...]:
+def expected_steps(rule: Chunkwise, outlook: Outlook) -> tuple[str, ...]:
     """How many of how many chunk-steps will be computed: exact for signature time, otherwise what bounds it."""
     chunks, steps = outlook.chunks, outlook.steps
     total = chunks * steps
@@ -50,13 +50,13 @@ def headroom(rule: Chunkwise, steps: int) -> tuple[str, ...]:
     if rule.threshold == 0 or (steps > FEW_STEPS and free >= FEW_FREE):
         return ()
     can = f"at most {free}" if free else "none"
-    said = f"little to skip: of {steps} steps per chunk {steps - free} are always computed, so {can} can be reused ({free / steps:.0%})"
+    sentence = f"little to skip: of {steps} steps per chunk {steps - free} are always computed, so {can} can be reused ({free / steps:.0%})"
     helps = []
     if free_steps(replace(rule, warmup_steps=1, start_percent=0.0, end_percent=1.0), steps) > free:
         helps += [f"a lower warmup_steps (it is {rule.warmup_steps})"] if rule.warmup_steps > 1 else []
         helps += ["a wider start_percent to end_percent"] if (rule.start_percent, rule.end_percent) != (0, 1) else []
     if steps <= FEW_STEPS:
-        said += "; few steps are a speed-up already"
+        sentence += "; few steps are a speed-up already"
         helps += ["a smaller picture", "a smaller window in AR Chunk Sampler"]
     *others, final = helps
-    return (f"{said}. What helps: {', '.join(others)}{' or ' if others else ''}{final}",)
+    return (f"{sentence}. What helps: {', '.join(others)}{' or ' if others else ''}{final}",)

@@ -1,4 +1,4 @@
-"""What can be said about a budget before a run begins: how much of the film's history it keeps, and whether it saves anything."""
+"""What is known of a budget before a run begins: how much of the film's history it keeps, and whether it saves anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .compressor import Budget
 from .layout import capacity
 
 
-def foresee_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) -> str:
+def forecast_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) -> str:
     """One sentence. `frame_tokens`: tokens of a latent frame."""
     together = schedule.ar_step == 0
     longest = schedule.span(schedule.given if together else schedule.chunks - 1)[0]
