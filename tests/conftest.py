@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.models.attention import BlockCausal
+from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.protocol import CachePolicy
@@ -73,6 +74,12 @@ def noise_of() -> Callable[..., Tensor]:
         return torch.randn(batch, CHANNELS, frames, side, side, generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Bundle:
+    """The tiny model that comes with the pack."""
+    return load_bundle()
 
 
 @pytest.fixture

@@ -11,14 +11,9 @@ import pytest
 
 from flowcache_core.bench import frontier, frontier_tables, measured
 from flowcache_core.bench.frontier import BIDIRECTIONAL_ARMS, CAUSAL_ARMS, Film, Kept, Setting, fewer, films, finer, rows, run_arm, steps_for, tokens
-from flowcache_core.models.bundle import Bundle, load_bundle
+from flowcache_core.models.bundle import Bundle
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.planner import evenly
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle()
 
 
 def arguments(*texts: str) -> argparse.Namespace:

@@ -27,11 +27,6 @@ Film = Callable[..., tuple[Tensor, RunReport]]
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle()
-
-
-@pytest.fixture(scope="module")
 def film(bundle: Bundle) -> Film:
     """JOB with changes -> latents, report; two chunks when `frames` is 21."""
 

@@ -87,11 +87,6 @@ def machine() -> str:
     return f"{platform.machine()} {cpu.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
 
 
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle()
-
-
 @pytest.mark.parametrize("name", FILMS)
 def test_a_film_stays_as_it_was(name: str, bundle: Bundle) -> None:
     film = FILMS[name](bundle)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flowcache_core.run.run as running
 from flowcache_core.demo.run import ARMS, policy_of, run_arm
-from flowcache_core.models.bundle import Bundle, load_bundle
+from flowcache_core.models.bundle import Bundle
 from flowcache_core.policies import POLICIES
 from flowcache_core.policies.named import in_words, policy_named
 from flowcache_core.policies.protocol import CachePolicy
@@ -37,11 +37,6 @@ every = pytest.mark.parametrize("kind", POLICIES, ids=lambda kind: kind.name)
 
 class Stopped(Exception):
     pass
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ import torch
 from flowcache_core.__main__ import main
 from flowcache_core.bench import frontier
 from flowcache_core.bench.frontier import BIDIRECTIONAL, CAUSAL_ARMS, Film, Setting, run_arm
-from flowcache_core.models.bundle import Bundle, load_bundle
+from flowcache_core.models.bundle import Bundle
 from flowcache_core.policies.always import Always
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.named import in_words, policy_named
 from flowcache_core.policies.planned import Planned
 from flowcache_core.settings import read_settings, setting
+from tests.test_bench_frontier import arguments
 
 
 @pytest.mark.parametrize("settings", ["threshold=0.2 order=0", "threshold=0.2,order=0", " threshold=.2 ,  order=0\n"])
@@ -94,17 +94,6 @@ def test_the_demo_refuses_before_it_writes(
 
 
 # the frontier
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle()
-
-
-def arguments(*texts: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    frontier.add_arguments(parser)
-    return parser.parse_args(texts)
 
 
 def test_a_policy_that_has_a_share_is_an_arm_on_request_where_its_attention_allows_it() -> None:

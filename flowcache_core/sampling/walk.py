@@ -36,8 +36,8 @@ class Walk(Protocol):
 
 
 def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver,
-          rng: Callable[[int], torch.Generator] = lambda index: torch.Generator()) -> dict[int, Walk]:  # fmt: skip
-    """By chunk. `rng`: the random numbers of a chunk."""
+          rng: Callable[[int], torch.Generator]) -> dict[int, Walk]:  # fmt: skip
+    """By chunk. `rng`: index of a chunk -> its random numbers."""
     out: dict[int, Walk] = {}
     for index in range(schedule.given, schedule.chunks):
         steps = plan.computed[index]
