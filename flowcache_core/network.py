@@ -33,7 +33,9 @@ class Rotary(Protocol):
 class NetworkSizes(Protocol):
     layers: int
     heads: int
-    """Heads of keys and values; those of queries may be a multiple of them (grouped-query attention)."""
+    """Heads of keys and values."""
+    query_heads: int
+    """A multiple of `heads` (grouped-query attention). They need not fill the width."""
     head_dim: int
     width: int
     """Channels of a token between the layers."""

@@ -72,7 +72,11 @@ def test_the_buffers_of_keys_and_values_are_allocated_once_per_layer_in_the_dtyp
     ids=["1.3B", "14B-540P", "14B-720P", "1.3B eight times as long"],
 )
 def test_the_released_models_need_what_their_sizes_say(layers: int, heads: int, latent: tuple[int, int, int], frames: int, gib: float) -> None:
-    adapter = SimpleNamespace(layers=layers, heads=heads, head_dim=128, width=heads * 128, tokens_per_frame=lambda h, w: h // 2 * (w // 2))
+    width = heads * 128
+    adapter = SimpleNamespace(
+        layers=layers, heads=heads, query_heads=heads, head_dim=128, width=width, text_channels=2 * layers * width,
+        tokens_per_frame=lambda h, w: h // 2 * (w // 2),
+    )  # fmt: skip
     said = footprint(adapter, ChunkSchedule(frames, 5, 50, 50), latent, 2, 1024, 2, Chunkwise(), 3 << 30)
     assert said.kv / 2**30 == pytest.approx(gib, abs=0.01)
     assert said.predictions == 2 * 2 * 5 * 16 * latent[1] * latent[2] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -123,6 +124,38 @@ def test_how_branches_are_batched_changes_nothing(
 ) -> None:
     together = sample_branches(net, texts, noise_of(6), lambda chunk: ((0, 1),))
     torch.testing.assert_close(sample_branches(net, texts, noise_of(6), groups), together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("late", [lambda chunk: chunk.index > 0, lambda chunk: chunk.index > 0 or (chunk.step > 1 and not chunk.committing)],
+                         ids=["from the second chunk on", "from the third step on"])  # fmt: skip
+def test_a_branch_without_history_is_refused_and_one_that_begins_late_in_the_first_chunk_is_not(
+    net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], late: Callable[[Chunk], bool]
+) -> None:
+    schedule, sigmas = ChunkSchedule(6, 3, 4, 4), flow_sigmas(4)
+    sees_all = late(schedule.at(0, 3))
+    with Session(SkyReelsAdapter(net), schedule, sigmas, (4, 4)) as session:
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            branches = (0, 1) if late(chunk) else (0,)
+            out = session.denoise(x.repeat(len(branches), 1, 1, 1, 1), chunk, texts[list(branches)], branches)
+            return out[:1]
+
+        refused = pytest.raises(
+            ValueError, match=r"chunk 2 is guided by a branch that did not run for chunk 1, on which it looks back: .* or set cfg to 1"
+        )
+        with nullcontext() if sees_all else refused:
+            sample_chunks(Driven(predict, session), noise_of(6), schedule, sigmas, Euler())
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_branch_that_sees_no_other_chunk_needs_no_history(given: int) -> None:
+    schedule = ChunkSchedule(6, 3, 2, 2, prefix=given)
+    for seen in (lambda chunk, branch: 1 if branch == "alone" else None, None):
+        store = KVStore(KVSizes(1, 1, 1, 4, 6), Layout(schedule, 1), seen=seen)
+        store.attention(("text",), schedule.at(0, 2))
+        store.attention(("text",), schedule.at(1, 0))
+        with nullcontext() if seen else pytest.raises(ValueError, match="did not run for chunk 1"):
+            store.attention(("text", "alone"), schedule.at(1, 0))
 
 
 def test_films_of_a_batch_do_not_mix(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:

@@ -101,8 +101,11 @@ def test_a_score_of_grouped_queries_is_the_mean_of_those_with_a_copy_of_the_keys
     torch.testing.assert_close(score, each, **CLOSE)
 
 
-def test_memory_for_queries_counts_query_heads() -> None:
-    network = SimpleNamespace(layers=1, heads=HEADS, head_dim=HEAD_DIM, width=HEADS * GROUP * HEAD_DIM)
+@pytest.mark.parametrize(
+    "width", [HEADS * GROUP * HEAD_DIM, HEADS * HEAD_DIM // 2, 10 * HEADS * GROUP * HEAD_DIM], ids=["filled", "narrower", "wider"]
+)
+def test_memory_for_queries_counts_query_heads_whatever_the_width(width: int) -> None:
+    network = SimpleNamespace(layers=1, heads=HEADS, query_heads=HEADS * GROUP, head_dim=HEAD_DIM, width=width)
     view, policy = random_view(heads=HEADS, group=GROUP), ExpectedAttention()
     policy.score(view)
     moments = view.memory.of(QueryMoments, QueryMoments)
@@ -111,14 +114,15 @@ def test_memory_for_queries_counts_query_heads() -> None:
 
 
 def test_the_cache_and_what_is_said_of_it_count_key_heads_and_the_rest_the_width() -> None:
-    sizes = {"layers": 4, "heads": HEADS, "head_dim": 16, "tokens_per_frame": lambda h, w: h * w // 4}
-    grouped = SimpleNamespace(**sizes, width=HEADS * GROUP * 16)
+    sizes = {"layers": 4, "heads": HEADS, "head_dim": 16, "text_channels": 10, "tokens_per_frame": lambda h, w: h * w // 4}
+    grouped = SimpleNamespace(**sizes, query_heads=HEADS * GROUP, width=40)
     token = 2 * 4 * HEADS * 16 * 2
     kept = Compressor(Sparse(), 40 * token / 2**30, "GiB").budget_for(grouped, SCHEDULE, (4, 4), 24, 1, 2)  # type: ignore[arg-type]
     assert kept.slots == 40
     said = footprint(grouped, SCHEDULE, (16, 4, 4), 2, 8, 2, Chunkwise(replay="residual"))  # type: ignore[arg-type]
     assert said.kv == 2 * capacity(SCHEDULE, FRAME).total * token
     assert said.predictions == 2 * 2 * 9 * FRAME * grouped.width * 2
-    plain = SimpleNamespace(**sizes, width=HEADS * 16)
+    assert said.text == 8 * 10 * 2
+    plain = SimpleNamespace(**sizes, query_heads=HEADS, width=40)
     room = capacity(SCHEDULE, FRAME, kept.slots)
     assert KVSizes.of(grouped, 1, room) == dataclasses.replace(KVSizes.of(plain, 1, room), group=GROUP)  # type: ignore[arg-type]

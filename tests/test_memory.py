@@ -32,6 +32,7 @@ from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import UniPC
 from tests.driven import Driven
+from tests.toy_family import TOY, ToyAdapter, toy_network
 
 CHANNELS, SIDE = 16, 8
 BRANCHES = ("cond", "uncond")
@@ -138,6 +139,26 @@ def test_a_run_holds_what_its_footprint_said(name: str, net: SkyReelsV2, texts: 
     """To one part in twenty, and never more, but for what a budget notes of every chunk: a few bytes, and the turn of one that lies far back."""
     said, held = RUNS[name].held(net, texts)
     assert 0.95 * said.held <= held <= (1.01 if RUNS[name].kv else 1) * said.held
+
+
+def test_the_text_is_counted_as_the_network_keeps_it() -> None:
+    """Here not as keys and values of every layer, and not in the heads of self-attention; each chunk adds one word to it."""
+    network, schedule, levels, words = toy_network(), ChunkSchedule(4, 2, 4, 4), TOY.noise.levels(4, 3.0), 500
+    adapter, contexts = ToyAdapter(network), torch.randn(3, words, network.config.text_dim)
+    assert adapter.text_channels not in (2 * adapter.layers * adapter.heads * adapter.head_dim, 2 * adapter.layers * adapter.width)
+    expected = footprint(adapter, schedule, (CHANNELS, SIDE, SIDE), 3, 3 * words, 4, None)
+    ledger, most = Ledger(*network.parameters(), contexts), 0
+    with ledger, Session(adapter, schedule, levels, (SIDE, SIDE)) as session:
+
+        def predict(x: Tensor, chunk: Chunk) -> Tensor:
+            nonlocal most
+            most = max(most, ledger.held(x))
+            return session.denoise(x.repeat(3, 1, 1, 1, 1), chunk, contexts, ("text", "null", "alone"))[:1]
+
+        sample_chunks(Driven(predict, session), torch.randn(1, CHANNELS, 4, SIDE, SIDE), schedule, levels, UniPC())
+    assert expected.text > expected.held / 2
+    word = 3 * adapter.text_channels * 4
+    assert 0.95 * expected.held <= most <= expected.held + word
 
 
 LONG: dict[str, Callable[[int], Run]] = {

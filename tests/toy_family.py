@@ -92,6 +92,7 @@ class ToyAdapter:
         self.network, self.dtype = network, dtype or network.dtype
         config = network.config
         self.layers, self.heads, self.head_dim, self.width = config.layers, config.kv_heads, HEAD_DIM, config.dim
+        self.query_heads, self.text_channels = config.heads, config.dim
         self.rotary: Rotary = TimeRotary()
         self.calls: list[tuple[Chunk, float, int]] = []
         """(chunk, timestep, branches) of every evaluation."""

@@ -49,8 +49,8 @@ class KVSizes:
 
     @classmethod
     def of(cls, network: NetworkSizes, films: int, room: Capacity) -> KVSizes:
-        """The query heads of a network fill its width."""
-        group = max(1, network.width // (network.heads * network.head_dim))
+        """`films`: side by side; `room`: slots that the run needs."""
+        group = network.query_heads // network.heads
         return cls(films, network.layers, network.heads, network.head_dim, room.total, room.history, room.active, group)
 
 
@@ -236,6 +236,8 @@ class KVStore:
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
         self._waiting: dict[tuple[int, Branches], Waiting] = {}
+        self._written: dict[Hashable, set[int]] = {}
+        """By branch, the chunks of which it has keys and values."""
 
     @property
     def bytes(self) -> int:
@@ -251,13 +253,29 @@ class KVStore:
         return sum(cache.history_bytes(self.layout.kept) for cache in self._caches)
 
     def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
-        """What the network attends with when these branches of a chunk run."""
-        (cache, batch), place = self.of(branches), self.layout.begin(chunk.index)
+        """What the network attends with when these branches of a chunk run. Raises ValueError where one of them has no history."""
+        place = self.layout.begin(chunk.index)
+        ranges = self._ranges(branches, chunk)
+        self._require_history(branches, chunk, ranges)
+        cache, batch = self.of(branches)
         waiting = None
         if self.waits(chunk.index) and not chunk.committing:
             waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
-        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, self._ranges(branches, chunk))
+        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges)
+
+    def _require_history(self, branches: Branches, chunk: Chunk, ranges: tuple[Range | None, ...]) -> None:
+        """Notes that the branches ran for the chunk. Raises ValueError for one that did not run for an earlier chunk that it sees."""
+        for branch, limit in zip(branches, ranges or (None,) * len(branches), strict=True):
+            oldest = self.layout.oldest(chunk.index) if limit is None else limit.oldest
+            written = self._written.setdefault(branch, set())
+            missing = next((index for index in range(oldest, chunk.index) if index not in written), None)
+            if missing is not None:
+                raise ValueError(
+                    f"chunk {chunk.index + 1} is guided by a branch that did not run for chunk {missing + 1}, on which it looks back: there are no "
+                    "keys and values for it. Let every prompt count at all steps and noise levels, without a time range, or set cfg to 1"
+                )
+            written.add(chunk.index)
 
     def _ranges(self, branches: Branches, chunk: Chunk) -> tuple[Range | None, ...]:
         """One per branch; () where all of them see what the schedule allows."""
@@ -314,5 +332,6 @@ class KVStore:
             cache.free()
         self._caches.clear()
         self._waiting.clear()
+        self._written.clear()
         if self.keeper:
             self.keeper.free()

@@ -47,13 +47,17 @@ class Layout:
         if index not in self.spans:
             self.spans[index] = (self.total, self.schedule.span(index)[1] * self.frame_tokens)
         start, count = self.spans[index]
-        return self._first(self.schedule.oldest(index)) if self.budget is None else 0, start, start + count
+        return self._first(self.oldest(index)) if self.budget is None else 0, start, start + count
+
+    def oldest(self, index: int) -> int:
+        """The first chunk that a chunk sees, as far as its slots are still there."""
+        return self.schedule.oldest(index) if self.budget is None else 0
 
     def range(self, index: int, seen: int) -> Range:
         """Of a chunk that has begun, for a branch that sees `seen` chunks, itself included, and no more than the schedule allows."""
         if seen < 1:
             raise ValueError(f"chunk {index + 1} was to see {seen} chunks: a chunk sees at least itself, so use 1 or more")
-        oldest = max(index - seen + 1, self.schedule.oldest(index) if self.budget is None else 0)
+        oldest = max(index - seen + 1, self.oldest(index))
         return Range(oldest, self._first(oldest))
 
     def _first(self, oldest: int) -> int:

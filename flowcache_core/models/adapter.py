@@ -31,6 +31,8 @@ class ModelAdapter(NetworkSizes, Protocol):
     """The only code that knows one network. Latents are [B, C, F, h, w], velocities (noise - clean) have the same shape."""
 
     name: ClassVar[str]
+    text_channels: int
+    """Numbers that `text` makes of one token of the text, all layers together."""
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in tokens of one latent frame of h x w. Raises ValueError for a frame that does not divide."""

@@ -26,7 +26,8 @@ class SkyReelsAdapter:
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype
         self.layers, self.heads, self.head_dim = network.config.layers, network.config.heads, HEAD_DIM
-        self.width = network.config.dim
+        self.width, self.query_heads = network.config.dim, network.config.heads
+        self.text_channels = 2 * self.layers * self.width
         self.rotary: Rotary = Rope()
 
     @property

@@ -76,7 +76,7 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     latents = (FILMS * (film_frames or schedule.frames) + SOLVED * frames + MOVED * schedule.chunk_frames) * frame.latent * NUMBER
     visits = (film_frames or schedule.frames) * frame_tokens * NUMBER
     here, otherwise = (kv, 0) if bounded is None else (bounded + waiting, kv)
-    return Footprint(weights, here, text_tokens * token, predictions, otherwise, latents + visits)
+    return Footprint(weights, here, text_tokens * adapter.text_channels * itemsize, predictions, otherwise, latents + visits)
 
 
 @dataclass(frozen=True, slots=True)
