@@ -79,8 +79,8 @@ class ChunkSampler(comfy.samplers.Sampler):
             family.require_rate(self.fps)
         elif self.fps != model.layout.fps:
             raise ValueError(
-                f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors (of the SkyReels-V2 models only the 1.3B has): "
-                f"set fps to {model.layout.fps}"
+                f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors "
+                f"({family.release(model.diffusion_model.config)}): set fps to {model.layout.fps}"
             )
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
         light = GivenNoise(self.addnoise_condition, seed or 0)

@@ -51,5 +51,6 @@ def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
     if getattr(model, "attachments", {}).get("lora_metadata") and not model.patches:
         raise ValueError(
             f"{node}: none of the LoRA's layers is in this model, so it would change nothing: it was made for another kind of model, or names "
-            "its layers in the Diffusers way, which this ComfyUI does not read for Wan models. Bypass it, or use one with original or kohya names"
+            f"its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, or use one with original or "
+            "kohya names"
         )

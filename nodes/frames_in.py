@@ -27,7 +27,7 @@ class ARVideoFramesIn(io.ComfyNode):
             search_aliases=["image to video", "i2v", "extend video", "continue video", "first frame", "last frame", "end frame", "flowcache"],
             inputs=[
                 io.Model.Input("model", tooltip="The model knows how many frames it can look at together."),
-                io.Vae.Input("vae", tooltip="Encodes the images. The bundled model's own, or the Wan 2.1 VAE."),
+                io.Vae.Input("vae", tooltip="Encodes the images. The bundled model's own, or that of the checkpoint's family."),
                 io.Latent.Input("latent", tooltip="From Empty AR Video Latent: the whole film, given frames included."),
                 io.Image.Input("start", optional=True, tooltip="One image, or a clip: the film begins with it. Resized and cropped to the film."),
                 io.Image.Input("end", optional=True, tooltip="The last frame of the film; of several images the last is taken."),
@@ -98,5 +98,7 @@ def encode(vae: Any, images: torch.Tensor, film: torch.Tensor, family: Family) -
     fitting = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1), width, height, "bilinear", "center").movedim(1, -1)
     latents = vae.encode(fitting)
     if tuple(latents.shape[1:]) != (film.shape[1], family.frames.latent(len(images)), *film.shape[3:]):
-        raise ValueError(f"the VAE made latents of shape {tuple(latents.shape)} from {len(images)} frames: use the VAE of {family.title} (Wan 2.1)")
+        raise ValueError(
+            f"the VAE made latents of shape {tuple(latents.shape)} from {len(images)} frames: use the VAE of {family.title}: {family.loaders.vae}"
+        )
     return latents.to(film)

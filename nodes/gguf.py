@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ class Pack:
         read: dict[str, torch.Tensor] = self._pack.gguf_sd_loader(str(path))
         return read
 
-    def prepared(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Matrices stay as they are and are dequantised when used; everything else becomes plain float32."""
+    def prepared(self, weights: dict[str, torch.Tensor], matrices: Collection[str]) -> dict[str, torch.Tensor]:
+        """Matrices of linear layers stay as they are and are dequantised when used; everything else becomes plain float32."""
         plain = sys.modules[self._pack.gguf_sd_loader.__module__].dequantize_tensor
-        matrix = {key for key, weight in weights.items() if len(weight.shape) == 2 and key.endswith(".weight")} - {"fps_embedding.weight"}
-        return {k: v if k in matrix else plain(v, torch.float32).as_subclass(torch.Tensor).reshape(v.shape) for k, v in weights.items()}
+        return {k: v if k in matrices else plain(v, torch.float32).as_subclass(torch.Tensor).reshape(v.shape) for k, v in weights.items()}
 
     def operations(self) -> Any:
         return self._pack.GGMLOps()

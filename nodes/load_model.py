@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import comfy.model_management
 import comfy.sd
@@ -13,15 +13,21 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..flowcache_core import models
 from ..flowcache_core.device import fast_dtype
 from ..flowcache_core.models.bundle import files_of
+from ..flowcache_core.models.checkpoint import titles
 from ..flowcache_core.models.family import AUTO, Family
+from .bundled_clip import bundled_clip
 from .model_files import choices, path_of
 from .patcher import load
-from .word_clip import word_clip
 
 
 def bundled() -> dict[str, Family]:
     """The tiny models that come with the pack, by what the node calls them."""
     return {f"{family.bundled.name} (bundled)": family for family in models.FAMILIES if family.bundled}
+
+
+def loaders(what: Literal["clip", "vae"]) -> str:
+    """The host's nodes that load it, of all families."""
+    return " or ".join(dict.fromkeys(getattr(family.loaders, what) for family in models.FAMILIES))
 
 
 class LoadARVideoModel(io.ComfyNode):
@@ -31,14 +37,14 @@ class LoadARVideoModel(io.ComfyNode):
             node_id="FlowCacheLoadModel",
             display_name="Load AR Video Model",
             category="FlowCache",
-            description=f"Loads {models.FAMILIES[0].title}, or a bundled tiny model, which brings its CLIP and VAE along.",
+            description=f"Loads {titles()}, or a bundled tiny model, which brings its CLIP and VAE along.",
             search_aliases=["skyreels", "diffusion forcing", "autoregressive video"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=[*bundled(), *choices()],
                     default=next(iter(bundled())),
-                    tooltip="The bundled tiny model, or a SkyReels-V2 DF file, or a folder with its shards, in models/diffusion_models.",
+                    tooltip=f"The bundled tiny model, or a file of {titles()}, or a folder with its shards, in models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "family",
@@ -51,8 +57,8 @@ class LoadARVideoModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(),
-                io.Clip.Output(tooltip="Only for the bundled model; for a real checkpoint use Load CLIP (umt5-xxl, type wan)."),
-                io.Vae.Output(tooltip="Only for the bundled model; for a real checkpoint use Load VAE (Wan 2.1)."),
+                io.Clip.Output(tooltip=f"Only for the bundled model; for a real checkpoint use {loaders('clip')}."),
+                io.Vae.Output(tooltip=f"Only for the bundled model; for a real checkpoint use {loaders('vae')}."),
             ],
         )
 
@@ -60,13 +66,15 @@ class LoadARVideoModel(io.ComfyNode):
     def execute(cls, model_name: str, family: str = AUTO) -> io.NodeOutput:
         if model_name not in bundled():
             model = load(path_of(model_name), model_name, family)
-            return io.NodeOutput(model, _absent("CLIP", "Load CLIP (umt5-xxl, type wan)"), _absent("VAE", "Load VAE (Wan 2.1 VAE)"))
+            beside = model.model.family.loaders
+            return io.NodeOutput(model, _absent("CLIP", beside.clip), _absent("VAE", beside.vae))
         mine = bundled()[model_name]
+        assert mine.bundled is not None
         network, vae_file = files_of(mine)
         model = load(network, model_name, mine.name)
         on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=fast_dtype() if on_cpu else None)
-        return io.NodeOutput(model, word_clip(model.model.diffusion_model.config.text_dim), vae)
+        return io.NodeOutput(model, bundled_clip(mine.bundled, model.model.diffusion_model.config.text_dim), vae)
 
 
 def _absent(what: str, instead: str) -> Any:

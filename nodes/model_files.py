@@ -76,7 +76,7 @@ def _open_gguf(path: Path, name: str, family: str) -> ModelFile:
     found = recognise(read, name, family=family)
     weights = {new: read[key] for key, new in found.names.items()}
     logging.info(f"FlowCache: {name} is {found.release}, read by {gguf.PACK}")
-    return ModelFile(pack.prepared(weights), found, found.family.layout, pack.operations(), pack.patcher)
+    return ModelFile(pack.prepared(weights, found.matrices), found, found.family.layout, pack.operations(), pack.patcher)
 
 
 def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     weights = file.weights
     if file.operations is None and not patcher.is_dynamic():
         as_stored = {key for key in weights if is_companion(key, weights) or f"{key.removesuffix('.weight')}.comfy_quant" in weights}
-        weights = {k: v if k in as_stored else _placed(k, v, dtype, cast or dtype) for k, v in weights.items()}
+        weights = {k: v if k in as_stored else _placed(k, v, dtype, cast or dtype, file.found.family.blocks) for k, v in weights.items()}
     model.load_model_weights(weights, "", assign=True)
     if patcher.is_dynamic():
         _keep_small_weights(model.diffusion_model, cast or dtype)
@@ -57,11 +57,11 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     return patcher
 
 
-def _placed(key: str, weight: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor:
-    """A weight in the dtype it is kept in: fp8 is for the matrices of the blocks alone."""
+def _placed(key: str, weight: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, blocks: str) -> torch.Tensor:
+    """A weight in the dtype it is kept in: fp8 is for the matrices of the blocks alone, whose names begin with `blocks`."""
     if dtype not in FLOAT8:
         return weight.to(dtype)
-    matrix = weight.ndim == 2 and key.startswith("blocks.")
+    matrix = weight.ndim == 2 and key.startswith(blocks)
     return weight if matrix and weight.dtype in FLOAT8 else weight.to(compute)
 
 

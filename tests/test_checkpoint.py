@@ -46,6 +46,12 @@ def test_plain_key_names_stay(weights: dict[str, Tensor]) -> None:
     assert recognise(weights, "net").names == {key: key for key in weights}
 
 
+def test_matrices_are_the_weights_of_linear_layers(weights: dict[str, Tensor]) -> None:
+    matrices = recognise(weights, "net").matrices
+    assert matrices == {key for key, weight in weights.items() if weight.ndim == 2 and key.endswith(".weight")} - {"fps_embedding.weight"}
+    assert "fps_embedding.weight" in weights
+
+
 def test_a_missing_key_is_named(weights: dict[str, Tensor]) -> None:
     del weights["blocks.1.norm3.bias"]
     with pytest.raises(ValueError, match=r"net is not a complete .* checkpoint: 1 missing \(blocks.1.norm3.bias\) of \d+ keys"):

@@ -15,9 +15,9 @@ from flowcache_core.kernels.tokens import frame_difference, mask_over, normalise
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.models.adapter import Call, require_tokens
 from flowcache_core.models.attention import BlockCausal
-from flowcache_core.models.published import POLYNOMIALS
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_polynomials import POLYNOMIALS
 from flowcache_core.network import Attend
 from flowcache_core.policies import Always, Chunkwise, Motion
 from flowcache_core.policies.motion import BUCKETS, PRESETS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.models.published import POLYNOMIALS
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_polynomials import POLYNOMIALS
 from flowcache_core.policies import Always, Chunkwise
 from flowcache_core.policies.forecast import free_steps, headroom
 from flowcache_core.policies.planned import Planned

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowcache_core import models
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.policy import KVView, LearntKVPolicy
 from flowcache_core.kv.scores import salience as policy
@@ -21,12 +22,15 @@ from flowcache_core.memory import RunMemory
 from flowcache_core.models import bundle
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
+from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.skyreels import Rope, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.training import salience as training
 from flowcache_core.training.salience_clips import LEVELS, Clip, measure
 from flowcache_core.training.salience_targets import Student, Teacher, counted, received, received_by_head
+from tests.toy_family import TOY, toy_network
 
 INFO = HeadInfo(2, 128, 16, 3, "some-model", "0" * 64, "some-model, bidirectional", 5, "Apache-2.0")
 GRID, FRAME, CHUNK, FRAMES = (2, 2), 4, 12, 8
@@ -62,6 +66,11 @@ def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
     law = torch.randn(head.info.in_dim, 3, generator=torch.Generator().manual_seed(0)) / head.info.in_dim**0.5
     chunk = torch.arange(tokens) // CHUNK
     return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens) % CHUNK, 3, GRID))
+
+
+def model_of(net: SkyReelsV2) -> Bundle:
+    """The network as a model of chunks of three latent frames, without a VAE."""
+    return Bundle(SKYREELS, net, None, replace(SKYREELS.layout, chunk_frames=3))
 
 
 @pytest.fixture
@@ -114,7 +123,7 @@ def test_measuring_changes_nothing_in_the_network(net: SkyReelsV2, texts: Tensor
 def test_a_head_learns_from_what_it_will_be_shown(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
     """The hidden states of a measured clip are those of the commit passes, chunk by chunk against the KV cache."""
     x, adapter = noise_of(FRAMES), SkyReelsAdapter(net)
-    clip = measure(net, x, texts[:1], 3, 24, 0, FRAMES * FRAME)
+    clip = measure(model_of(net), x, texts[:1], 24, 0, FRAMES * FRAME)
     cache = KVCache(("a",), KVSizes(1, adapter.layers, adapter.heads, adapter.head_dim, FRAMES * FRAME))
     shown: list[list[Tensor]] = [[], []]
     for index, start in enumerate(range(0, FRAMES, 3)):
@@ -131,7 +140,7 @@ def test_a_head_learns_from_what_it_will_be_shown(net: SkyReelsV2, texts: Tensor
 
 def test_a_clip_holds_what_the_teacher_sees_at_its_noise_levels(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
     x, text = noise_of(FRAMES), net.text_kv(texts[:1])
-    clip = measure(net, x, texts[:1], 3, 24, 7, 10**6)
+    clip = measure(model_of(net), x, texts[:1], 24, 7, 10**6)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
     for layer in range(2):
         seen = []
@@ -144,7 +153,7 @@ def test_a_clip_holds_what_the_teacher_sees_at_its_noise_levels(net: SkyReelsV2,
 
 
 def test_some_tokens_of_a_clip_are_those_of_the_whole(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
-    whole, some = (measure(net, noise_of(FRAMES), texts[:1], 3, 24, 3, keep) for keep in (10**6, 10))
+    whole, some = (measure(model_of(net), noise_of(FRAMES), texts[:1], 24, 3, keep) for keep in (10**6, 10))
     at = [int((whole.hidden[0] == token).all(1).nonzero()) for token in some.hidden[0]]
     assert len(at) == 10
     assert at == sorted(set(at))
@@ -164,7 +173,7 @@ def test_places_tell_all_tokens_of_a_chunk_apart() -> None:
 
 
 def test_the_place_in_a_short_chunk_is_counted_over_its_own_frames(net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor]) -> None:
-    clip = measure(net, noise_of(FRAMES), texts[:1], 3, 24, 0, 10**6)
+    clip = measure(model_of(net), noise_of(FRAMES), texts[:1], 24, 0, 10**6)
     expected = [places(torch.arange(frames * FRAME), frames, GRID) for frames in (3, 3, 2)]
     assert torch.equal(clip.place, torch.cat(expected))
 
@@ -495,6 +504,15 @@ def test_a_checkpoint_needs_prompts_an_output_and_the_text_it_reads(net: SkyReel
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"reads the 4096 channels of umT5.*--embeddings"):
         run(arguments)
+
+
+def test_a_family_without_bidirectional_attention_has_no_teacher(net: SkyReelsV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, TOY))
+    arguments = checkpoint_of(net, tmp_path)
+    save_file(toy_network().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is of Toy, which only looks back: a salience head is taught by the same model, bidirectional"):
+        run(arguments)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_work_folder_serves_one_training(net: SkyReelsV2, tmp_path: Path) -> None:

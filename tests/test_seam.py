@@ -30,15 +30,15 @@ def bundle(net: SkyReelsV2) -> Bundle:
 
 def test_jumps_are_grey_levels_at_the_seam_and_inside() -> None:
     ramp = torch.arange(18.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 255
-    assert seam.jumps(ramp[:9], ramp[9:17]) == pytest.approx((1, 1, 1), abs=1e-3)
-    assert seam.jumps(ramp[:9], ramp[9:17] + 4 / 255) == pytest.approx((5, 1, 1), abs=1e-3)
+    assert seam.jumps(ramp[:9], ramp[9:17], SKYREELS.frames) == pytest.approx((1, 1, 1), abs=1e-3)
+    assert seam.jumps(ramp[:9], ramp[9:17] + 4 / 255, SKYREELS.frames) == pytest.approx((5, 1, 1), abs=1e-3)
 
 
 def test_latent_boundaries_are_every_fourth_pair() -> None:
     """A film whose latent frames are constant changes at their boundaries only."""
     level = torch.tensor([0.0, *[1.0] * 4, *[2.0] * 4, *[3.0] * 4, *[4.0] * 4])
     film = level.view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 255
-    at_seam, ordinary, boundary = seam.jumps(film[:9], film[9:])
+    at_seam, ordinary, boundary = seam.jumps(film[:9], film[9:], SKYREELS.frames)
     assert (at_seam, boundary) == pytest.approx((1, 1), abs=1e-3)
     assert ordinary == pytest.approx(3 / 15, abs=1e-3)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowcache_core.models.adapter import Call
-from flowcache_core.models.family import Bundled, ChunkLayout, Family, Latents, Shapes
+from flowcache_core.models.family import Bundled, ChunkLayout, Family, Latents, Loaders, Shapes
 from flowcache_core.network import Attend, Rotary
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.frames import Frames
@@ -230,7 +230,8 @@ TOY = Family(
     name="toy", title="Toy", network=ToyNet, adapter=ToyAdapter, original_names=original_names,
     claims=lambda shapes: "toy_in.weight" in shapes, config_of=config_of, release=lambda config: "Toy",
     layout=ChunkLayout(chunk_frames=6, window=4, fps=24, causal=True), frames=Frames(4, 4), latents=Latents(CHANNELS, 8, PATCH, "Wan21"),
-    noise=ToyNoise(), guidance=ThreeBranches(), rates=(24,), takes_rate=lambda config: False, bundled=Bundled("toy", "toy", no_vae, words),
+    noise=ToyNoise(), guidance=ThreeBranches(), rates=(24,), takes_rate=lambda config: False,
+    loaders=Loaders("Load Toy Text", "Load Toy VAE"), bundled=Bundled("toy", "toy", no_vae, words),
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..device import fast_dtype
 from ..models.bundle import Bundle, load_bundle
-from ..models.wan_vae import TEMPORAL, latent_frames, pixel_frames
 from ..run.generate import Given, Job, decode, generate, generate_upstream
+from ..sampling.frames import Frames
 from .measured import data, origin, table
 from .prompts import PROMPTS, seed_of
 
@@ -37,12 +37,12 @@ class Way:
     frames: int
 
     def extend(self, bundle: Bundle, job: Job, clip: Tensor, film: Tensor) -> tuple[Tensor, Tensor]:
-        """`clip`: latents [1, 16, F, h, w]; `film`: its frames [T, 3, H, W] -> the clip's frames and the new ones, as joined."""
+        """`clip`: latents [1, C, F, h, w]; `film`: its frames [T, 3, H, W] -> the clip's frames and the new ones, as joined."""
         if self.rule == "rolled":
-            longer = replace(job, frames=pixel_frames(2 * clip.shape[2]))
+            longer = replace(job, frames=bundle.family.frames.pixel(2 * clip.shape[2]))
             whole = decode(bundle, generate(bundle, longer, given=Given(start=clip))[0])
             return whole[: len(film)], whole[len(film) :]
-        latents = latent_frames(self.frames)
+        latents = bundle.family.frames.latent(self.frames)
         if self.rule == "latents":
             more, _ = generate(bundle, job, given=Given(start=clip[:, :, -latents:]))
             whole = decode(bundle, torch.cat([clip, more[:, :, latents:]], 2))
@@ -85,7 +85,7 @@ def measure(bundle: Bundle, jobs: list[Job], rules: list[Way]) -> list[dict[str,
             film = decode(bundle, clip)
             bar.update()
             for rule, total in zip(rules, sums, strict=True):
-                total += torch.tensor(jumps(*rule.extend(bundle, replace(job, seed=job.seed + 500), clip, film)))
+                total += torch.tensor(jumps(*rule.extend(bundle, replace(job, seed=job.seed + 500), clip, film), bundle.family.frames))
                 bar.update()
     means = [(total / len(jobs)).tolist() for total in sums]
     return [
@@ -95,13 +95,14 @@ def measure(bundle: Bundle, jobs: list[Job], rules: list[Way]) -> list[dict[str,
     ]  # fmt: skip
 
 
-def jumps(before: Tensor, after: Tensor) -> tuple[float, float, float]:
+def jumps(before: Tensor, after: Tensor, frames: Frames) -> tuple[float, float, float]:
     """Two films [T, 3, H, W] in 0..1 that are joined -> mean absolute change at the seam, between neighbouring frames, and at latent boundaries.
 
-    A film begins with one frame, and then every latent frame is four; what comes after the seam begins with a whole four.
+    A film begins with the `first` frames of a latent frame (`Frames`), and then every latent frame is `each`; what comes after the seam begins
+    with a whole one.
     """
     inside = [change(film[1:], film[:-1]) for film in (before, after)]
-    edges = [inside[0][::TEMPORAL], inside[1][TEMPORAL - 1 :: TEMPORAL]]
+    edges = [inside[0][frames.first - 1 :: frames.each], inside[1][frames.each - 1 :: frames.each]]
     return float(change(after[:1], before[-1:])), float(torch.cat(inside).mean()), float(torch.cat(edges).mean())
 
 
@@ -112,8 +113,8 @@ def change(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode(bundle: Bundle, film: Tensor) -> Tensor:
-    """Frames [4n+1, 3, H, W] in 0..1 -> latents [1, 16, n+1, h, w]."""
-    return bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
+    """Frames [T, 3, H, W] in 0..1 that fill whole latent frames -> latents [1, C, F, h, w]."""
+    return bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(next(bundle.vae.parameters()))).float()
 
 
 def shown() -> str:

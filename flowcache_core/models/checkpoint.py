@@ -47,6 +47,13 @@ class Found:
     def release(self) -> str:
         return self.family.release(self.config)
 
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Names of the weights of linear layers; embeddings and convolutions are not among them."""
+        with torch.device("meta"):
+            layers = self.family.network(self.config).named_modules()
+        return frozenset(f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear))
+
 
 def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> Found:
     """`weights`: key -> tensor, or what a header says of it; `family`: a name that the user chose, before what metadata and shapes say.

@@ -73,6 +73,14 @@ class Bundled:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaders:
+    """The host's nodes that load what a checkpoint needs beside it, in words: `clip`, its text encoder, and `vae`."""
+
+    clip: str
+    vae: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """`name` is also what a file's metadata may say under "architecture"; `title` is what people read."""
 
@@ -100,7 +108,10 @@ class Family:
     """Frames per second that the network takes as an input."""
     takes_rate: Callable[[Any], bool]
     """Whether a network of this config takes the frame rate at all."""
+    loaders: Loaders
     bundled: Bundled | None = None
+    blocks: str = "blocks."
+    """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""
 
     def require_rate(self, fps: int) -> int:
         """Raises ValueError for a frame rate that the family has not learnt."""

@@ -14,8 +14,8 @@ from ..network import Attend, Rotary
 from ..sampling.noise import timestep
 from .adapter import Call
 from .attention import bidirectional
-from .published import POLYNOMIALS
 from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
+from .skyreels_polynomials import POLYNOMIALS
 
 
 class SkyReelsAdapter:

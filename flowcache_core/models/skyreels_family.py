@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.guidance import ClassifierFree
 from ..sampling.noise import FlowNoise
-from .family import Bundled, ChunkLayout, Family, Latents
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders
 from .key_names import original_names
 from .skyreels import FPS, PATCH, SkyReelsV2
 from .skyreels_adapter import SkyReelsAdapter
@@ -29,5 +29,6 @@ SKYREELS = Family(
     guidance=ClassifierFree(),
     rates=FPS,
     takes_rate=lambda config: config.fps,
+    loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
     bundled=Bundled("tiny-skyreels", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt),
 )

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..device import fast_dtype
 from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
 from ..models import bundle
+from ..models.adapter import Bidirectional
 from ..models.bundle import Bundle
-from ..models.checkpoint import load_network_file, recognise
+from ..models.checkpoint import load_network_file, recognise, titles
 from ..models.shards import open_checkpoint
-from ..models.wan_vae import WanVAE
 from ..run.generate import Job
 from .dit import FRAMES, SIZE
 from .loop import Loop
@@ -222,7 +222,9 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
             "empty key"
         )
     with torch.device("meta"):
-        empty, no_vae = family.network(config), WanVAE(1)
+        empty, no_vae = family.network(config), nn.Identity()
+    if not isinstance(family.adapter(empty, None), Bidirectional):
+        raise ValueError(f"{checkpoint.name} is of {family.title}, which only looks back: a salience head is taught by the same model, bidirectional")
     layout = replace(family.layout, chunk_frames=args.chunk_frames, window=args.window)
     model = Bundle(family, empty, no_vae, layout)
     if args.embeddings:
@@ -274,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND.removeprefix("python -m "), description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", default="bundled", help="bundled, or a SkyReels-V2 diffusion-forcing checkpoint: a file or a folder")
+    parser.add_argument("--model", default="bundled", help=f"bundled, or a checkpoint of {titles()}: a file or a folder")
     parser.add_argument("--prompts", type=Path, help="one prompt a line; the bundled model has captions of its own")
     parser.add_argument("--embeddings", type=Path, help="safetensors file with the text embedding of every prompt, where the model reads umT5")
     parser.add_argument("--out", type=Path, help="the head; for the bundled model by default in its own place")

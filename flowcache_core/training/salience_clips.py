@@ -17,12 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kv.scores.salience import places
+from ..models.adapter import Call
 from ..models.bundle import Bundle
 from ..models.shards import read
-from ..models.skyreels import PATCH, SkyReelsV2
-from ..models.wan_vae import latent_frames
 from ..run.generate import Job, generate
-from ..sampling.noise import timestep
+from ..sampling.chunk import Chunk
 from .salience_targets import Student, Teacher, counted
 from .scenes import HELD_OUT, make_scene, render
 
@@ -58,28 +57,27 @@ class Clip:
 
 
 @torch.no_grad()
-def measure(network: SkyReelsV2, latents: Tensor, text: Tensor, chunk_frames: int, fps: int, seed: int, keep: int) -> Clip:
-    """Latents [1, 16, F, h, w] and text embeddings [1, L, text_dim] -> what is learnt from them, of at most `keep` tokens drawn by `seed`.
+def measure(model: Bundle, latents: Tensor, text: Tensor, fps: int, seed: int, keep: int) -> Clip:
+    """Latents [1, C, F, h, w] and text embeddings [1, L, text_dim] -> what is learnt from them, of at most `keep` tokens drawn by `seed`.
 
     The student's pass is the one that makes a chunk history: clean and block-causal. The teacher is the same network,
     bidirectional, on the clip with noise.
     """
-    like = network.patch_embedding.weight
-    x = latents.to(like)
-    grid = x.shape[3] // PATCH, x.shape[4] // PATCH
-    tokens, chunk = x.shape[2] * grid[0] * grid[1], chunk_frames * grid[0] * grid[1]
-    kv = network.text_kv(text.to(like))
+    adapter, x = model.adapter(), latents.to(model.like)
+    grid = adapter.token_grid(x.shape[3], x.shape[4])
+    tokens, chunk = x.shape[2] * grid[0] * grid[1], model.layout.chunk_frames * grid[0] * grid[1]
+    whole, kv = Chunk(0, 0, x.shape[2], 0, 1), adapter.text(text.to(model.like))
 
     student = Student([*range(chunk, tokens, chunk), tokens])
-    network(x, torch.zeros(1, 1, device=x.device), kv, student, fps=fps)
+    adapter.forward(Call(x, 0.0, whole, kv, fps), student)
 
     rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=rng).to(like)
+    noise = torch.randn(latents.shape, generator=rng).to(x)
     kept = torch.randperm(tokens, generator=rng)[:keep].sort().values
     sums: Tensor | None = None
     for level in LEVELS:
         teacher = Teacher(chunk)
-        network((1 - level) * x + level * noise, torch.full((1, 1), float(timestep(level)), device=x.device), kv, teacher, fps=fps)
+        adapter.forward(Call((1 - level) * x + level * noise, level, whole, kv, fps), teacher)
         now = _stacked(teacher.received)
         sums = now if sums is None else sums + now
     assert sums is not None
@@ -94,7 +92,7 @@ def _stacked(by_layer: Mapping[int, Tensor]) -> Tensor:
 
 
 class Source(Protocol):
-    """Latents [1, 16, F, h, w] of clip `index`, and its prompt."""
+    """Latents [1, C, F, h, w] of clip `index`, and its prompt."""
 
     def __call__(self, index: int, held_out: bool) -> tuple[Tensor, str]: ...
 
@@ -127,7 +125,7 @@ class Drawn:
 
     def __call__(self, index: int, held_out: bool) -> tuple[Tensor, str]:
         scene = make_scene(index + HELD_OUT * held_out, self.job.frames, self.job.size, self.job.fps)
-        weight = self.model.vae.conv1.weight
+        weight = next(self.model.vae.parameters())
         film = (render(scene).transpose(0, 1)[None] * 2 - 1).to(weight).contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad(), torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
             return self.model.vae.encode(film).float(), scene.caption
@@ -172,14 +170,15 @@ def read_embeddings(path: Path, prompts: Sequence[str], width: int) -> dict[str,
 def check_job(job: Job, model: Bundle) -> None:
     """Raises ValueError, before anything runs, for films that cannot be made or in which no chunk has a later one."""
     job.schedule(model)
-    frames, least = latent_frames(job.frames), model.layout.chunk_frames + 1
+    pixels, least = model.family.frames, model.layout.chunk_frames + 1
+    frames = pixels.latent(job.frames)
     if frames < least:
         raise ValueError(
             f"clips of {job.frames} frames are one chunk of at most {model.layout.chunk_frames} latent frames, so no token has later ones: "
-            f"use at least {4 * least - 3} frames"
+            f"use at least {pixels.pixel(least)} frames"
         )
     if frames > model.layout.chunk_frames * model.layout.window:
-        longest = 4 * model.layout.chunk_frames * model.layout.window - 3
+        longest = pixels.pixel(model.layout.chunk_frames * model.layout.window)
         raise ValueError(f"clips of {job.frames} frames are longer than the {longest} that the model can look at together: use at most {longest}")
 
 
@@ -202,5 +201,5 @@ class ClipStore:
                     continue
                 latents, prompt = source(index, held_out)
                 text = model.text("" if index % 8 in UNPROMPTED else prompt)
-                measure(model.network, latents, text, model.layout.chunk_frames, fps, index + HELD_OUT * held_out, keep).save(path)
+                measure(model, latents, text, fps, index + HELD_OUT * held_out, keep).save(path)
                 bar.update()

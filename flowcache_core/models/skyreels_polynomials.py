@@ -1,4 +1,4 @@
-"""What was published for particular networks: rescaling polynomials of the time signature. It knows sizes, no weights.
+"""Rescaling polynomials of the time signature that were published for SkyReels-V2 networks. It knows sizes, no weights.
 
 FlowCache on SkyReels-V2 (ICLR 2026, section 3) takes over the polynomials that TeaCache (CVPR 2025, section 3.3) fitted to
 Wan 2.1: they map the relative change of the time modulation to the expected relative change of the output.

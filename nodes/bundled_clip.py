@@ -1,14 +1,15 @@
-"""The bundled model's text encoder as a CLIP, so that the stock CLIP Text Encode works with it."""
+"""A bundled model's text encoder as a CLIP, so that the stock CLIP Text Encode works with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import torch
 
-from ..flowcache_core.models.word_text import encode_prompt
+from ..flowcache_core.models.family import Bundled
 
 
 class WordTokenizer:
@@ -25,9 +26,12 @@ class WordTokenizer:
 
 
 class WordEncoder(torch.nn.Module):
-    def __init__(self, dim: int, dtype: Any = None, device: Any = None, model_options: Any = None) -> None:
+    """`encode`: (prompt, channels) -> [1, words, channels]; `dim`: channels."""
+
+    def __init__(self, encode: Callable[[str, int], torch.Tensor], dim: int, dtype: Any = None, device: Any = None,
+                 model_options: Any = None) -> None:  # fmt: skip
         super().__init__()
-        self.dim, self.dtypes = dim, [torch.float32]
+        self.encode, self.dim, self.dtypes = encode, dim, [torch.float32]
 
     def set_clip_options(self, options: dict[str, Any]) -> None: ...
 
@@ -38,13 +42,14 @@ class WordEncoder(torch.nn.Module):
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[torch.Tensor, None]:
         prompt = " ".join(text for batch in tokens["words"] for text, _ in batch)
-        return encode_prompt(prompt, self.dim).to(comfy.model_management.intermediate_device()), None
+        return self.encode(prompt, self.dim).to(comfy.model_management.intermediate_device()), None
 
 
 class _Target:
-    def __init__(self, dim: int) -> None:
-        self.params, self.clip, self.tokenizer = {"dim": dim}, WordEncoder, WordTokenizer
+    def __init__(self, bundled: Bundled, dim: int) -> None:
+        self.params, self.clip, self.tokenizer = {"encode": bundled.encode, "dim": dim}, WordEncoder, WordTokenizer
 
 
-def word_clip(dim: int) -> comfy.sd.CLIP:
-    return comfy.sd.CLIP(_Target(dim))
+def bundled_clip(bundled: Bundled, dim: int) -> comfy.sd.CLIP:
+    """`dim`: channels of the text embeddings that the network takes."""
+    return comfy.sd.CLIP(_Target(bundled, dim))
