@@ -38,9 +38,9 @@ DTYPES = {
 Entry = tuple[tuple[int, ...], torch.dtype]
 
 
-def short(said: object, most: int = 120) -> str:
-    """Foreign words as they may stand in a sentence: on one line, printable, and cut."""
-    text = str(said)
+def short(value: object, most: int = 120) -> str:
+    """A value from outside as it may stand in a sentence: on one line, printable, and cut."""
+    text = str(value)
     return "".join(c if c.isprintable() else "?" for c in text[:most]) + "..." * (len(text) > most)
 
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.motion import PRESETS, Motion
-from ..flowcache_core.policies.multirate import RIVAL, Multirate
+from ..flowcache_core.policies.multirate import COMPARISON, Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.protocol import CachePolicy
 from ..flowcache_core.policies.target import Target
@@ -85,7 +85,7 @@ def _policy(preset: str, settings: dict[str, Any], before: CachePolicy | None) -
 def _said(policy: Motion | Multirate) -> str:
     if isinstance(policy, Multirate):
         spent = f"in {policy.seconds:g} s of the network" if policy.seconds else f"within {policy.share:.0%} of all tokens"
-        return f"a plan {spent}; every other step of a chunk computes the {policy.partial:.0%} of its tokens that change fastest; {RIVAL}"
+        return f"a plan {spent}; every other step of a chunk computes the {policy.partial:.0%} of its tokens that change fastest; {COMPARISON}"
     base = policy.chunkwise
     goal = f"target {base.share:.0%} of chunk-steps" if isinstance(base, Target) else f"threshold {base.threshold:g}"
     coarse = f"first {policy.coarse:.0%} of the steps by chunk: {goal}, warm-up {base.warmup_steps}"

@@ -124,13 +124,13 @@ def test_a_run_knows_its_length_before_it_begins(bundle: Bundle, film: ChunkSche
 
 
 @pytest.mark.parametrize("film", [ChunkSchedule(8, 3, 4, 2), sections_of(20, 3, 4, 2, 9, 2)])
-def test_an_audience_hears_what_follows_from_a_timing(bundle: Bundle, film: ChunkSchedule | tuple[Section, ...]) -> None:
+def test_an_observer_is_shown_what_follows_from_a_timing(bundle: Bundle, film: ChunkSchedule | tuple[Section, ...]) -> None:
     run = Run(bundle.family, bundle.adapter(), film, flow_sigmas(4), (16, 4, 4), policy=Planned(seconds=1e5))
-    heard: list[tuple[str, ...]] = []
-    watch = SimpleNamespace(begin=lambda report, said: heard.append(tuple(said)), step=lambda report, chunk, clean, whole: None)
+    shown: list[tuple[str, ...]] = []
+    watch = SimpleNamespace(begin=lambda report, notes: shown.append(tuple(notes)), step=lambda report, chunk, clean, whole: None)
     x = torch.randn(1, 16, film.frames if isinstance(film, ChunkSchedule) else film[-1].end, 4, 4)
     _, report = run.sample(x, lambda turn, part: turn.denoise(part, bundle.text("red circle"), ("prompt",)), watch)
-    before, after = heard
+    before, after = shown
     assert before[0].startswith("the network may take 100000 s: one evaluation will be timed")
     assert after[0].startswith("all ")
     assert after == report.notes

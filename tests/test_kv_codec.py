@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache_core.kv import codec as module
-from flowcache_core.kv.codec import CHANNEL, CODECS, EVEN, TINY, Codec, Float8, Int4, Int8, State, codec_of, evening
+from flowcache_core.kv.codec import CHANNEL, CODECS, EVEN, TINY, Codec, Float8, Int4, Int8, State, channel_scales, codec_of
 
 B, H, N, D = 2, 3, 20, 16
 LOSSY = [codec for codec in CODECS if not codec.lossless]
@@ -143,7 +143,7 @@ def test_keys_written_in_pieces_equal_keys_written_at_once_under_one_channel_sca
     for start, end in ((0, 5), (5, 6), (6, N)):
         codec.write(pieces, "k", slice(start, end), x[:, :, start:end])
     if codec.evens_keys:
-        whole[CHANNEL].copy_(evening(x[:, :, :5]))
+        whole[CHANNEL].copy_(channel_scales(x[:, :, :5]))
     codec.write(whole, "k", slice(0, N), x)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole if name.startswith("k."))
 
@@ -153,10 +153,10 @@ def test_the_channel_scale_is_fixed_by_the_first_keys_of_each_film() -> None:
     state = state_of(codec)
     first = {name: tensor[:1] for name, tensor in state.items()}
     codec.write(first, "k", slice(0, 5), x[:1, :, :5])
-    assert torch.equal(state[CHANNEL][:1], evening(x[:1, :, :5]))
+    assert torch.equal(state[CHANNEL][:1], channel_scales(x[:1, :, :5]))
     assert not state[CHANNEL][1:].any()
     codec.write(state, "k", slice(5, N), x[:, :, 5:])
-    assert torch.equal(state[CHANNEL], torch.cat([evening(x[:1, :, :5]), evening(x[1:, :, 5:])]))
+    assert torch.equal(state[CHANNEL], torch.cat([channel_scales(x[:1, :, :5]), channel_scales(x[1:, :, 5:])]))
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c.evens_keys], ids=lambda c: c.name)

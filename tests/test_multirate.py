@@ -18,7 +18,7 @@ from flowcache_core.kv.waiting import Waiting
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies import Motion, Multirate, Planned
-from flowcache_core.policies.multirate import RIVAL
+from flowcache_core.policies.multirate import COMPARISON
 from flowcache_core.policies.protocol import Outlook, PartPolicy, PlanPolicy, TokenPolicy
 from flowcache_core.run.footprint import footprint
 from flowcache_core.run.report import COMPUTED, REFRESHED, RunReport
@@ -344,8 +344,8 @@ def test_it_is_a_policy_of_plans_and_says_where_chunks_do_as_well() -> None:
     assert not isinstance(policy, TokenPolicy)
     assert not isinstance(Planned(), PartPolicy)
     assert not isinstance(Motion(), PartPolicy)
-    assert policy.forecast(outlook) == Multirate(share=0.3).forecast(outlook) == (RIVAL,)
-    assert "Chunkwise Cache did as well" in RIVAL
+    assert policy.forecast(outlook) == Multirate(share=0.3).forecast(outlook) == (COMPARISON,)
+    assert "Chunkwise Cache did as well" in COMPARISON
     timed = Multirate(seconds=40.0).timed(FILM, 1.0)
     assert 30 < timed.frames_computed(FILM) <= 40
 

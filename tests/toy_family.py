@@ -132,8 +132,8 @@ class ToyAdapter:
         grid = (call.chunk.frames, *self.token_grid(*call.x.shape[3:]))
         some = self._embed(call.x)[:, tokens]
         out = self._run(call, some, self.rotary.phases(call.chunk.start, grid[0], grid[1:])[tokens], attend)
-        said = self.network.toy_out(out)
-        whole = said.new_zeros(len(said), math.prod(grid), said.shape[2]).index_copy_(1, tokens, said)
+        patches = self.network.toy_out(out)
+        whole = patches.new_zeros(len(patches), math.prod(grid), patches.shape[2]).index_copy_(1, tokens, patches)
         return self._unfold(whole, grid), out - some
 
     def replay(self, call: Call, residual: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ NAME = "frontier"
 SHARES = (0.56, 0.40, 0.30, 0.20, 0.12)
 CONVERGED = 200
 CAUSAL, BIDIRECTIONAL = "block-causal", "bidirectional"
-RIVALS = ("steps", "steps-fractional", "steps-euler")
+BASELINES = ("steps", "steps-fractional", "steps-euler")
 MEASURES = ("psnr", "ssim", "lpips", "psnr_converged", "ssim_converged", "lpips_converged")
 
 Made = tuple[Tensor, RunReport]
@@ -178,10 +178,10 @@ def _reachable(share: float, steps: int) -> dict[str, Any]:
     return {"warmup_steps": max(1, min(5, round(share * steps) - 1)), "max_reuse": 1000}
 
 
-CAUSAL_ARMS = (*RIVALS, "even", "default", "motion", "threshold", "published-residual", "published-increment")
+CAUSAL_ARMS = (*BASELINES, "even", "default", "motion", "threshold", "published-residual", "published-increment")
 MAIN_ARMS = ("steps", "steps-fractional", "default", "motion")
 """Of these all films are made in the reduced grid."""
-BIDIRECTIONAL_ARMS = (*RIVALS, "even", "default")
+BIDIRECTIONAL_ARMS = (*BASELINES, "even", "default")
 BY_NAME = tuple(kind.name for kind in POLICIES if "share" in settings_of(kind))
 """Arms on request alone."""
 
@@ -232,7 +232,7 @@ def rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             **{m: v if v is None else round(v, 4 if m.startswith(("ssim", "lpips")) else 2) for m, v in values.items()},
         }  # fmt: skip
         for reference in ("", "_converged"):
-            others = {r: groups[setting, share, r] for r in RIVALS if r != arm and films.keys() <= groups.get((setting, share, r), {}).keys()}
+            others = {r: groups[setting, share, r] for r in BASELINES if r != arm and films.keys() <= groups.get((setting, share, r), {}).keys()}
             rival = max(others, default=None, key=lambda r: sum(others[r][key][f"psnr{reference}"] for key in films))
             row[f"gain{reference}"] = row[f"gain{reference}_se"] = None
             if rival is None:

@@ -26,7 +26,7 @@ NAME = "seam"
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """One way to extend. `frames`: pixel frames of the clip that are given; 0 gives all of it.
 
     rolled: the clip stays in place and the window rolls on. latents: its last latents become the first of a new film.
@@ -52,7 +52,7 @@ class Way:
         return film, decode(bundle, make(bundle, job, given=given)[0])[self.frames :]
 
 
-RULES = (Way("rolled", 0), Way("latents", 9), Way("latents", 17), Way("pixels", 9), Way("pixels", 17), Way("published", 17))
+RULES = (Method("rolled", 0), Method("latents", 9), Method("latents", 17), Method("pixels", 9), Method("pixels", 17), Method("published", 17))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": args.steps, "prompts": args.prompts, "dtype": bundle.dtype, "rows": measure(bundle, jobs, wanted)}
 
 
-def measure(bundle: Bundle, jobs: list[Job], rules: list[Way]) -> list[dict[str, Any]]:
+def measure(bundle: Bundle, jobs: list[Job], rules: list[Method]) -> list[dict[str, Any]]:
     """One row per rule, in grey levels of 255: `seam`, `ordinary` (all neighbouring frames), `boundary` (those that part two latent frames).
 
     `setting` is the number of given frames; share, psnr, ssim and wall_ratio have no meaning here and are null.

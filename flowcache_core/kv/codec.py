@@ -72,7 +72,7 @@ class Codec(ABC):
             return
         channel = state.get(CHANNEL) if which == "k" else None
         if channel is not None:
-            channel.copy_(torch.where(channel > 0, channel, evening(x)))
+            channel.copy_(torch.where(channel > 0, channel, channel_scales(x)))
         for start, end in _blocks(x):
             part = x[:, :, start:end]
             for name, value in self.encode(part if channel is None else part / channel).items():
@@ -232,7 +232,7 @@ def codec_of(name: str) -> Codec:
     raise ValueError(f"there is no {name!r} for keys and values: choose one of {', '.join(codec.name for codec in CODECS)}")
 
 
-def evening(k: Tensor) -> Tensor:
+def channel_scales(k: Tensor) -> Tensor:
     """Keys [B, H, n, D] -> float32 [B, H, 1, D]: the square root of each channel's largest magnitude over the mean of its head.
 
     Keys have a few large channels, and queries are often large in the same ones: of no scale, the whole one and its root

@@ -19,7 +19,7 @@ from .quantised import MARKER, Shaped, is_companion, plain_shapes, restored, sca
 from .shards import open_checkpoint
 from .shards import read as read
 
-STRANGERS = {
+OTHER_MODELS = {
     "lora_": "a LoRA: put it into models/loras and connect Load LoRA behind Load AR Video Model",
     "videodit_blocks.": "a MAGI-1 checkpoint",
     "vace_": "a VACE checkpoint",
@@ -83,7 +83,7 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     if found:
         return found[0]
     for other in looked:
-        _refuse_strangers(other, name)
+        _refuse_other_models(other, name)
     raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles()}: it has {_first(sorted(weights))}")
 
 
@@ -152,8 +152,8 @@ def _whole_config(family: Family, shapes: Shapes, name: str) -> Any:
     return config
 
 
-def _refuse_strangers(shapes: Shapes, name: str) -> None:
-    for part, what in STRANGERS.items():
+def _refuse_other_models(shapes: Shapes, name: str) -> None:
+    for part, what in OTHER_MODELS.items():
         if any(part in key for key in shapes):
             raise ValueError(f"{name} is {what}" if ":" in what else f"{name} is {what}: this loader knows {titles()} only")
 

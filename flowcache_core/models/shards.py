@@ -73,12 +73,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     stored: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        here, said = _header(file)
+        here, more = _header(file)
         if twice := sorted(stored.keys() & here.keys()):
             first = stored[twice[0]].file.name
             raise ValueError(f"{len(twice)} keys ({short(twice[0])}, ...) are both in {first} and in {file.name}: the shards are of different models")
         stored.update(here)
-        metadata.update(said)
+        metadata.update(more)
     if listed and listed != stored.keys():
         gone, extra = sorted(listed - stored.keys()), sorted(stored.keys() - listed)
         first = short((gone or extra)[0])

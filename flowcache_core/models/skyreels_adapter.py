@@ -59,8 +59,8 @@ class SkyReelsAdapter:
         frame = None if e.shape[1] == 1 else tokens // (grid[1] * grid[2])
         short = self.network.embed_some(call.x, tokens)
         out = self.network.stack(short, _per_token(e0, frame), call.text, self._rope(call)[tokens], attend)
-        said: Tensor = self.network.head(out, _per_token(e, frame))
-        velocity = said.new_zeros(len(said), math.prod(grid), said.shape[2]).index_copy_(1, tokens, said)
+        patches: Tensor = self.network.head(out, _per_token(e, frame))
+        velocity = patches.new_zeros(len(patches), math.prod(grid), patches.shape[2]).index_copy_(1, tokens, patches)
         return self.network.unfold(velocity, grid), out - short
 
     def replay(self, call: Call, residual: Tensor) -> Tensor:

@@ -101,9 +101,9 @@ class Motion:
             return self.chunkwise.decide(chunk, signals, state)
         base = self.chunkwise
         change = base.change(signals) if base.signature == "time" else signals.unread_change(base.signature)
-        return self._whole(state) if self._must(chunk, state) else self._fine(change, signals, state)
+        return self._whole(state) if self._must_compute(chunk, state) else self._fine(change, signals, state)
 
-    def _must(self, chunk: Chunk, state: ChunkState) -> bool:
+    def _must_compute(self, chunk: Chunk, state: ChunkState) -> bool:
         base, progress = self.chunkwise, chunk.step / chunk.steps
         return (
             state.computed < base.warmup_steps

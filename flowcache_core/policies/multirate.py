@@ -23,7 +23,7 @@ from ..settings import check, setting
 from .protocol import Compute, Decision, Outlook, Signals
 from .state import ChunkState
 
-RIVAL = "on the bundled model the plan of Chunkwise Cache did as well with the same budget"
+COMPARISON = "on the bundled model the plan of Chunkwise Cache did as well with the same budget"
 """At every share that was measured, in float32 (docs/measurements.md)."""
 
 
@@ -75,7 +75,7 @@ class Multirate:
         """Any number of steps will do."""
 
     def forecast(self, outlook: Outlook) -> tuple[str, ...]:
-        return (RIVAL,)
+        return (COMPARISON,)
 
     def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()

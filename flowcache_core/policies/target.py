@@ -21,7 +21,7 @@ from .chunkwise import Chunkwise
 from .forecast import headroom, on_rescaling
 from .protocol import Compute, Decision, Outlook, Signals
 from .state import ChunkState
-from .thresholds import Standing, computed_from, least_computed, nearest_threshold
+from .thresholds import ReuseState, computed_from, least_computed, nearest_threshold
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class Pace:
             self.waiting -= 1
         self._learn(chunk.step, change)
         here, others = self._expected(), [at for index, at in self.flying.items() if index != chunk.index]
-        rest = [(here, Standing(step, s.drift, s.reused_in_a_row, s.computed)) for step, s in others]
+        rest = [(here, ReuseState(step, s.drift, s.reused_in_a_row, s.computed)) for step, s in others]
         now = list(here)
         now[chunk.step] = change
-        rest.append((now, Standing(chunk.step, state.drift, state.reused_in_a_row, state.computed)))
+        rest.append((now, ReuseState(chunk.step, state.drift, state.reused_in_a_row, state.computed)))
 
         def total(threshold: float) -> int:
             begun = sum(computed_from(rule, threshold, changes, at) for changes, at in rest)

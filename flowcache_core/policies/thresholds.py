@@ -39,7 +39,7 @@ def decision_table(rule: Chunkwise, threshold: float, changes: Sequence[float]) 
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ReuseState:
     """Where a chunk stands before a step: its drift, its reused steps in a row, and how often it was computed."""
 
     step: int = 0
@@ -48,7 +48,7 @@ class Standing:
     computed: int = 0
 
 
-def computed_from(rule: Chunkwise, threshold: float, changes: Sequence[float], at: Standing = Standing()) -> int:
+def computed_from(rule: Chunkwise, threshold: float, changes: Sequence[float], at: ReuseState = ReuseState()) -> int:
     """How many of a chunk's steps the rule computes from `at` on: what `decision_table` counts, without making decisions."""
     steps, drift, row, done = len(changes), at.drift, at.reused_in_a_row, at.computed
     warmup, longest, always = rule.warmup_steps, rule.max_reuse, threshold == 0

@@ -64,12 +64,12 @@ def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas:
         run.predict(given.show(_part(x, before), rng), before)
         run.commit(before)
     plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
-    on_way = walks(schedule, plan, levels, solver, given.rng)
+    walk_of = walks(schedule, plan, levels, solver, given.rng)
     for row in schedule.rows:
         for chunk in row.active:
             clean = None
             if plan.computes(chunk):
-                walk = on_way[chunk.index]
+                walk = walk_of[chunk.index]
                 chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
                 arrived = _arrive(x, chunk, walk)
                 clean = _move(x, chunk, arrived, run.predict(arrived, chunk), walk, chosen)
@@ -80,7 +80,7 @@ def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas:
             if chunk.index < schedule.chunks - 1:
                 run.predict(_part(x, chunk), replace(chunk, step=chunk.steps))
             run.commit(chunk)
-            del on_way[chunk.index]
+            del walk_of[chunk.index]
     return x
 
 
@@ -172,7 +172,7 @@ def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedu
     """
     x, levels, rng = noise.clone(), tuple(sigmas), rng or given.start()
     plan = plan or Plan.full(schedule, together=True)
-    on_way, level_of = walks(schedule, plan, levels, solver, given.rng), (levels[0], *levels)
+    walk_of, level_of = walks(schedule, plan, levels, solver, given.rng), (levels[0], *levels)
     for row in schedule.rows:
         computed = [chunk for chunk in row.active if plan.computes(chunk)]
         if not computed:
@@ -183,7 +183,7 @@ def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedu
         velocity = predict(*_shown(x, schedule, row, level_of, given, rng), row)
         for chunk in row.active:
             mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
-            clean = _move(x, chunk, _part(x, chunk), mine, on_way[chunk.index]) if plan.computes(chunk) else None
+            clean = _move(x, chunk, _part(x, chunk), mine, walk_of[chunk.index]) if plan.computes(chunk) else None
             note(chunk, clean, x)
     return x
 

@@ -31,7 +31,7 @@ from ..models.shards import open_checkpoint
 from ..run.generate import Job
 from .dit import FRAMES, SIZE
 from .loop import Loop
-from .salience_clips import LEVELS, Clip, ClipStore, Drawn, Half, Sampled, Source, Spoken, check_job, read_embeddings
+from .salience_clips import LEVELS, Clip, ClipStore, Drawn, Half, Sampled, Source, WithEmbeddings, check_job, read_embeddings
 from .scenes import make_scene
 
 CLIPS, STEPS, BATCH = 48, 1500, 4
@@ -228,7 +228,7 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
     layout = replace(family.layout, chunk_frames=args.chunk_frames, window=args.window)
     model = Bundle(family, empty, no_vae, layout)
     if args.embeddings:
-        model = Spoken(family, empty, no_vae, layout, read_embeddings(args.embeddings, prompts, config.text_dim))
+        model = WithEmbeddings(family, empty, no_vae, layout, read_embeddings(args.embeddings, prompts, config.text_dim))
     job = Job("", frames=args.frames or 97, size=args.size or 544, steps=args.sample_steps, cfg=args.cfg or 6.0)
     check_job(job, model)
     Sampled(model, prompts, job)

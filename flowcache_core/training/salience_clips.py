@@ -143,7 +143,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Spoken(Bundle):
+class WithEmbeddings(Bundle):
     """A model whose text embeddings were computed beforehand, by prompt; "" is the empty one."""
 
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
