@@ -359,6 +359,6 @@ def error_of_attention(codec: Codec, scaled: Callable[[Tensor], Tensor]) -> floa
 @pytest.mark.parametrize("codec", [c for c in CODECS if c.evens_keys], ids=lambda c: c.name)
 def test_the_channel_scale_lessens_the_error_of_attention(codec: Codec) -> None:
     torch.manual_seed(1)
-    scaled = error_of_attention(codec, evening)
+    scaled = error_of_attention(codec, channel_scales)
     torch.manual_seed(1)
     assert scaled < error_of_attention(codec, lambda k: torch.ones_like(k[:, :, :1]))

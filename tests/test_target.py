@@ -15,7 +15,7 @@ from flowcache_core.policies import Chunkwise
 from flowcache_core.policies.protocol import Compute, Outlook, Signature
 from flowcache_core.policies.state import RunState
 from flowcache_core.policies.target import Found, Pace, Target, straight_changes
-from flowcache_core.policies.thresholds import Standing, computed_from, decision_table, least_computed, nearest_threshold
+from flowcache_core.policies.thresholds import ReuseState, computed_from, decision_table, least_computed, nearest_threshold
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
@@ -49,7 +49,7 @@ def test_counting_is_the_decision_table_counted() -> None:
         drift = 0.0
         for change in changes[at - row : at]:
             drift += change
-        assert computed_from(rule, threshold, changes, Standing(at, drift, row, sum(table[:at]))) == sum(table[at:])
+        assert computed_from(rule, threshold, changes, ReuseState(at, drift, row, sum(table[:at]))) == sum(table[at:])
 
 
 def test_no_threshold_comes_nearer_to_the_share_than_the_one_that_is_found() -> None:
