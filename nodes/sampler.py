@@ -31,12 +31,12 @@ class ARChunkSampler(io.ComfyNode):
                 io.Combo.Input("attention", options=[AUTO, CAUSAL, BIDIRECTIONAL], optional=True, advanced=True,
                                tooltip="Block-causal: a chunk sees itself and the KV cache of earlier chunks, so idle chunks cost nothing and "
                                        "caching works; a model trained bidirectionally then sees less than it is used to and makes another film. "
-                                       "Bidirectional: every frame of the window sees every other, and all of it runs in every row. "
+                                       "Bidirectional: every frame of a section sees every other, and all of it runs in every row. "
                                        "Auto: bidirectional for SkyReels-V2 checkpoints, block-causal for the bundled model."),
                 io.Int.Input("window_frames", default=0, min=0, max=100000, optional=True, advanced=True,
-                             tooltip="Bidirectional only: frames per window, 97 or 121 as published. 0: as trained."),
+                             tooltip="Bidirectional only: frames per section, 97 or 121 as published. 0: as trained."),
                 io.Int.Input("overlap_history", default=17, min=1, max=1000, step=4, optional=True, advanced=True,
-                             tooltip="Bidirectional only: the frames that a window takes over from the one before it. 17 as published."),
+                             tooltip="Bidirectional only: the frames that a section takes over from the one before it. 17 as published."),
                 io.Int.Input("addnoise_condition", default=20, min=0, max=999, optional=True, advanced=True,
                              tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. 20 as published, 0: clean."),
             ],
