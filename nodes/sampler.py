@@ -32,7 +32,7 @@ class ARChunkSampler(io.ComfyNode):
                                tooltip="Block-causal: a chunk sees itself and the KV cache of earlier chunks, so idle chunks cost nothing and "
                                        "caching works; a model trained bidirectionally then sees less than it is used to and makes another film. "
                                        "Bidirectional: every frame of a section sees every other, and all of it runs in every row. "
-                                       "Auto: bidirectional for SkyReels-V2 checkpoints, block-causal for the bundled model."),
+                                       "Auto: as the model was trained; SkyReels-V2 checkpoints bidirectional, the bundled model block-causal."),
                 io.Int.Input("window_frames", default=0, min=0, max=100000, optional=True, advanced=True,
                              tooltip="Bidirectional only: frames per section, 97 or 121 as published. 0: as trained."),
                 io.Int.Input("overlap_history", default=17, min=1, max=1000, step=4, optional=True, advanced=True,
