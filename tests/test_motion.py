@@ -405,7 +405,7 @@ def test_the_last_two_values_are_kept_token_by_token() -> None:
 class Fields:
     """A network that is a formula in the noise level; a refresh gives it for the tokens asked for."""
 
-    name, layers, heads, head_dim, width, rotary = "fields", 1, 1, 4, 4, None
+    name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "fields", 1, 1, 1, 4, 4, 4, None
     polynomial = ()
 
     def __init__(self, field: Callable[[float], Tensor]) -> None:
@@ -585,7 +585,7 @@ def test_films_of_a_batch_share_one_mask(net: SkyReelsV2, texts: Tensor, noise_o
 
 def test_a_model_that_cannot_refresh_is_refused(net: SkyReelsV2) -> None:
     class Plain:
-        name, layers, heads, head_dim, width, rotary = "plain", 1, 1, 4, 4, None
+        name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "plain", 1, 1, 1, 4, 4, 4, None
         tokens_per_frame = staticmethod(lambda height, width: 4)
         token_grid = staticmethod(lambda height, width: (2, 2))
         text = forward = replay = time_changes = staticmethod(lambda *unused: None)

@@ -361,7 +361,7 @@ def test_what_cannot_be_run_in_part_is_refused(net: SkyReelsV2, noise_of: Noise)
         Multirate().plan(FILM, together=True)
 
     class Plain:
-        name, layers, heads, head_dim, width, rotary = "plain", 1, 1, 4, 4, None
+        name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "plain", 1, 1, 1, 4, 4, 4, None
 
         def __init__(self) -> None:
             own = SkyReelsAdapter(net)

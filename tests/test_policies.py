@@ -241,7 +241,7 @@ def test_all_branches_follow_one_decision(
 class Fields:
     """An adapter whose network is a formula: velocity = field(sigma), the residual is the velocity as well."""
 
-    name, layers, heads, head_dim, width, rotary = "fields", 1, 1, 4, 4, None
+    name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "fields", 1, 1, 1, 4, 4, 4, None
     polynomial = ()
 
     def __init__(self, field: Callable[[float], Tensor]) -> None:
