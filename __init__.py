@@ -8,6 +8,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from comfy_api.latest import ComfyExtension
 
     from .nodes.chunkwise import ChunkwiseCache
+    from .nodes.compare import CompareRuns
     from .nodes.frames_in import ARVideoFramesIn
     from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
@@ -21,6 +22,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
         async def get_node_list(self):  # type: ignore[no-untyped-def]
             inputs = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn]
             caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
-            return [*inputs, *caches, ARChunkSampler, CacheReport, RefreshOverlay]
+            shown = [CacheReport, RefreshOverlay, CompareRuns]
+            return [*inputs, *caches, ARChunkSampler, *shown]
 
     return FlowCache()

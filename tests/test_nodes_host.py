@@ -50,6 +50,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheSampler",
         "FlowCacheReport",
         "FlowCacheOverlay",
+        "FlowCacheCompare",
     }
     for name, one in info.items():
         assert one["category"] == "FlowCache"

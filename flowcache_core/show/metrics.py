@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 
 def psnr(film: Tensor, reference: Tensor) -> float:
     """Two films [T, 3, H, W] in 0..1 -> dB, from the mean squared error of all pixels; 100 when they are equal."""
-    error = float((film.double() - reference.double()).square().mean())
+    return decibels(squared_error(film, reference))
+
+
+def squared_error(film: Tensor, reference: Tensor) -> float:
+    """Two tensors of one shape -> the mean of their squared difference, summed in float64."""
+    return float((film.double() - reference.double()).square().mean())
+
+
+def decibels(error: float) -> float:
+    """Mean squared error of values in 0..1 -> PSNR in dB; 100 where there is none."""
     return 100.0 if error == 0 else float(-10 * torch.tensor(error).log10())
 
 
@@ -46,16 +56,22 @@ def perceptual(film: Tensor, reference: Tensor) -> float | None:
         return float(network(film.float().cpu() * 2 - 1, reference.float().cpu() * 2 - 1).mean())
 
 
+def without_perceptual() -> str:
+    """Why there is no LPIPS here, as a sentence; "" where there is."""
+    if importlib.util.find_spec("lpips") is None:
+        return "LPIPS was left out: its package lpips is not installed (pip install lpips)."
+    if not list(Path(torch.hub.get_dir()).glob("checkpoints/alexnet-*.pth")):
+        return "LPIPS was left out: the weights of its AlexNet are not on this machine; python -c 'import lpips; lpips.LPIPS()' fetches them."
+    return ""
+
+
 @lru_cache(maxsize=1)
 def _lpips() -> Any:
-    if importlib.util.find_spec("lpips") is None:
+    if without_perceptual():
         return None
     import lpips
 
-    try:
-        return lpips.LPIPS(net="alex", verbose=False).eval()
-    except (OSError, RuntimeError):  # the backbone's weights are a download
-        return None
+    return lpips.LPIPS(net="alex", verbose=False).eval()
 
 
 def mean_and_error(values: Any) -> tuple[float, float | None]:

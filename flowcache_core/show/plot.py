@@ -157,8 +157,8 @@ def line_plot(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str,
         x, y = x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5
         draw.line((*place(x, y0), *place(x, y1)), GRID)
         draw.line((*place(x0, y), *place(x1, y)), GRID)
-        draw.text((place(x, y0)[0] - 12, height - bottom + 8), f"{x:.2f}", INK, font(12))
-        draw.text((16, place(x0, y)[1] - 8), f"{y:.1f}", INK, font(12))
+        draw.text((place(x, y0)[0] - 12, height - bottom + 8), f"{x:.{0 if x1 - x0 > 5 else 2}f}", INK, font(12))
+        draw.text((16, place(x0, y)[1] - 8), f"{y:.{1 if y1 - y0 > 1 else 3}f}", INK, font(12))
     draw.text((width // 2 - 60, height - 24), x_label, INK, font())
     draw.text((left, 4), y_label, INK, font())
     for n, (name, line) in enumerate(series.items()):
