@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from flowcache_core.models.wan_vae import latent_frames
+from flowcache_core.policies.presets import PLANS
+from flowcache_core.sampling.schedule import ChunkSchedule
+
 FOLDER = Path(__file__).parent.parent / "workflows"
 NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
 NOTES = {"Note", "MarkdownNote"}
@@ -57,3 +61,15 @@ def test_every_workflow_has_a_small_thumbnail(name: str) -> None:
     assert path.stat().st_size < 100_000
     with Image.open(path) as picture:
         assert picture.width >= 128
+
+
+def test_fewer_steps_of_prove_it_take_at_least_the_compute_of_the_cached_run_and_hardly_more() -> None:
+    """At the same share of a row between two chunks."""
+    _, api = both("prove_it")
+    whole, fewer = (api[key]["inputs"]["steps"] for key in ("8", "18"))
+    apart, closer = (api[key]["inputs"]["ar_step"] for key in ("14", "19"))
+    schedule = ChunkSchedule(latent_frames(api["4"]["inputs"]["length"]), 3, whole, apart)
+    plan = PLANS[api["5"]["inputs"]["preset"]].plan(schedule)
+    computed = sum(map(len, plan.computed))
+    assert schedule.chunks * (fewer - 1) < computed <= schedule.chunks * fewer
+    assert closer / fewer == apart / whole
