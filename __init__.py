@@ -17,12 +17,13 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.policy import CachePolicyByName
     from .nodes.report import CacheReport
     from .nodes.sampler import ARChunkSampler
+    from .nodes.save_video import SaveARVideo
 
     class FlowCache(ComfyExtension):
         async def get_node_list(self):  # type: ignore[no-untyped-def]
             inputs = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn]
             caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
-            shown = [CacheReport, RefreshOverlay, CompareRuns]
+            shown = [CacheReport, RefreshOverlay, CompareRuns, SaveARVideo]
             return [*inputs, *caches, ARChunkSampler, *shown]
 
     return FlowCache()
