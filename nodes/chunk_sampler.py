@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 
@@ -21,6 +22,7 @@ from .fit import require_ours
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
+from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
 
@@ -28,10 +30,19 @@ NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
 
 
+def conds_of(guider: Any) -> list[dict[str, Any]]:
+    """The texts of the branches that the guider evaluates, as far as that can be seen before a run."""
+    options = guider.model_options
+    changes = options.get("disable_cfg1_optimization") or comfy.patcher_extension.get_all_wrappers(
+        comfy.patcher_extension.WrappersMP.PREDICT_NOISE, options, is_model_options=True
+    )
+    alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds and not changes
+    return [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
+
+
 def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
     """How many texts the guider has, how long they are, and where the network will be."""
-    alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds
-    conds = [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
+    conds = conds_of(guider)
     tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
     patcher = guider.model_patcher
     return Place(
@@ -61,13 +72,16 @@ class ChunkSampler(comfy.samplers.Sampler):
                *args, **kwargs):  # type: ignore[no-untyped-def]  # fmt: skip
         """The host's OUTER_SAMPLE: settles the run before any weights move, and logs what it will hold; puts given frames back as they were."""
         model = require_ours(executor.class_obj.model_patcher, NODE)
+        require_one_model(executor.class_obj, NODE)
+        require_plain_texts(executor.class_obj, NODE)
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
-        logging.info(f"FlowCache: {run.held.sentence()}")
+        logging.info(f"FlowCache: {model.size_of(noise.shape)}; {run.held.sentence()}")
         with model.expecting(run):
             mine = replace(self, run=run)
             samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
         keep_given(samples, latent_image, prefix, suffix)
+        self.mailbox.sent(samples)
         return samples
 
     def settled(self, guider: Any, noise: torch.Tensor, latent_image: Any, sigmas: torch.Tensor, prefix: int, suffix: int, seed: int | None) -> Run:
@@ -97,10 +111,13 @@ class ChunkSampler(comfy.samplers.Sampler):
         x = model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         keep_given(x, latent_image, prefix, suffix)
         options = extra_args["model_options"]["transformer_options"]
+        options[BASE] = blocks_of(options)
 
         def evaluate(turn: Turn, part: torch.Tensor) -> torch.Tensor:
             options[TURN] = turn
-            return velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
+            out = velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
+            write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
+            return out
 
         progress = Progress(x, run.steps, run.chunks, self.node, callback, disable_pbar)
         try:
@@ -108,6 +125,7 @@ class ChunkSampler(comfy.samplers.Sampler):
                 samples, report = run.sample(x, evaluate, progress)
         finally:
             options.pop(TURN, None)
+            options.pop(BASE, None)
         self.mailbox.put(report)
         say([report.summary()])
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
@@ -161,6 +179,14 @@ def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: to
     comfy.model_management.throw_exception_if_processing_interrupted()
     clean = model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
     return (x - clean) / sigma if level else clean
+
+
+def write_the_rest(turn: Turn, guider: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict[str, Any]) -> None:
+    """A commit is for all branches, also for those that guidance leaves out at its noise level: nodes that change CFG, or texts for some steps."""
+    conds = {one["uuid"]: one for many in guider.conds.values() for one in many}
+    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider)) if branch in conds]:
+        always = [[{key: value for key, value in one.items() if not key.startswith("timestep_")}] for one in rest]
+        comfy.samplers.calc_cond_batch(guider.inner_model, always, x, sigma * x.new_ones(x.shape[0]), model_options)
 
 
 def keep_given(samples: torch.Tensor, source: torch.Tensor, prefix: int, suffix: int) -> None:

@@ -11,6 +11,7 @@ from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.models.checkpoint import titles
 from ..flowcache_core.policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from .host_model import HostModel
+from .other_nodes import require_served
 
 
 def require_ours(model: Any, node: str) -> HostModel:
@@ -19,11 +20,7 @@ def require_ours(model: Any, node: str) -> HostModel:
     if not isinstance(inner, HostModel):
         raise ValueError(f"{node} cannot serve a {type(inner).__name__} model: load it with the Load AR Video Model node ({titles()})")
     _require_fitting_lora(model, inner, node)
-    stacked = [key for kind in getattr(model, "wrappers", {}).values() for key in kind if key in ("easycache", "lazycache")]
-    if stacked:
-        raise ValueError(
-            f"{node} works by chunk, and {stacked[0]} skips steps without knowing of chunks, so they cannot work together: bypass one of the two"
-        )
+    require_served(model, node)
     return inner
 
 
@@ -48,9 +45,28 @@ def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
             f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for a matrix of {made_for}, this model has {shape}. "
             f"It was made for another size: use one for {inner.family.release(inner.diffusion_model.config)}, or bypass it"
         )
-    if getattr(model, "attachments", {}).get("lora_metadata") and not model.patches:
+    if _added_nothing(model):
         raise ValueError(
-            f"{node}: none of the LoRA's layers is in this model, so it would change nothing: it was made for another kind of model, or names "
-            f"its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, or use one with original or "
-            "kohya names"
+            f"{node}: none of the LoRA's layers is in this model, so it would change nothing (the log lists them as not loaded): it was made for "
+            f"another kind of model, or names its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, "
+            "or use one with original or kohya names"
         )
+
+
+def _added_nothing(model: Any) -> bool:
+    """Whether a node gave a MODEL patches of weights of which none fits: the host marks the clone as patched, and its patches stay the same."""
+    before = getattr(model, "parent", None)
+    if before is None:
+        return False
+    marked = model.patches_uuid != before.patches_uuid and _others(model) == _others(before)
+    return (marked and _count(model) == _count(before)) or _added_nothing(before)
+
+
+def _count(model: Any) -> int:
+    return sum(map(len, model.patches.values()))
+
+
+def _others(model: Any) -> tuple[Any, ...]:
+    """What else marks a MODEL as patched: another dtype of computation, wrapped weights, hooks."""
+    wrapped = {name: len(some) for name, some in model.weight_wrapper_patches.items()}
+    return "manual_cast_dtype" in model.object_patches, model.object_patches.get("manual_cast_dtype"), wrapped, set(model.hook_patches)

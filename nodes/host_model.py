@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import comfy.conds
@@ -33,6 +34,11 @@ class HostModel(comfy.model_base.BaseModel):
     def adapter(self) -> ModelAdapter:
         return self.family.adapter(self.diffusion_model, self.get_dtype_inference())
 
+    def size_of(self, shape: Sequence[int]) -> str:
+        """What a film of latents [films, C, F, h, w] measures, in words: stock nodes count frames and pixels in other ways."""
+        frames, side = self.family.frames.pixel(shape[2]), self.family.latents.spatial
+        return f"a film of {frames} frames, {shape[4] * side} x {shape[3] * side} pixels"
+
     @contextmanager
     def expecting(self, run: Run) -> Iterator[None]:
         """Until the block ends, or the run begins (`begun`), estimates of memory are of this run."""
@@ -61,6 +67,28 @@ class HostModel(comfy.model_base.BaseModel):
         return super().memory_required([batch, input_shape[1], run.longest, *input_shape[3:]], cond_shapes) + run.held.held
 
 
+class Exactly(int):
+    """Channels that latents have to come with. The host repeats empty latents to the number that it finds different, which would make a film of
+    any kind of latent, of another length and size than was asked for."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+@lru_cache
+def film_format(name: str) -> Any:
+    """The host's latent format, but pictures and other kinds of latents stay what they are, so that the sampler can refuse them."""
+    base = getattr(comfy.latent_formats, name)
+    return type(name, (base,), {"latent_channels": Exactly(base.latent_channels), "latent_dimensions": 0})
+
+
+class Sizes(dict[str, Any]):
+    """Sizes of the network, as the host keeps them. Nodes that ask for one of a U-Net are told that this is none."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"a node asks for {key}, which a U-Net has, as FreeU does: this model is a transformer, so bypass that node")
+
+
 class HostConfig(comfy.supported_models_base.BASE):
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}
@@ -68,9 +96,10 @@ class HostConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, found: Found, quantised: bool, operations: Any = None) -> None:
         self.found = found
-        self.latent_format = getattr(comfy.latent_formats, found.family.latents.host_format)
+        self.latent_format = film_format(found.family.latents.host_format)
         self.sampling_settings = {"shift": found.family.noise.shift}
         super().__init__({"config": found.config})
+        self.unet_config = Sizes(self.unet_config)
         self.memory_usage_factor = found.config.dim / 2222
         self.quant_config = {"mixed_ops": True} if quantised else None
         self.custom_operations = operations

@@ -51,6 +51,8 @@ class EmptyARVideoLatent(io.ComfyNode):
         said = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
         if frames != asked:
             said += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
+        if short := latents % layout.chunk_frames:
+            said += f"; the last chunk has {short} latent frame{'s' * (short > 1)}, not {layout.chunk_frames} as in training"
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui=ui.PreviewText(said))

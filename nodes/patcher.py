@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
 import torch
+from comfy.cli_args import args
 
+from ..flowcache_core.device import fast_dtype
 from ..flowcache_core.models.family import AUTO
 from ..flowcache_core.models.quantised import FLOAT8, is_companion
 from .around_run import outer_sample
@@ -24,7 +27,8 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
 
     `family`: its name, where the user says so; otherwise what the file says.
 
-    fp8 matrices stay fp8; everything else has the dtype that the host chooses, or computes in. Without a conversion, weights
+    fp8 matrices stay fp8; everything else has the dtype that the host chooses, or computes in; on a processor a bfloat16 file stays bfloat16 where
+    that is multiplied natively. Without a conversion, weights
     stay views of the mapped file.
     """
     file = open_model(path, name, family)
@@ -38,6 +42,9 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
         parameters = comfy.utils.calculate_parameters(file.weights)
         dtype = comfy.model_management.unet_dtype(None, parameters, supported, None if quantised else stored)
     cast = comfy.model_management.unet_manual_cast(None if quantised else dtype, device, supported)
+    if stored == dtype_of_processor(device):
+        dtype, cast = stored, None
+    logging.info(f"FlowCache: {name} is computed in {str(cast or dtype).removeprefix('torch.')} on {device}")
     host.set_inference_dtype(dtype, cast)
     model = HostModel(host, file.layout, None if quantised else torch.device("meta"))
     plain = disable_dynamic or file.patcher is not None
@@ -55,6 +62,15 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     patcher = file.patcher(patcher) if file.patcher else patcher
     patcher.cached_patcher_init = (load, (path, name, family))
     return patcher
+
+
+def dtype_of_processor(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where a processor multiplies it natively: the host would take float32, which needs twice the time and memory. None where the host
+    decides: on other devices, and where it was started with a dtype (--fp32-unet)."""
+    named = any(getattr(args, name, False) for name in ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32", "force_fp16"))
+    if named or not comfy.model_management.is_device_cpu(device) or fast_dtype() == torch.float32:
+        return None
+    return fast_dtype()
 
 
 def _placed(key: str, weight: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, blocks: str) -> torch.Tensor:

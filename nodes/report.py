@@ -24,7 +24,7 @@ class CacheReport(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 Report.Input("report", tooltip="The report output of AR Chunk Sampler."),
-                io.Latent.Input("latent", tooltip="The sampled latent: it makes this node wait for the run."),
+                io.Latent.Input("latent", tooltip="The sampled latent: the report is of the run that made it."),
             ],
             outputs=[
                 io.String.Output(display_name="text"),
@@ -36,11 +36,9 @@ class CacheReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
-        if report.report is None:
-            raise ValueError("this sampler has not run yet: connect latent to the output of the SamplerCustomAdvanced that uses it")
-        done = report.report
+        name, done = report.of(latent["samples"])
         steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
-        said = report.name + done.text()
+        said = name + done.text()
         shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
         if done.history.frames:
             shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]

@@ -116,7 +116,8 @@ def dense(net: SkyReelsV2, texts: Tensor) -> Dense:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with Host(tmp_path_factory.mktemp("comfy")) as running:
+    """In float32, in which films are compared with those of the core."""
+    with Host(tmp_path_factory.mktemp("comfy"), options=("--fp32-unet",)) as running:
         yield running
 
 

@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ Graph = dict[str, dict[str, Any]]
 class Host:
     """A ComfyUI process with this pack alone, in a base folder of its own."""
 
-    def __init__(self, base: Path, pack: Path | None = None) -> None:
+    def __init__(self, base: Path, pack: Path | None = None, options: Sequence[str] = ()) -> None:
         self.base, self.log = base, base / "host.log"
         for folder in ("custom_nodes", "input", "output", "temp", "user"):
             (base / folder).mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ class Host:
         tree, launch = Path(os.environ["COMFYUI_PATH"]).absolute(), os.environ.get("COMFYUI_LAUNCH")
         command = [os.environ["COMFYUI_PYTHON"], *([launch, str(tree)] if launch else [str(tree / "main.py")])]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-auto-launch", "--cpu", *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
+        command += ["--disable-auto-launch", "--cpu", *options, *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

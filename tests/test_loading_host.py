@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowcache_core.device import fast_dtype
 from flowcache_core.models import bundle
 from flowcache_core.models.shards import open_checkpoint
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
-from tests.host import NEEDS_HOST, PACK, Graph, Host, error_of, node, put, refused, small, without_cache
+from flowcache_core.models.wan_vae import normalise
+from flowcache_core.run.generate import generate
+from tests.host import NEEDS_HOST, PACK, Graph, Host, HostJob, after_loader, error_of, node, put, refused, small, without_cache
 from tests.test_layouts import diffusers, sharded
 
 pytestmark = NEEDS_HOST
@@ -198,10 +201,39 @@ def test_a_lora_for_another_size_is_refused_before_sampling(host: Host, graph: G
     refused(host, with_lora(graph, "wide.safetensors"), r"1 layers of the LoRA do not fit, such as blocks.0.self_attn.q.weight: .*\(5120, 5120\)")
 
 
-def test_a_lora_of_another_kind_is_refused_when_its_file_has_metadata(host: Host, graph: Graph) -> None:
-    lora_file(host.base / "models" / "loras" / "flux.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (9, 3)}, metadata={"format": "pt"})
+@pytest.mark.parametrize("metadata", [{"format": "pt"}, None])
+def test_a_lora_of_another_kind_is_refused(host: Host, graph: Graph, metadata: dict[str, str] | None) -> None:
+    lora_file(host.base / "models" / "loras" / "flux.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (9, 3)}, metadata=metadata)
     refused(host, with_lora(graph, "flux.safetensors"), "none of the LoRA's layers is in this model")
     assert "lora key not loaded" in log_of(host)
+
+
+def test_a_lora_of_another_kind_beside_one_that_fits_is_refused(host: Host, graph: Graph) -> None:
+    width = open_checkpoint(bundle.NETWORK).slots[KEY].shape[0]
+    lora_file(host.base / "models" / "loras" / "flux.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (9, 3)})
+    lora_file(host.base / "models" / "loras" / "own.safetensors", {"diffusion_model.blocks.0.self_attn.q": (width, width)})
+    both = after_loader(with_lora(graph, "own.safetensors"), "LoraLoaderModelOnly", lora_name="flux.safetensors", strength_model=1.0)
+    refused(host, both, "none of the LoRA's layers is in this model")
+
+
+def test_the_bundled_model_is_computed_in_the_dtype_that_suits_the_machine(host: Host, graph: Graph) -> None:
+    made = put(put(graph, "FlowCacheLatent", width=64, height=64), "RandomNoise", noise_seed=4)
+    film, kind = normalise(host.latents(made)), fast_dtype()
+    assert f"tiny-skyreels (bundled) is computed in {str(kind).removeprefix('torch.')} on cpu" in log_of(host)
+    text, negative = (made[made[node(made, "CFGGuider")]["inputs"][end][0]]["inputs"]["text"] for end in ("positive", "negative"))
+    ours, _ = generate(bundle.load_bundle(kind), HostJob(text, frames=17, steps=3, seed=4, size=64, negative=negative))
+    assert (film - ours).square().mean() < 1e-3 * ours.square().mean()
+
+
+def test_another_dtype_of_computation_is_no_lora(host: Host, graph: Graph) -> None:
+    assert torch.isfinite(host.latents(after_loader(graph, "ModelComputeDtype", dtype="fp32"))).all()
+
+
+def test_a_damaged_weight_is_named(host: Host, models: Path, graph: Graph, weights: Weights) -> None:
+    broken = {key: weight.clone() for key, weight in weights.items()}
+    broken["blocks.1.ffn.2.weight"][3, 4] = float("nan")
+    save_file(broken, models / "nan.safetensors")
+    refused(host, with_model(graph, "nan.safetensors"), r"blocks\.1\.ffn\.2\.weight holds such values\. The file is damaged")
 
 
 def test_what_does_not_belong_together_is_refused(host: Host, models: Path, graph: Graph, weights: Weights) -> None:

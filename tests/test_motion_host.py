@@ -45,7 +45,7 @@ def test_motion_cache_spends_its_share_by_token_and_repeats_bit_for_bit(host: Ho
     report = report_of(host, made)
     assert 0.1 < report["share"] <= 0.13 + 1e-6
     assert report["chunk_steps_refreshed"] > 0
-    assert report["host_syncs"] == 0
+    assert report["host_syncs"] == 1, "one look at the first output"
     assert torch.equal(host.latents(made), host.latents(put(made, "FlowCacheSampler", fps="24")))
 
 

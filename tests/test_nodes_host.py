@@ -224,7 +224,7 @@ def test_two_samplers_of_equal_settings_keep_their_own_reports(host: Host, graph
 
 def test_easycache_before_chunkwise_is_refused(host: Host, graph: Graph) -> None:
     easy = after_loader(graph, "EasyCache", reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
-    refused(host, easy, "easycache skips steps without knowing of chunks, so they cannot work together: bypass one of the two")
+    refused(host, easy, "easycache skips steps without knowing of chunks, so they cannot work together; bypass that node")
 
 
 def test_easycache_after_chunkwise_is_refused(host: Host, graph: Graph) -> None:
@@ -301,6 +301,56 @@ def test_noise_levels_that_do_not_fall_are_refused(host: Host, graph: Graph, lev
     sigmas = {"class_type": "ManualSigmas", "inputs": {"sigmas": levels}}
     refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["sigmas", 0]), "sigmas": sigmas}, said)
     refused(host, put(graph, "BasicScheduler", steps=1200), "every step has to lower it; ask the scheduler for fewer steps")
+
+
+def test_without_a_step_nothing_runs_and_no_report_of_another_run_is_shown(host: Host, graph: Graph) -> None:
+    graph = put(graph, "RandomNoise", noise_seed=41)
+    assert "of 4 chunk-steps" in said(host, graph, "FlowCacheReport")
+    refused(host, put(graph, "BasicScheduler", denoise=0.0), "there is no report of this latent.*with empty sigmas nothing runs")
+    one = {"class_type": "SplitSigmas", "inputs": {"sigmas": [node(graph, "BasicScheduler"), 0], "step": 0}}
+    refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["one", 0]), "one": one}, "AR Chunk Sampler got 0 steps: set at least 1")
+
+
+def test_a_report_belongs_to_its_latent_whichever_run_was_last(host: Host, graph: Graph) -> None:
+    first = said(host, put(graph, "RandomNoise", noise_seed=42), "FlowCacheReport")
+    assert first.split("\n")[1:] != said(host, small(graph, 3), "FlowCacheReport").split("\n")[1:]
+    clean = copy.deepcopy(graph)
+    clean[node(graph, "FlowCacheReport")]["inputs"]["latent"][1] = 1
+    assert "of 4 chunk-steps" in said(host, clean, "FlowCacheReport"), "the predicted clean latents will do"
+
+
+EMPTY = {"width": 128, "height": 128, "batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "sentence"),
+    [
+        ("EmptyLatentImage", EMPTY, r"needs a video latent .*got \(1, 4, 16, 16\): use Empty AR Video Latent"),
+        ("EmptySD3LatentImage", EMPTY, r"needs a video latent .*got \(1, 16, 16, 16\)"),
+        ("EmptyLatentAudio", {"seconds": 1.0, "batch_size": 1}, "needs a video latent"),
+        ("EmptyAceStepLatentAudio", {"seconds": 1.0, "batch_size": 1}, "needs a video latent"),
+        ("EmptyMochiLatentVideo", {**EMPTY, "length": 25}, "the latents have 12 channels, and those of SkyReels-V2 diffusion forcing have 16"),
+        ("EmptyLTXVLatentVideo", {**EMPTY, "length": 25}, "the latents have 128 channels"),
+        ("EmptyHunyuanVideo15Latent", {**EMPTY, "length": 25}, "the latents have 32 channels"),
+    ],
+)
+def test_latents_of_another_kind_are_refused(host: Host, graph: Graph, kind: str, inputs: dict[str, Any], sentence: str) -> None:
+    other = {**put(graph, "SamplerCustomAdvanced", latent_image=["empty", 0]), "empty": {"class_type": kind, "inputs": inputs}}
+    refused(host, other, sentence)
+
+
+def test_latents_of_film_and_sound_together_are_refused(host: Host, graph: Graph) -> None:
+    sound = {"class_type": "EmptyLatentAudio", "inputs": {"seconds": 1.0, "batch_size": 1}}
+    both = {"class_type": "LTXVConcatAVLatent", "inputs": {"video_latent": [node(graph, "FlowCacheLatent"), 0], "audio_latent": ["sound", 0]}}
+    refused(host, {**put(graph, "SamplerCustomAdvanced", latent_image=["both", 0]), "both": both, "sound": sound}, "needs a video latent")
+
+
+def test_empty_latents_of_the_same_kind_run_and_their_size_is_told(host: Host, graph: Graph) -> None:
+    same = {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 96, "length": 13, "batch_size": 1}}
+    done = host.run({**put(put(graph, "SamplerCustomAdvanced", latent_image=["same", 0]), "RandomNoise", noise_seed=43), "same": same})
+    assert done["status"]["status_str"] == "success", error_of(done)
+    assert "a film of 13 frames, 64 x 96 pixels" in host.log.read_text()
+    assert "the last chunk has 1 latent frame, not 3 as in training" in json.dumps(done["outputs"][node(graph, "FlowCacheReport")]["text"])
 
 
 def test_split_noise_levels_are_refused(host: Host, graph: Graph) -> None:

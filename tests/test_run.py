@@ -12,7 +12,10 @@ from torch import Tensor
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.policies.chunkwise import Chunkwise
+from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.planned import Planned
+from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.run import Run, Turn
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.noise import flow_sigmas
@@ -78,3 +81,48 @@ def test_a_bidirectional_run_counts_every_step_too(run: Run, noise_of: Callable[
     film, report = replace(run, film=sections, policy=Planned(share=0.6)).sample(noise_of(12), evaluate(texts))
     assert film.shape[2] == 12
     assert int((report.map != 0).sum()) == sum(section.schedule.chunk_steps for section in sections)
+
+
+def test_a_run_that_ends_without_its_steps_does_not_end_in_success(
+    run: Run, noise_of: Callable[..., Tensor], texts: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowcache_core.run.run.sample_chunks", lambda denoiser, x, *rest: x)
+    with pytest.raises(RuntimeError, match="ended after 0 of 8 chunk-steps, with 0 tokens computed"):
+        run.sample(noise_of(6), evaluate(texts))
+    monkeypatch.setattr("flowcache_core.run.run.sample_sections", lambda denoiser, x, *rest: x)
+    with pytest.raises(RuntimeError, match="its latents are no film"):
+        replace(run, film=sections_of(12, 3, 4, 2, 9, 3)).sample(noise_of(12), evaluate(texts))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_named_at_the_first_step(
+    run: Run, make_net: Callable[..., SkyReelsV2], noise_of: Callable[..., Tensor], texts: Tensor, value: float
+) -> None:
+    damaged, calls = make_net(), []
+    damaged.blocks[1].ffn[0].weight[3, 5] = value
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.ffn\.0\.weight holds such values\. The file is damaged"):
+        replace(run, adapter=SkyReelsAdapter(damaged)).sample(noise_of(6), lambda turn, x: calls.append(turn) or evaluate(texts)(turn, x))
+    assert len(calls) == 1
+
+
+def test_a_text_that_is_no_numbers_is_not_blamed_on_the_file(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="All weights are numbers: in float32 something became too large, or the text holds it"):
+        run.sample(noise_of(6), evaluate(texts * float("nan")))
+
+
+def test_looking_at_the_first_output_is_one_wait_of_a_run(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
+    assert run.sample(noise_of(6), evaluate(texts))[1].host_syncs == 1
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"), [(7, "the last chunk has 1 latent frame, not 3 as in training: whole chunks end at 21 or 33 frames"), (6, "")]
+)
+def test_a_short_last_chunk_is_said(run: Run, noise_of: Callable[..., Tensor], texts: Tensor, frames: int, said: str) -> None:
+    report = replace(run, film=ChunkSchedule(frames, 3, 4, 2)).sample(noise_of(frames), evaluate(texts))[1]
+    assert said in report.notes if said else not report.notes
+
+
+@pytest.mark.parametrize("policy", [Chunkwise(warmup_steps=9), Motion(base=Chunkwise(warmup_steps=9))], ids=lambda policy: policy.title)
+def test_a_warm_up_as_long_as_the_run_is_said(run: Run, noise_of: Callable[..., Tensor], texts: Tensor, policy: CachePolicy) -> None:
+    report = replace(run, policy=policy, sigmas=flow_sigmas(9), film=replace(FILM, steps=9)).sample(noise_of(6), evaluate(texts))[1]
+    assert any("of 9 steps per chunk 9 are always computed, so none can be reused" in note for note in report.notes)

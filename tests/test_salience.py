@@ -79,6 +79,16 @@ def head_file(tmp_path: Path) -> Path:
     return tmp_path / "head.safetensors"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_damaged_head_is_refused_with_the_tensor_that_is(tmp_path: Path, value: float) -> None:
+    head = a_head()
+    with torch.no_grad():
+        head.layer(1).fc1.weight[0, 1] = value
+    head.save(tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"nan\.safetensors is damaged: layers\.1\.fc1\.weight holds NaN or infinity"):
+        SalienceHead.load(tmp_path / "nan.safetensors")
+
+
 # what is taught
 
 

@@ -148,24 +148,37 @@ class CachedAttention:
     refreshed tokens meet the fresh slots and the old ones of their own chunk. With a `keeper` and the `chunk`, slots beyond
     the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the slots
     of its other tokens are written too, as they would be by now. With `ranges`, one per branch, each branch sees no more than its own.
+    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone.
     """
 
     def __init__(self, cache: KVCache, batch: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
                  keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None,
-                 ranges: tuple[Range | None, ...] = ()) -> None:  # fmt: skip
-        self.cache, self.batch, self.first, self.end, self.ranges = cache, batch, first, end, ranges
+                 ranges: tuple[Range | None, ...] = (), aside: bool = False) -> None:  # fmt: skip
+        self.cache, self.batch, self.first, self.end, self.ranges, self.aside = cache, batch, first, end, ranges, aside
         self.at = slice(start, end) if tokens is None or waiting else tokens + start
         self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        keys, values = self._beside(layer, k, v) if self.aside else self._written(layer, k, v)
+        if self.keeper is None or self.chunk is None:
+            return self._ranged(q, keys, values)
+        return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+
+    def _written(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots that are seen, after those of the call are written."""
         if self.waiting and isinstance(self.at, slice):
             self.waiting.write(layer, (k, v), self.cache.own(layer, self.batch, self.at, k))
         else:
             self.cache.write(layer, self.batch, self.at, k, v)
-        keys, values = self.cache.read(layer, self.batch, self.first, self.end)
-        if self.keeper is None or self.chunk is None:
-            return self._ranged(q, keys, values)
-        return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+        return self.cache.read(layer, self.batch, self.first, self.end)
+
+    def _beside(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots that are seen, with the fresh ones in a copy."""
+        seen = self.cache.read(layer, self.batch, self.first, self.end)
+        if isinstance(self.at, slice):
+            before = self.at.start - self.first
+            return torch.cat([seen[0][:, :, :before], k], 2), torch.cat([seen[1][:, :, :before], v], 2)
+        return seen[0].index_copy(2, self.at - self.first, k), seen[1].index_copy(2, self.at - self.first, v)
 
     def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         firsts = [self.first if one is None else one.first for one in self.ranges for _ in range(self.cache.sizes.films)]
@@ -252,17 +265,22 @@ class KVStore:
         """What the slots of a history under a budget take, wherever they lie."""
         return sum(cache.history_bytes(self.layout.kept) for cache in self._caches)
 
-    def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None) -> CachedAttention:
-        """What the network attends with when these branches of a chunk run. Raises ValueError where one of them has no history."""
+    def attention(self, branches: Branches, chunk: Chunk, tokens: Tensor | None = None, replaced: bool = False,
+                  aside: bool = False) -> CachedAttention:  # fmt: skip
+        """What the network attends with when these branches of a chunk run. Raises ValueError where one of them has no history.
+
+        `replaced`: with other blocks than the network's own, so that nothing is drawn on from their keys and values; `aside`: after the
+        branches have run at this step, which leaves the cache as it is.
+        """
         place = self.layout.begin(chunk.index)
         ranges = self._ranges(branches, chunk)
         self._require_history(branches, chunk, ranges)
         cache, batch = self.of(branches)
         waiting = None
-        if self.waits(chunk.index) and not chunk.committing:
+        if self.waits(chunk.index) and not (chunk.committing or replaced or aside):
             waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
-        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges)
+        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges, aside)
 
     def _require_history(self, branches: Branches, chunk: Chunk, ranges: tuple[Range | None, ...]) -> None:
         """Notes that the branches ran for the chunk. Raises ValueError for one that did not run for an earlier chunk that it sees."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,15 @@ class NetworkConfig(Protocol):
     @property
     def text_dim(self) -> int:
         """Channels of the text embeddings that it takes."""
+        ...
+
+
+@runtime_checkable
+class OpenBlocks(Protocol):
+    """A network whose blocks a host may skip or replace, one by one."""
+
+    def through(self, layer: int, block: Any, tokens: Tensor, e0: Any, text: Any, rope: Any, attend: Any) -> Tensor:
+        """Tokens [B, T, d] through one block, with what it is given beside them -> the same shape. `stack` calls it for every block."""
         ...
 
 

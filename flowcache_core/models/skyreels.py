@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -239,8 +239,13 @@ class SkyReelsV2(nn.Module):
     def stack(self, tokens: Tensor, e0: Tensor, text: TextKV, rope: Tensor, attend: Attend) -> Tensor:
         """All blocks. tokens [B, T, d], e0 [B, F, 6, d] with F dividing T, rope [T, 64] -> [B, T, d]."""
         for layer, block in enumerate(self._blocks):
-            tokens = block(tokens, e0, text[layer], rope, lambda q, k, v, x, layer=layer: attend(layer, q, k, v, x))
+            tokens = self.through(layer, block, tokens, e0, text[layer], rope, partial(attend, layer))
         return tokens
+
+    def through(self, layer: int, block: Block, tokens: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Attention) -> Tensor:
+        """One block; a host may put something else in its place."""
+        out: Tensor = block(tokens, e0, text, rope, attend)
+        return out
 
     def velocity(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [B, T, d] -> velocity (noise - clean) [B, C, F, h, w]; `grid`: frames, h/2, w/2."""

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.tokens import normalised
+from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .chunkwise import Chunkwise
-from .protocol import Compute, Decision, Measure, Refresh, Replay, Reuse, Signals, Signature
+from .forecast import headroom
+from .protocol import Compute, Decision, Measure, Outlook, Refresh, Replay, Reuse, Signals, Signature
 from .state import ChunkState
 
 BUCKETS = 16
@@ -102,6 +104,15 @@ class Motion:
         base = self.chunkwise
         change = base.change(signals) if base.signature == "time" else signals.unread_change(base.signature)
         return self._whole(state) if self._must_compute(chunk, state) else self._fine(change, signals, state)
+
+    def check_run(self, steps: int) -> None:
+        """Any number of steps will do."""
+
+    def forecast(self, outlook: Outlook) -> tuple[str, ...]:
+        return headroom(self.chunkwise, outlook.steps) if self.threshold else ()
+
+    def findings(self, memory: RunMemory) -> tuple[str, ...]:
+        return ()
 
     def _must_compute(self, chunk: Chunk, state: ChunkState) -> bool:
         base, progress = self.chunkwise, chunk.step / chunk.steps

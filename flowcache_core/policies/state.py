@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,25 @@ class ChunkState:
     decision: Decision | None = None
     predictions: dict[Hashable, tuple[Prediction, ...]] = field(default_factory=dict)
     run: RunMemory = field(default_factory=RunMemory)
+    ran: dict[Hashable, int] = field(default_factory=dict)
+    """By branch, how often it was evaluated at the step `ran_at`."""
+    ran_at: int = -1
+
+    def arrive(self, step: int, branches: Sequence[Hashable]) -> int:
+        """One more evaluation of these branches -> how many there were before it at this step.
+
+        Raises RuntimeError where some of them have run and others have not: the chunk would then see keys of two evaluations.
+        """
+        if self.ran_at != step:
+            self.ran, self.ran_at = {}, step
+        before = {self.ran.get(branch, 0) for branch in branches}
+        if len(before) > 1 and 0 in before:
+            raise RuntimeError(
+                "a guidance node evaluated some branches of a step again together with others for the first time, which cannot be told apart from "
+                "the step itself: bypass that node"
+            )
+        self.ran |= {branch: self.ran.get(branch, 0) + 1 for branch in branches}
+        return max(before)
 
     def keep(self, branches: Hashable, sigma: float, value: Tensor, fresh: Tensor | None = None) -> None:
         """Remember a computed step, or its `fresh` part; the last two of every token are enough for a linear prediction."""

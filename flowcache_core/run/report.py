@@ -129,7 +129,12 @@ class RunReport:
 
     @property
     def chunk_steps(self) -> int:
-        return int((self.map != NOT_RUN).sum()) + self._idle
+        return self.steps_told + self._idle
+
+    @property
+    def steps_told(self) -> int:
+        """Steps of chunks of which it is known what became of them; idle chunks of a bidirectional row are not among them."""
+        return int((self.map != NOT_RUN).sum())
 
     @property
     def chunk_steps_computed(self) -> int:

@@ -7,8 +7,7 @@ guider or `generate`, is given a turn for every evaluation, and calls `turn.deno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -21,6 +20,7 @@ from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
 from ..models.adapter import ModelAdapter, OwnTexts, require_bidirectional, require_time, require_tokens
 from ..models.family import Family
+from ..models.numbers import finite, not_numbers
 from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, Forecasts, PartPolicy, SignaturePolicy, TokenPolicy
 from ..sampling.chunk import Chunk
@@ -47,8 +47,17 @@ class Turn(Protocol):
         """Of the chunk; in a section, of the one that is least far. The number of steps in the pass over a finished chunk."""
         ...
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
-        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings."""
+    @property
+    def committing(self) -> bool:
+        """Whether it is the pass over a finished chunk, which writes history."""
+        ...
+
+    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        """Of these branches and all that have run before, those that a committing turn has not run yet: later chunks would lack their keys."""
+        ...
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
+        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings; `blocks`: as in `Session.denoise`."""
         ...
 
 
@@ -221,8 +230,17 @@ class Run:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
         make = self._by_section if self.sections else self._by_chunk
         latents, report = make(x, evaluate, observer or NoObserver())
+        self._require_complete(report)
         report.expected, report.pixels = self.held, self.family.frames
         return latents, report
+
+    def _require_complete(self, report: RunReport) -> None:
+        """Raises RuntimeError for a run that ended without all of its steps, or without an evaluation: its film is not one."""
+        if report.steps_told != self.steps or not report.tokens_computed:
+            raise RuntimeError(
+                f"the run ended after {report.steps_told} of {self.steps} chunk-steps, with {report.tokens_computed} tokens computed: its latents "
+                "are no film. Something stands between the sampler and the network: bypass the nodes that patch the model"
+            )
 
     def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
         grid, noise = (x.shape[3], x.shape[4]), self.family.noise
@@ -242,16 +260,21 @@ class Run:
             return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given), session.report
 
 
-@contextmanager
-def through_session(session: Session | SectionSession) -> Iterator[None]:
-    """Around an evaluation. Raises RuntimeError where it did not come by the session: the film would be of something else, and nothing counted."""
+def through_session(session: Session | SectionSession, evaluate: Callable[[], Tensor]) -> Tensor:
+    """What an evaluation gives. Raises RuntimeError where it did not come by the session: the film would be of something else, and nothing
+    counted; and for a first one that is not made of numbers, with the weight that is not. To know that, the host waits once a run."""
     before = session.evaluations
-    yield
+    velocity = evaluate()
     if session.evaluations == before:
         raise RuntimeError(
             "an evaluation of the network did not come by the session of this run: something stands between the sampler and the network, such as a "
             "compiled or replaced model; load the model anew, without it"
         )
+    if before == 0:
+        session.report.host_syncs += 1
+        if not finite(velocity):
+            raise RuntimeError(not_numbers(getattr(session.adapter, "network", None), velocity.dtype))
+    return velocity
 
 
 @dataclass(frozen=True)
@@ -264,14 +287,22 @@ class ChunkTurn:
     def step(self) -> int:
         return self.chunk.step
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
+    @property
+    def committing(self) -> bool:
+        return self.chunk.committing
+
+    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        mine = self.committing and not self.run.family.guidance.inside
+        return self.session.unwritten(self.chunk, branches) if mine else ()
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
         guidance, adapter = self.run.family.guidance, self.session.adapter
         if not guidance.inside:
-            return self.session.denoise(x, self.chunk, context, branches)
+            return self.session.denoise(x, self.chunk, context, branches, blocks)
         assert isinstance(adapter, OwnTexts)  # the run was refused otherwise
         names = guidance.branches(self.run.scale)
         texts = context if self.session.has_text(names) else adapter.branch_texts(context, names)
-        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, texts, names).chunk(len(names))
+        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, texts, names, blocks).chunk(len(names))
         return guidance.combine(each, self.run.scale, self.session.level(self.chunk))
 
 
@@ -294,8 +325,7 @@ class ChunkDenoiser:
         return plan
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
-        with through_session(self.session):
-            return self.evaluate(ChunkTurn(self.session, chunk, self.run), x)
+        return through_session(self.session, lambda: self.evaluate(ChunkTurn(self.session, chunk, self.run), x))
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         return self.session.choose(chunk, rate)
@@ -319,7 +349,14 @@ class SectionTurn:
     def step(self) -> int:
         return min(chunk.step for chunk in self.row.active)
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches) -> Tensor:
+    @property
+    def committing(self) -> bool:
+        return False
+
+    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        return ()
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
         return self.session.denoise(x, self.levels, context, branches)
 
 
@@ -341,8 +378,7 @@ class FilmDenoiser:
         return plans
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        with through_session(self.session):
-            return self.evaluate(SectionTurn(self.session, levels, row), x)
+        return through_session(self.session, lambda: self.evaluate(SectionTurn(self.session, levels, row), x))
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)

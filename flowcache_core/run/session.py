@@ -7,7 +7,8 @@ The decision is made once per chunk and step, by the first branch that arrives, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -40,9 +41,22 @@ from ..policies.protocol import (
 from ..policies.state import ChunkState, RunState
 from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan
-from ..sampling.schedule import ChunkSchedule
+from ..sampling.schedule import ChunkSchedule, forecast_short
 from .report import RunReport
 from .signals import StepSignals
+
+
+@dataclass(frozen=True)
+class Which:
+    """What is evaluated: branches, with which blocks, and how often they were before at the same step. Each is replayed by itself."""
+
+    branches: Branches
+    blocks: Hashable = None
+    before: int = 0
+
+    @property
+    def aside(self) -> bool:
+        return self.before > 0
 
 
 class Session:
@@ -68,6 +82,7 @@ class Session:
         """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
         self.evaluations = 0
         """Of the network or in its place, commits included."""
+        self._asides = 0
         self.state = RunState()
         self._frame_tokens = adapter.tokens_per_frame(*grid)
         self._watches = self.policy.watches if isinstance(self.policy, TokenPolicy) else None
@@ -105,6 +120,9 @@ class Session:
     def close(self) -> None:
         if isinstance(self.policy, Forecasts):
             self.report.notes += self.policy.findings(self.state.memory)
+        if self._asides:
+            said = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
+            self.report.notes += (said,)
         self.report.host_syncs += self._kv.syncs
         self.report.close()
         self._kv.free()
@@ -124,6 +142,7 @@ class Session:
             notes = *forecast_plans(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *notes
         if self._budget is not None:
             notes = *notes, forecast_history(self._budget, self.schedule, self._frame_tokens)
+        notes = *notes, *forecast_short(self.schedule)
         self.report.notes += notes
         return notes
 
@@ -145,33 +164,47 @@ class Session:
             return self.prefix_sigma
         return self.commit_sigma if chunk.committing else self.sigmas[chunk.step]
 
-    def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches) -> Tensor:
-        """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings."""
+    def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
+        """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings.
+
+        `blocks`: by what, where the caller has replaced blocks of the network for this evaluation. The first evaluation of a branch at a
+        step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
+        """
         self.evaluations += 1
         call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
-            return self._compute(call, branches)[0]
+            return self._compute(call, Which(branches))[0]
         state = self.state.of(chunk.index)
+        which = Which(branches, blocks, state.arrive(chunk.step, branches))
+        if which.aside:
+            self._asides += 1
         if chunk.committing:
+            if which.aside:
+                return torch.zeros_like(x)  # of a commit only keys and values are of use
             if state.decided_at != chunk.step:
                 state.decided_at = chunk.step
                 self.report.committed(chunk.frames * self._frame_tokens)
                 if self._watches in ("clean", "noisy"):
                     self.state.keep_edge(chunk.index, x[: self.films])
-            return self._compute(call, branches)[0]
+            return self._compute(call, which)[0]
         match self._decide(call, state):
-            case Reuse(what, order) if branches in state.predictions:
-                return self._replay(call, state, branches, what, order)
-            case Refresh(tokens, what, order) if branches in state.predictions:
-                self._keep(call, state, branches, *self._compute(call, branches, tokens), tokens)
-                return self._replay(call, state, branches, what, order)
-            case Part(tokens) if self._kv.can_wait(branches, chunk):
-                return self._compute(call, branches, tokens)[0]
+            case Reuse(what, order) if which in state.predictions:
+                return self._replay(call, state, which, what, order)
+            case Refresh(tokens, what, order) if which in state.predictions:
+                self._keep(call, state, which, *self._compute(call, which, tokens), tokens)
+                return self._replay(call, state, which, what, order)
+            case Part(tokens) if which.aside or (blocks is None and self._kv.can_wait(branches, chunk)):
+                return self._compute(call, which, tokens)[0]
             case _:
                 self.report.ran(chunk, chunk.frames * self._frame_tokens)
-                velocity, residual = self._compute(call, branches)
-                self._keep(call, state, branches, velocity, residual)
+                velocity, residual = self._compute(call, which)
+                self._keep(call, state, which, velocity, residual)
                 return velocity
+
+    def unwritten(self, chunk: Chunk, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        """Of these branches, and of all that have run so far, those that the commit of a chunk has not run: history would lack them."""
+        state, known = self.state.of(chunk.index), dict.fromkeys((*branches, *(branch for some in self._text for branch in some)))
+        return tuple(branch for branch in known if state.ran_at != chunk.step or branch not in state.ran)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         """The plan computes part of the chunk at this step, and the policy says which: latent cells, bool [F, h, w]. `rate`: as in `walk.Choose`."""
@@ -217,22 +250,22 @@ class Session:
             self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift, some)
         return state.decision
 
-    def _compute(self, call: Call, branches: Branches, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _compute(self, call: Call, which: Which, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
-        attend = self._kv.attention(branches, call.chunk, only)
+        attend = self._kv.attention(which.branches, call.chunk, only, which.blocks is not None, which.aside)
         with self.report.clock.measure("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)
         return out
 
-    def _keep(self, call: Call, state: ChunkState, branches: Branches, velocity: Tensor, residual: Tensor, only: Tensor | None = None) -> None:
+    def _keep(self, call: Call, state: ChunkState, which: Which, velocity: Tensor, residual: Tensor, only: Tensor | None = None) -> None:
         if only is not None and (self.policy.keeps == "residual" or self._watches == "output"):
             whole = residual.new_zeros(len(residual), call.chunk.frames * self._frame_tokens, residual.shape[2])
             residual = whole.index_copy_(1, only, residual)
         if self.policy.keeps:
             value = velocity if self.policy.keeps == "velocity" else residual
-            state.keep(branches, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))
-        if self._watches == "output" and branches == next(iter(state.predictions), branches):
+            state.keep(which, call.sigma, value, None if only is None else self._mask(call.chunk, value, only))
+        if self._watches == "output" and which == next(iter(state.predictions), which):
             mine, old = residual[: self.films], state.residual
             if self.policy.keeps == "residual":
                 state.residual = state.latest[-1].value[: self.films]
@@ -242,8 +275,8 @@ class Session:
     def _mask(self, chunk: Chunk, value: Tensor, tokens: Tensor) -> Tensor:
         return mask_over(value, tokens, (chunk.frames, *self._grid))
 
-    def _replay(self, call: Call, state: ChunkState, branches: Branches, what: Replay, order: int) -> Tensor:
-        value = state.predict(branches, call.sigma, order)
+    def _replay(self, call: Call, state: ChunkState, which: Which, what: Replay, order: int) -> Tensor:
+        value = state.predict(which, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
     def has_text(self, branches: Branches) -> bool:

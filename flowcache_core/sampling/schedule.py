@@ -202,3 +202,14 @@ def sections_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length
             return tuple(out)
         total = out[-1].index + schedule.chunks
         start, given = end - overlap, overlap
+
+
+def forecast_short(schedule: ChunkSchedule) -> tuple[str, ...]:
+    """Says that the last chunk has fewer latent frames than the others, and which lengths are whole; () where it has as many."""
+    frames, size, pixels = sum(schedule.span(schedule.chunks - 1)), schedule.chunk_frames, schedule.pixels
+    short = schedule.span(schedule.chunks - 1)[1]
+    if short >= size:
+        return ()
+    lengths = [pixels.pixel(count) for count in (frames - short, frames - short + size) if count > schedule.prefix]
+    whole = " or ".join(map(str, lengths))
+    return (f"the last chunk has {short} latent frame{'s' * (short > 1)}, not {size} as in training: whole chunks end at {whole} frames",)

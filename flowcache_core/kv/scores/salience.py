@@ -177,6 +177,8 @@ class SalienceHead(nn.Module):
             found = {key: shape for key, (shape, _) in entries(file, path.name).items()}
             _refuse_misfits({k: tuple(v.shape) for k, v in head.state_dict().items()}, found, path.name)
             head.load_state_dict({key: file.get_tensor(key).float() for key in found}, assign=True)
+        if damaged := [key for key, tensor in head.state_dict().items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{path.name} is damaged: {damaged[0]} holds NaN or infinity; train one with {COMMAND}")
         return head.eval().requires_grad_(False)
 
 

@@ -1,0 +1,124 @@
+"""What other nodes have put on a MODEL: the blocks they replace, which our network serves, and all that would do nothing, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+
+from ..flowcache_core.models.family import OpenBlocks
+
+Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""As Wan models of the host have it: (what the block is given, {"original_block": ...}) -> {"img": tokens}."""
+BASE = "flowcache_blocks"
+"""Key in transformer_options: the blocks that are replaced in every evaluation of a run."""
+CACHES = ("easycache", "lazycache")
+COMPILE = "torch.compile"
+NO_EFFECT = {"PerturbedAttentionGuidance": "it replaces the attention of a U-Net's middle block"}
+"""Node classes whose functions call the network again in a way that changes nothing here -> why."""
+TRANSFORMER = {
+    "rope_options": "ScaleROPE changes positions, which are those of the KV cache here",
+    "optimized_attention_override": "another attention function was set, and the sampler attends to a KV cache by its own",
+}
+MODEL = {
+    "context_handler": "Context Windows cut a film that is already made chunk by chunk: set window or attention of AR Chunk Sampler",
+    "denoise_mask_function": "Differential Diffusion changes masks from step to step, and given frames are kept whole here",
+}
+
+
+ON_TEXTS = {
+    "control": "a ControlNet was applied to a text, and this network takes none",
+    "gligen": "GLIGEN boxes were put on a text, and this network takes none",
+    "area": "a text was given an area of the picture, and a chunk is always evaluated whole (Conditioning Set Mask has an effect)",
+}
+"""Key of a conditioning -> why it cannot be served."""
+
+
+def require_served(model: Any, node: str) -> None:
+    """Raises ValueError for the first thing on a MODEL that would do nothing, or that cannot work with chunks, and says from where it comes."""
+    if why := next(_unserved(model), None):
+        raise ValueError(f"{node}: {why}; bypass that node")
+
+
+def _unserved(model: Any) -> Iterator[str]:
+    wrappers, patches = getattr(model, "wrappers", {}), getattr(model, "object_patches", {})
+    options = getattr(model, "model_options", {})
+    keys = [key for kind in wrappers.values() for key, some in kind.items() if some]
+    yield from (f"{key} skips steps without knowing of chunks, so they cannot work together" for key in CACHES if key in keys)
+    network = getattr(getattr(model, "model", model), "diffusion_model", None)
+    if COMPILE in keys or any(map(is_compiled, (network, *patches.values()))):
+        yield "the model goes through torch.compile (TorchCompileModel and its like), which would not see the chunks and the KV cache of a run"
+    yield from (f"{name} of the network was replaced by {made_by(patch)}" for name, patch in patches.items() if name.startswith("diffusion_model"))
+    inside = wrappers.get(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, {})
+    yield from (f"{key or made_by(one)} wraps the network as it is in another model" for key, some in inside.items() for one in some)
+    yield from (why for key, why in MODEL.items() if options.get(key) is not None)
+    if getattr(model, "additional_models", {}).get("multigpu"):
+        yield "texts would be evaluated by copies of the model on other devices, and the KV cache of a run is on one"
+    yield from _without_effect(options)
+    yield from _unserved_patches(options.get("transformer_options", {}), type(network))
+
+
+def is_compiled(thing: Any) -> bool:
+    """Whether torch.compile made it, or has compiled it or a part of it in place."""
+    if hasattr(thing, "_orig_mod") or hasattr(thing, "_torchdynamo_orig_callable"):
+        return True
+    return isinstance(thing, torch.nn.Module) and any(getattr(part, "_compiled_call_impl", None) for part in thing.modules())
+
+
+def _without_effect(options: dict[str, Any]) -> Iterator[str]:
+    kinds = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function")
+    some = (options.get(kind) or () for kind in kinds)
+    functions = (one for each in some for one in (each if isinstance(each, list | tuple) else [each]))
+    yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, functions) if name in NO_EFFECT)
+
+
+def _unserved_patches(options: dict[str, Any], network: type) -> Iterator[str]:
+    yield from (why for key, why in TRANSFORMER.items() if options.get(key))
+    for kind, some in options.get("patches", {}).items():
+        yield from (f"{made_by(one)} would change nothing: it works on {kind}, which this network does not have" for one in some)
+    for kind, table in options.get("patches_replace", {}).items():
+        for place, one in table.items():
+            if kind != "dit":
+                yield f"{made_by(one)} would change nothing: it replaces {kind}, which this network does not offer"
+            elif place[0] == "double_block" and not issubclass(network, OpenBlocks):
+                yield f"{made_by(one)} replaces blocks, which this kind of model does not offer"
+
+
+def require_served_now(options: dict[str, Any], network: type) -> None:
+    """The same for the transformer_options of one evaluation: guidance may have put something there since."""
+    if why := next(_unserved_patches(options, network), None):
+        raise ValueError(f"{why}; bypass that node")
+
+
+def blocks_of(options: dict[str, Any]) -> dict[int, Replace]:
+    """By number, the blocks that an evaluation replaces. Places that only other networks have are left out, as the host's networks do."""
+    table: dict[Any, Replace] = options.get("patches_replace", {}).get("dit", {})
+    return {place[1]: replace for place, replace in table.items() if place[0] == "double_block"}
+
+
+def name_of(blocks: dict[int, Replace]) -> Hashable:
+    """The same for every evaluation with these blocks replaced by functions of the same origin."""
+    return frozenset((layer, made_by(replace, whole=True)) for layer, replace in blocks.items())
+
+
+def require_one_model(guider: Any, node: str) -> None:
+    """Raises ValueError for a guider that evaluates a second model beside the one that the sampler knows."""
+    patcher = comfy.model_patcher.ModelPatcher
+    if any(isinstance(one, patcher) and one is not guider.model_patcher for one in vars(guider).values()):
+        raise ValueError(f"{node} makes a film with one model, and {type(guider).__name__} evaluates a second one: use CFGGuider or BasicGuider")
+
+
+def require_plain_texts(guider: Any, node: str) -> None:
+    """Raises ValueError for what hangs on a text and has no place in chunks."""
+    some = (one for many in guider.conds.values() for one in many)
+    if found := next((key for one in some for key in ON_TEXTS if one.get(key) is not None), None):
+        raise ValueError(f"{node}: {ON_TEXTS[found]}; bypass that node")
+
+
+def made_by(thing: Any, whole: bool = False) -> str:
+    """The class of the node that made a function, or of the object; `whole`: with module and function."""
+    name: str = getattr(thing, "__qualname__", type(thing).__qualname__)
+    return f"{getattr(thing, '__module__', '')}.{name}" if whole else name.split(".")[0]

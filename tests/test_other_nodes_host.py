@@ -1,0 +1,288 @@
+"""Stock nodes that patch a MODEL, in a real ComfyUI: they have their effect on our network, or are refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.models.bundle import Bundle, load_bundle
+from flowcache_core.models.wan_vae import normalise
+from flowcache_core.run import generate as core
+from flowcache_core.run.run import Turn
+from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, small, without_cache
+
+pytestmark = NEEDS_HOST
+OTHER_PACK = """
+import torch
+
+class Patch:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "patch", ("MODEL",)
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+
+class CompiledBlock(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.add_object_patch("diffusion_model.blocks.0", torch.compile(model.get_model_object("diffusion_model.blocks.0")))
+        return (model,)
+
+class CompiledNetwork(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.add_object_patch("diffusion_model", torch.compile(model.get_model_object("diffusion_model")))
+        return (model,)
+
+class OtherBlock(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.add_object_patch("diffusion_model.blocks.0", torch.nn.Identity())
+        return (model,)
+
+class WrappedNetwork(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.add_wrapper_with_key("diffusion_model", "my_wrapper", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+        return (model,)
+
+class OtherAttention(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = lambda *args, **kwargs: None
+        return (model,)
+
+class TwoDevices(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.set_additional_models("multigpu", [model.clone()])
+        return (model,)
+
+class OtherSampler(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.add_wrapper_with_key("sampler_sample", "other", lambda executor, guider, sigmas, extra, callback, noise, *rest: noise)
+        return (model,)
+
+class SkippedForGood(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.set_model_patch_replace(lambda args, more: args, "dit", "double_block", 1)
+        return (model,)
+
+class CompiledInPlace(Patch):
+    def patch(self, model):
+        model.model.diffusion_model.blocks[0].compile()
+        return (model,)
+
+NODE_CLASS_MAPPINGS = {one.__name__: one for one in Patch.__subclasses__()}
+"""
+"""Nodes of another pack that patch models as packs do."""
+FOREIGN = {
+    "CompiledBlock": "torch.compile",
+    "CompiledNetwork": "torch.compile",
+    "OtherBlock": "diffusion_model.blocks.0 of the network was replaced by Identity",
+    "WrappedNetwork": "my_wrapper wraps the network",
+    "OtherAttention": "another attention function was set",
+    "TwoDevices": "texts would be evaluated by copies of the model on other devices",
+}
+SKIP = {"double_layers": "1, 2", "start_percent": 0.0, "end_percent": 1.0}
+UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
+    "PerturbedAttentionGuidance": ({"scale": 3.0}, "PerturbedAttentionGuidance would change nothing"),
+    "SelfAttentionGuidance": ({"scale": 0.5, "blur_sigma": 2.0}, "SelfAttentionGuidance would change nothing"),
+    "NAGuidance": ({"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}, "NAGuidance would change nothing"),
+    "HyperTile": ({"tile_size": 256, "swap_size": 2, "max_depth": 0, "scale_depth": False}, "HyperTile would change nothing"),
+    "TomePatchModel": ({"ratio": 0.3}, "TomePatchModel would change nothing"),
+    "PatchModelAddDownscale": (
+        {"block_number": 3, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 0.35, "downscale_after_skip": True,
+         "downscale_method": "bicubic", "upscale_method": "bicubic"},
+        "PatchModelAddDownscale would change nothing",
+    ),
+    "FreeU_V2": ({"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}, "a node asks for model_channels, which a U-Net has, as FreeU does"),
+    "ScaleROPE": ({"scale_x": 1.0, "shift_x": 0.0, "scale_y": 1.0, "shift_y": 0.0, "scale_t": 0.5, "shift_t": 0.0}, "ScaleROPE changes positions"),
+    "DifferentialDiffusion": ({}, "Differential Diffusion changes masks from step to step"),
+    "WanContextWindowsManual": (
+        {"context_length": 81, "context_overlap": 30, "context_schedule": "standard_static", "context_stride": 1, "closed_loop": False,
+         "fuse_method": "pyramid", "freenoise": False, "retain_first_frame": False, "split_conds_to_windows": False},
+        "Context Windows cut a film that is already made chunk by chunk",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    base = tmp_path_factory.mktemp("comfy")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "other_pack.py").write_text(OTHER_PACK)
+    with Host(base, options=("--fp32-unet",)) as running:
+        yield running
+
+
+@pytest.fixture
+def plain(graph: Graph) -> Graph:
+    """Two chunks, uncached, CFG 3."""
+    return put(put(without_cache(small(graph, steps=5, length=21)), "FlowCacheLatent", width=64, height=64), "CFGGuider", cfg=3.0)
+
+
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_what_would_change_nothing_is_refused_by_name(host: Host, plain: Graph, kind: str) -> None:
+    inputs, sentence = UNSERVED[kind]
+    refused(host, after_loader(plain, kind, **inputs), f"{sentence}.*bypass that node")
+
+
+def test_what_is_put_behind_our_nodes_is_refused_before_weights_move(host: Host, graph: Graph) -> None:
+    tiles = {"class_type": "HyperTile", "inputs": {**UNSERVED["HyperTile"][0], "model": [node(graph, "FlowCacheChunkwise"), 0]}}
+    refused(host, {**put(graph, "CFGGuider", model=["tiles", 0]), "tiles": tiles}, "^AR Chunk Sampler: HyperTile would change nothing")
+
+
+def test_a_compiled_model_is_refused_by_name(host: Host, plain: Graph) -> None:
+    refused(host, after_loader(plain, "TorchCompileModel", backend="inductor"), "torch.compile .TorchCompileModel and its like.*bypass that node")
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_other_packs_put_around_the_network_is_refused_by_name(host: Host, plain: Graph, kind: str) -> None:
+    refused(host, after_loader(plain, kind), f"{FOREIGN[kind]}.*bypass that node")
+
+
+def test_a_film_that_the_sampler_did_not_make_does_not_end_in_success(host: Host, plain: Graph) -> None:
+    assert torch.isfinite(host.latents(plain)).all()
+    refused(host, after_loader(plain, "OtherSampler"), "the sampler was not asked for this film.*bypass that node")
+
+
+def test_a_block_that_is_replaced_for_good_is_replaced_in_commits_too(host: Host, plain: Graph) -> None:
+    made = put(after_loader(plain, "SkippedForGood"), "RandomNoise", noise_seed=3)
+    bundle = load_bundle(dtype=torch.float32)
+    through: Callable[..., Tensor] = type(bundle.network).through
+    bundle.network.through = lambda layer, block, tokens, *given: tokens if layer == 1 else through(bundle.network, layer, block, tokens, *given)
+    film, _ = core.generate(bundle, job_of(made))
+    torch.testing.assert_close(normalise(host.latents(made)), film, atol=5e-3, rtol=5e-3)
+
+
+def job_of(graph: Graph) -> HostJob:
+    prompt, negative = (graph[graph[node(graph, "CFGGuider")]["inputs"][end][0]]["inputs"]["text"] for end in ("positive", "negative"))
+    return HostJob(prompt, frames=21, steps=5, seed=3, size=64, cfg=3.0, negative=negative)
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance by hand: the conditional branch again, without some blocks, against its own history."""
+
+    guided: core.Guided
+    scale: float
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return self.guided.branches
+
+    @property
+    def context(self) -> Tensor:
+        return self.guided.context
+
+    def __call__(self, turn: Turn, x: Tensor) -> Tensor:
+        context, branches, network = self.context, self.branches, self.guided.bundle.network
+        prompt, negative = turn.denoise(x.expand(2, -1, -1, -1, -1), context, branches).chunk(2)
+        through: Callable[..., Tensor] = type(network).through
+        network.through = lambda layer, block, tokens, *given: tokens if layer in (1, 2) else through(network, layer, block, tokens, *given)
+        skipped = turn.denoise(x, context[:1], branches[:1], "without blocks 1 and 2")
+        del network.through
+        return negative + self.guided.job.cfg * (prompt - negative) + self.scale * (prompt - skipped)
+
+
+@dataclass(frozen=True)
+class EarlyGuidance:
+    """CFG at the first steps, the prompt alone at the others; commits are for both texts."""
+
+    guided: core.Guided
+    last: float
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return self.guided.branches
+
+    @property
+    def context(self) -> Tensor:
+        return self.guided.context
+
+    def __call__(self, turn: Turn, x: Tensor) -> Tensor:
+        if turn.committing or self.guided.levels[turn.step] > self.last:
+            return self.guided(turn, x)
+        return turn.denoise(x, self.context[:1], self.branches[:1])
+
+
+def test_guidance_that_ends_early_leaves_the_history_of_both_texts(host: Host, plain: Graph) -> None:
+    made = put(after_loader(plain, "CFGOverride", cfg=1.0, start_percent=0.5, end_percent=1.0), "RandomNoise", noise_seed=3)
+    bundle, job = load_bundle(dtype=torch.float32), job_of(made)
+    guided = EarlyGuidance(core.Guided(bundle, job), last=8 * 0.5 / (1 + 7 * 0.5))
+    torch.testing.assert_close(normalise(host.latents(made)), sampled(bundle, job, guided), atol=5e-3, rtol=5e-3)
+
+
+def on_text(graph: Graph, kind: str, **inputs: Any) -> Graph:
+    """The graph with one more node behind the prompt."""
+    out = copy.deepcopy(graph)
+    guider = out[node(out, "CFGGuider")]["inputs"]
+    out["more"] = {"class_type": kind, "inputs": {"conditioning": guider["positive"], **inputs}}
+    guider["positive"] = ["more", 0]
+    return out
+
+
+def test_a_text_for_the_first_steps_leaves_its_history(host: Host, plain: Graph) -> None:
+    """The prompt twice, once for the first steps alone, is the prompt."""
+    made = on_text(plain, "ConditioningSetTimestepRange", start=0.0, end=0.5)
+    prompt, guider = plain[node(plain, "CFGGuider")]["inputs"]["positive"], made[node(made, "CFGGuider")]["inputs"]
+    made["both"] = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": prompt, "conditioning_2": ["more", 0]}}
+    guider["positive"] = ["both", 0]
+    torch.testing.assert_close(host.latents(made), host.latents(plain), atol=5e-3, rtol=5e-3)
+
+
+def test_an_area_of_a_text_is_refused(host: Host, plain: Graph) -> None:
+    made = on_text(plain, "ConditioningSetAreaPercentage", width=0.5, height=0.5, x=0, y=0, strength=1.0)
+    refused(host, made, "a text was given an area of the picture.*bypass that node")
+
+
+def test_a_second_model_is_refused(host: Host, plain: Graph) -> None:
+    made, guider = copy.deepcopy(plain), plain[node(plain, "CFGGuider")]["inputs"]
+    made["two"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": guider["model"], "shift": 5.0}}
+    made["dual"] = {"class_type": "DualModelGuider", "inputs": {**guider, "model_negative": ["two", 0]}}
+    refused(host, put(made, "SamplerCustomAdvanced", guider=["dual", 0]), "makes a film with one model, and .* evaluates a second one")
+
+
+def by_hand(bundle: Bundle, job: HostJob, scale: float) -> Tensor:
+    return sampled(bundle, job, SkipLayers(core.Guided(bundle, job), scale))
+
+
+def sampled(bundle: Bundle, job: HostJob, evaluate: Any) -> Tensor:
+    with torch.inference_mode():
+        made = core._made(bundle, job, job.schedule(bundle, 0, 0), evaluate, lambda chunk: None, core.NOTHING, lambda adapter, sigmas: adapter,
+                          None, None, None)  # fmt: skip
+    return made[0]
+
+
+def test_skip_layer_guidance_is_what_it_is_by_hand(host: Host, plain: Graph) -> None:
+    guided = put(after_loader(plain, "SkipLayerGuidanceDiT", **SKIP, single_layers="", scale=2.0, rescaling_scale=0.0), "RandomNoise", noise_seed=3)
+    film = normalise(host.latents(guided))
+    torch.testing.assert_close(film, by_hand(load_bundle(dtype=torch.float32), job_of(guided), 2.0), atol=5e-3, rtol=5e-3)
+    assert not torch.allclose(film, normalise(host.latents(put(plain, "RandomNoise", noise_seed=3))), atol=0.1)
+
+
+@pytest.mark.parametrize("attention", ["auto", BIDIRECTIONAL])
+@pytest.mark.parametrize(("kind", "inputs"), [("SkipLayerGuidanceDiT", {"scale": 2.0, "rescaling_scale": 0.0}), ("SkipLayerGuidanceDiTSimple", {})])
+def test_guidance_by_skipped_blocks_changes_the_film(host: Host, plain: Graph, kind: str, inputs: dict[str, Any], attention: str) -> None:
+    plain = put(plain, "FlowCacheSampler", attention=attention)
+    film = host.latents(after_loader(plain, kind, **SKIP, single_layers="7", **inputs))
+    assert torch.isfinite(film).all()
+    assert not torch.allclose(film, host.latents(plain), atol=0.1)
+
+
+def test_guidance_by_skipped_blocks_is_cached_too(host: Host, graph: Graph) -> None:
+    cached = put(small(graph, 8, 21), "FlowCacheChunkwise", threshold=0.3, warmup_steps=2)
+    film = host.latents(after_loader(cached, "SkipLayerGuidanceDiT", **SKIP, single_layers="", scale=2.0, rescaling_scale=0.0))
+    assert torch.isfinite(film).all()
+    assert not torch.allclose(film, host.latents(cached), atol=0.1)
+
+
+def test_a_network_that_was_compiled_in_place_is_refused(host: Host, plain: Graph) -> None:
+    """The last one here: the host keeps the model that the node has changed."""
+    refused(host, after_loader(plain, "CompiledInPlace"), "torch.compile .*bypass that node")
