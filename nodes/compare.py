@@ -30,10 +30,10 @@ class CompareRuns(io.ComfyNode):
                                 tooltip="The json output of the Cache Report of the reference's run: adds its seconds, and the speed-up."),
             ],
             outputs=[
-                io.String.Output(display_name="text"),
+                io.String.Output(display_name="text", tooltip="One paragraph: closeness, the furthest frame, and the seconds of both runs."),
                 io.Image.Output(display_name="curve", tooltip="PSNR and SSIM over the frames."),
                 io.Image.Output(display_name="side by side", tooltip="Film, reference, and their amplified difference."),
-                io.String.Output(display_name="json"),
+                io.String.Output(display_name="json", tooltip="All numbers, those of every frame too, for scripts."),
             ],
         )  # fmt: skip
 
