@@ -46,7 +46,7 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
     tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
     patcher = guider.model_patcher
     return Place(
-        noise.shape[0], max(len(conds), 1), tokens * noise.shape[0], patcher.model_size(), model.get_dtype_inference().itemsize, patcher.load_device
+        noise.shape[0], max(len(conds), 1), tokens * noise.shape[0], patcher.model_size(), model.dtype_of(patcher).itemsize, patcher.load_device
     )
 
 
@@ -76,7 +76,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         require_plain_texts(executor.class_obj, NODE)
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
-        logging.info(f"FlowCache: {model.size_of(noise.shape)}; {run.held.sentence()}")
+        logging.info(f"FlowCache: {model.size_of(noise.shape)}")
+        logging.info(f"FlowCache: {run.held.sentence()}")
         with model.expecting(run):
             mine = replace(self, run=run)
             samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
@@ -97,9 +98,10 @@ class ChunkSampler(comfy.samplers.Sampler):
                 f"({family.release(model.diffusion_model.config)}): set fps to {model.layout.fps}"
             )
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
+        adapter = model.adapter(model.dtype_of(guider.model_patcher))
         light = GivenNoise(self.addnoise_condition, seed or 0)
         return Run(
-            family, model.adapter(), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options), compressor_of(options),
+            family, adapter, film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options), compressor_of(options),
             self.fps, light, solver(self.solver), getattr(guider, "cfg", 1.0),
         )  # fmt: skip
 

@@ -31,8 +31,13 @@ class HostModel(comfy.model_base.BaseModel):
         self.layout = layout
         self._expected: Run | None = None
 
-    def adapter(self) -> ModelAdapter:
-        return self.family.adapter(self.diffusion_model, self.get_dtype_inference())
+    def adapter(self, dtype: torch.dtype | None = None) -> ModelAdapter:
+        return self.family.adapter(self.diffusion_model, dtype or self.get_dtype_inference())
+
+    def dtype_of(self, patcher: Any) -> torch.dtype:
+        """In what a MODEL will be computed: this one may still be as another clone of it wanted."""
+        dtype: torch.dtype = patcher.get_model_object("manual_cast_dtype") or self.get_dtype()
+        return dtype
 
     def size_of(self, shape: Sequence[int]) -> str:
         """What a film of latents [films, C, F, h, w] measures, in words: stock nodes count frames and pixels in other ways."""
