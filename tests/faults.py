@@ -47,11 +47,11 @@ TEXT = 64
 
 
 class Interrupted(Exception):
-    """Stands for the host's InterruptProcessingException, an Exception of its own kind."""
+    """Of a kind that nobody here knows, as a callback of the host may raise."""
 
 
 class Stopped(BaseException):
-    """As KeyboardInterrupt, but nobody else's."""
+    """As the host's InterruptProcessingException: no Exception."""
 
 
 KINDS: dict[str, Callable[[], BaseException]] = {

@@ -338,7 +338,7 @@ class Kept:
         self.path, self.made_by = path, f"{commit()} {precision}"
         self.films: dict[Film, list[dict[str, Any]]] = {}
         self._lines: list[str] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
+        for line in path.read_bytes().decode(errors="replace").splitlines() if path and path.exists() else ():
             try:
                 values = parsed(line)
             except ValueError:  # half a line, of a version that did not write the file whole
