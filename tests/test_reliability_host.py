@@ -123,19 +123,7 @@ def graph(host: Host) -> Graph:
     """Four chunks under a budget of one and a half, behind a node that makes faults."""
     whole = without_cache(small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text()), steps=4, length=45))
     whole = put(whole, "FlowCacheLatent", width=32, height=32)
-    whole = after_loader(
-        whole,
-        KV,
-        budget=1.5,
-        unit="chunks",
-        policy="importance-redundancy",
-        sink=1,
-        recent=0,
-        granularity="token",
-        dtype="as computed",
-        offload=False,
-        soft=0.0,
-    )
+    whole = after_loader(whole, KV, **BUDGET)
     loader = node(whole, "FlowCacheLoadModel")
     whole["extra"]["inputs"]["model"] = ["faults", 0]
     return {**whole, "faults": {"class_type": "Faults", "inputs": {"model": [loader, 0]}}}
