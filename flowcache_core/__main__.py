@@ -12,7 +12,9 @@ from typing import Any
 from .bench import figures, frontier, kernels, kv, model, motion, recall, reuse, seam
 from .demo import run as demo
 from .device import commit, device_name
+from .files import refused, write_text
 from .models.bundle import weights_id
+from .show.film import write_picture
 from .show.plot import line_plot
 
 BENCHES = (frontier, reuse, motion, recall, seam, kv, model, kernels)
@@ -39,6 +41,9 @@ def main() -> int:
     except ValueError as error:
         print(f"flowcache: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"flowcache: {refused(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("flowcache: stopped before it was done", file=sys.stderr)
         return 130
@@ -56,15 +61,14 @@ def _bench(args: argparse.Namespace) -> None:
     if result.get("summary"):
         print(f"\nat equal computed share, between the nearest settings\n{_table(result['summary'])}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
         if "share" not in rows[0]:
             return
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in (r for r in rows if r["psnr"] is not None):
             lines.setdefault(row.get("rule") or row.get("arm") or row["policy"], []).append((row["share"], row["psnr"]))
         if lines:
-            line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB").save(args.json.with_suffix(".png"))
+            write_picture(args.json.with_suffix(".png"), line_plot(lines, "computed share of tokens", "PSNR to the uncached run, dB"))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -57,7 +57,7 @@ def kind_named(kinds: Sequence[type[K]], name: str, what: str) -> type[K]:
     """Raises ValueError, with the names that there are, where none of the kinds has this one. `what`: what they are called."""
     kind = next((kind for kind in kinds if kind.name == name), None)
     if kind is None:
-        raise ValueError(f"no {what} is called {name!r}: there are {', '.join(kind.name for kind in kinds)}")
+        raise ValueError(f"no {what} is called {_cut(name)}: there are {', '.join(kind.name for kind in kinds)}")
     return kind
 
 
@@ -70,12 +70,19 @@ def read_settings(kind: type[Named], text: str) -> dict[str, Any]:
     for part in text.replace(",", " ").split():
         key, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"{part!r} is no setting: write name=value, without spaces around the =")
+            raise ValueError(f"{_cut(part)} is no setting: write name=value, without spaces around the =")
         if key not in known:
             there_are = ", ".join(f"{name}={default}" for name, default in known.items())
-            raise ValueError(f"{kind.name} has no setting {key!r}: " + (f"it has {there_are}" if known else "it has none, leave the settings empty"))
+            raise ValueError(
+                f"{kind.name} has no setting {_cut(key)}: " + (f"it has {there_are}" if known else "it has none, leave the settings empty")
+            )
         given[key] = _read(value, known[key], key)
     return given
+
+
+def _cut(text: str, most: int = 60) -> str:
+    """In quotes, as it may stand in a sentence."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
 def _read(value: str, default: Any, name: str) -> Any:
@@ -83,10 +90,10 @@ def _read(value: str, default: Any, name: str) -> Any:
         return value
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
-            raise ValueError(f"{name} is {value!r}: it must be true or false")
+            raise ValueError(f"{name} is {_cut(value)}: it must be true or false")
         return value.lower() == "true"
     try:
         return type(default)(value)
     except ValueError as error:
         kind = "whole number" if isinstance(default, int) else "number"
-        raise ValueError(f"{name} is {value!r}: it must be a {kind}, such as {default}") from error
+        raise ValueError(f"{name} is {_cut(value)}: it must be a {kind}, such as {default}") from error

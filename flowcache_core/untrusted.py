@@ -62,6 +62,18 @@ def json_file(path: Path, most: int = JSON_BYTES) -> Any:
     """A file -> values. Raises ValueError with the reason alone, as part of a sentence."""
     if not path.is_file():
         raise ValueError("it is no file")
+    return parsed(_text_of(path, most), most)
+
+
+def lines_of(path: Path, most: int = JSON_BYTES) -> list[str]:
+    """A text file -> its lines without spaces around them, and none that is empty. Raises ValueError with the reason alone."""
+    if not path.is_file():
+        raise ValueError("it is no file")
+    return [line for line in map(str.strip, _text_of(path, most).splitlines()) if line]
+
+
+def _text_of(path: Path, most: int) -> str:
+    """Raises ValueError with the reason alone."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -71,7 +83,7 @@ def json_file(path: Path, most: int = JSON_BYTES) -> Any:
     if size > most:
         raise ValueError(f"it has {size} bytes, and at most {most} are read")
     try:
-        return parsed(read.decode(), most)
+        return read.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is no UTF-8") from None
 

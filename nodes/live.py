@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -27,11 +28,11 @@ class LiveMap:
 
     def show(self, report: RunReport, done: int) -> None:
         server, now = getattr(PromptServer, "instance", None), time.perf_counter()
-        if server is None or self.node is None or (now - self._sent < PAUSE_S and 1 < done < self.total):
+        if server is None or self.node is None or (0 <= now - self._sent < PAUSE_S and 1 < done < self.total):
             return
         self._sent = now
         run, all_run = (int((report.map == COMPUTED).sum()), int(report.planned.sum())) if report.plans else (done, self.total)
-        left = (now - self._began) / max(run, 1) * (all_run - run)
+        left = max(now - self._began, 0.0) / max(run, 1) * (all_run - run)
         rows, planned = (["".join(map(str, row)) for row in some] for some in (report.map, report.planned if report.plans else ()))
         note = report.notes[0] if report.notes else ""
         size = f"{report.history.tokens[-1]} tokens per layer, {readable(report.history.bytes[-1])}" if report.history.frames else ""
@@ -39,4 +40,7 @@ class LiveMap:
             "node": self.node, "map": rows, "share": report.share, "done": done, "total": self.total, "eta_s": left, "note": note,
             "history": size, "plan": planned,
         }  # fmt: skip
-        server.send_sync(EVENT, message, server.client_id)
+        try:
+            server.send_sync(EVENT, message, server.client_id)
+        except Exception as gone:  # a page that cannot be reached ends no run
+            logging.debug(f"FlowCache: the live map was not sent: {gone}")

@@ -17,6 +17,7 @@ from ..flowcache_core.models.checkpoint import Found, recognise
 from ..flowcache_core.models.family import AUTO, ChunkLayout
 from ..flowcache_core.models.quantised import FLOAT8, MARKER, restored
 from ..flowcache_core.models.shards import SHARD, open_checkpoint
+from ..flowcache_core.untrusted import parsed, short
 from . import gguf
 
 FOLDER = "diffusion_models"
@@ -51,6 +52,8 @@ def path_of(name: str) -> Path:
     """Raises FileNotFoundError for what is no longer there."""
     if not name.endswith("/"):
         return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise FileNotFoundError(f"{short(name)} is no folder in models/{FOLDER}: refresh the page and choose again")
     for folder in folder_paths.get_folder_paths(FOLDER):
         if (path := Path(folder, name)).is_dir():
             return path
@@ -84,7 +87,7 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
 
     `listed`: what the file's metadata says about its layers, under the names of the file.
     """
-    for layer, how in (json.loads(listed)["layers"] if listed else {}).items():
+    for layer, how in (_said(listed, "layers") if listed else {}).items():
         if key := names.get(f"{layer}.weight"):
             weights[f"{key.removesuffix('.weight')}.comfy_quant"] = _mark(how)
     if any(key.endswith(".scale_weight") for key in weights):
@@ -97,7 +100,7 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
             weights[f"{layer}.weight"] = restored(f"{layer}.weight", weight, weights.pop(scale), torch.float32)
             weights.pop(f"{layer}.comfy_quant", None)
         elif weight.dtype in FLOAT8:
-            how = {"full_precision_matrix_mult": True} if mark is None else json.loads(mark.numpy().tobytes())
+            how = {"full_precision_matrix_mult": True} if mark is None else _said(mark.numpy().tobytes().decode(errors="replace"))
             weights[f"{layer}.comfy_quant"] = _mark({**how, "format": FORMATS[weight.dtype]})
         elif mark is None:
             kind = str(weight.dtype).removeprefix("torch.")
@@ -105,6 +108,18 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
                 f"{layer}.weight is stored as {kind} with scales, and the file does not say in which format: use a bf16, fp16 or fp8 file"
             )
     return weights
+
+
+def _said(text: str, part: str = "") -> dict[str, Any]:
+    """What a file says of its quantised layers: a JSON object, or the object in its `part`. Raises ValueError."""
+    try:
+        values = parsed(text)
+        values = values[part] if part else values
+        if isinstance(values, dict):
+            return values
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"what the file says of its quantised layers cannot be read ({short(text)!r}): download it again, or use a bf16 file")
 
 
 def _mark(how: dict[str, Any]) -> torch.Tensor:

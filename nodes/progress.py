@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from .live import LiveMap
 
 
 def say(lines: Iterable[str]) -> None:
-    """Onto the console, above a progress bar."""
-    for line in lines:
-        tqdm.write(f"FlowCache: {line}", file=sys.stderr)
+    """Onto the console, above a progress bar. A console that is closed ends no run."""
+    with suppress(OSError, ValueError):
+        for line in lines:
+            tqdm.write(f"FlowCache: {line}", file=sys.stderr)
 
 
 class Progress:

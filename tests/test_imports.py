@@ -19,7 +19,7 @@ IMPORTABLE = [m for m in MODULES if not m.endswith("__main__") and (not m.endswi
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "settings memory device network untrusted kernels",
+        "settings memory device network untrusted files kernels",
         "sampling",
         "policies kv models",
         "run",
@@ -30,7 +30,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     )
 )
 """Folders and root modules; those on one line import nothing from each other."""
-ALONE = frozenset({"settings", "memory", "device", "network", "untrusted"})
+ALONE = frozenset({"settings", "memory", "device", "network", "untrusted", "files"})
 
 
 def imports_of(module: str) -> set[str]:

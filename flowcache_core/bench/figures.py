@@ -16,6 +16,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import write_text
+from ..show.film import write_picture
 from ..show.plot import line_plot
 from . import frontier_tables, kv_tables, model, recall, seam
 from .frontier_tables import MAIN
@@ -42,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
         if after != before:
             stale.append(page)
             if not args.check:
-                path.write_text(after)
+                write_text(path, after)
     chart = ROOT / CHART
     if _source(chart) != _digest(MAIN):
         stale.append(CHART)
@@ -90,7 +92,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 def _chart(path: Path) -> None:
     info = PngInfo()
     info.add_text("source", _digest(MAIN))
-    line_plot(frontier_tables.lines(), "computed share of tokens", "PSNR to the converged film, dB").save(path, pnginfo=info)
+    write_picture(path, line_plot(frontier_tables.lines(), "computed share of tokens", "PSNR to the converged film, dB"), pnginfo=info)
 
 
 def _source(chart: Path) -> str:

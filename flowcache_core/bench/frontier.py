@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..device import commit, fast_dtype
+from ..files import write_text
 from ..models.bundle import Bundle, load_bundle
 from ..policies import POLICIES
 from ..policies.multirate import Multirate
@@ -44,6 +46,7 @@ from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import UniPC
 from ..settings import settings_of
 from ..show.metrics import mean_and_error, perceptual, psnr, ssim
+from ..untrusted import lines_of, parsed, short
 from .increment import incremental
 from .prompts import PROMPTS, seed_of
 from .sweep import over
@@ -51,6 +54,7 @@ from .sweep import over
 NAME = "frontier"
 SHARES = (0.56, 0.40, 0.30, 0.20, 0.12)
 CONVERGED = 200
+SEED = re.compile("[0-9]{1,15}")
 CAUSAL, BIDIRECTIONAL = "block-causal", "bidirectional"
 BASELINES = ("steps", "steps-fractional", "steps-euler")
 MEASURES = ("psnr", "ssim", "lpips", "psnr_converged", "ssim_converged", "lpips_converged")
@@ -304,15 +308,13 @@ def _prompts(args: argparse.Namespace) -> list[tuple[int, str]]:
         return [(seed_of(i) if args.seed is None else args.seed + i, PROMPTS[i]) for i in range(args.prompts)]
     out: list[tuple[int, str]] = []
     try:
-        lines = args.prompts_file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the prompts file {args.prompts_file} cannot be read: {error}") from error
+        lines = lines_of(args.prompts_file)
+    except ValueError as why:
+        raise ValueError(f"the prompts file {args.prompts_file} cannot be read: {why}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         seed, tab, prompt = line.partition("\t")
-        if not tab or not seed.strip().isdigit():
-            raise ValueError(f"line {number} of {args.prompts_file} is not a seed, a tab and a prompt: {line[:60]!r}")
+        if not tab or not SEED.fullmatch(seed.strip()):
+            raise ValueError(f"line {number} of {args.prompts_file} (empty ones not counted) is not a seed, a tab and a prompt: {short(line, 60)!r}")
         out.append((int(seed) + (args.seed or 0), prompt.strip()))
     if not out:
         raise ValueError(f"the prompts file {args.prompts_file} has no line: write a seed, a tab and a prompt on each")
@@ -335,27 +337,29 @@ class Kept:
     def __init__(self, path: Path | None, precision: str) -> None:
         self.path, self.made_by = path, f"{commit()} {precision}"
         self.films: dict[Film, list[dict[str, Any]]] = {}
-        if path is None or not path.exists():
-            return
-        for line in path.read_text().splitlines():
+        self._lines: list[str] = []
+        for line in path.read_bytes().decode(errors="replace").splitlines() if path and path.exists() else ():
             try:
-                values = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the bench was stopped
+                values = parsed(line)
+            except ValueError:  # half a line, of a version that did not write the file whole
                 continue
-            if values["made_by"] != self.made_by:
-                continue
-            parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values["film"].items()}
-            film = Film(**{**parts, "setting": Setting(**parts["setting"])})
-            self.films[film] = [{**entry, "setting": film.setting} for entry in values["entries"]]
+            self._lines.append(line)
+            try:
+                if values["made_by"] != self.made_by:
+                    continue
+                parts: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values["film"].items()}
+                film = Film(**{**parts, "setting": Setting(**parts["setting"])})
+                self.films[film] = [{**entry, "setting": film.setting} for entry in values["entries"]]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f"{path} is not what this bench writes: a line of it is {short(line, 60)!r}; move the file away") from None
 
     def add(self, film: Film, entries: list[dict[str, Any]]) -> None:
         self.films[film] = entries
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         values = {"made_by": self.made_by, "film": asdict(film), "entries": [{**entry, "setting": None} for entry in entries]}
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._lines.append(json.dumps(values))
+        write_text(self.path, "\n".join(self._lines) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..models.bundle import weights_id
+from ..untrusted import json_file
 
 ROOT = Path(__file__).parents[2]
 DATA = "docs/bench"
@@ -30,7 +30,12 @@ def data(name: str) -> dict[str, Any]:
     path = ROOT / DATA / f"{name}.json"
     if not path.exists():
         raise ValueError(f"{DATA}/{name}.json is not there: make measure makes it")
-    values: dict[str, Any] = json.loads(path.read_text())
+    try:
+        values: dict[str, Any] = json_file(path)
+    except ValueError as why:
+        raise ValueError(f"{DATA}/{name}.json cannot be read: {why}; make measure makes it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{DATA}/{name}.json is not what a bench writes: make measure makes it")
     if values.get("weights") != weights_id():
         raise ValueError(
             f"{DATA}/{name}.json was measured on other weights ({values.get('weights')}) than are bundled ({weights_id()}): measure again"

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import commit, device_name, fast_dtype
+from ..files import write_text
 from ..models.bundle import NAME, Bundle, load_bundle, weights_id
 from ..policies import POLICIES
 from ..policies.multirate import Multirate
@@ -22,7 +23,7 @@ from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..run.generate import Job, decode, generate, generate_upstream
 from ..run.report import RunReport
-from ..show.film import frames_of, side_by_side, write_film
+from ..show.film import frames_of, side_by_side, write_film, write_picture
 from ..show.metrics import psnr, ssim
 from ..show.overlay import overlay
 from ..show.plot import chunk_map
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     for arm in arms:
         file = "_".join(arm.split())
         write_film(out / f"{file}.mp4", frames_of(films[arm]), job.fps)
-        chunk_map(reports[arm]).save(out / f"{file}_map.png")
+        write_picture(out / f"{file}_map.png", chunk_map(reports[arm]))
         if arm != UPSTREAM and isinstance(policy_of(arm), TokenPolicy | PartPolicy):
             write_film(out / f"{file}_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
@@ -78,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         "weights": weights_id(), "model": NAME, "prompt": job.prompt,
         "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
     }  # fmt: skip
-    (out / "report.json").write_text(json.dumps(text, indent=1) + "\n")
+    write_text(out / "report.json", json.dumps(text, indent=1) + "\n")
     print(table(rows))
     print(f"films, map and report.json are in {out}")
 
@@ -102,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     width = max(10, *(len(r["arm"]) for r in rows))
     lines = [f"{'arm':>{width}}  {'seconds':>8}  {'speed':>6}  {'chunk-steps':>12}  {'tokens':>7}  {'PSNR dB':>8}  {'SSIM':>6}  {'KV MiB':>7}"]
     for r in rows:
-        speed = f"{base / r['wall_s']:.2f}x" if base else "-"
+        speed = f"{base / r['wall_s']:.2f}x" if base and r["wall_s"] else "-"
         share = f"{r['tokens_computed'] / r['tokens']:.0%}"
         psnr_db, ssim_ = ("-", "-") if r["psnr"] is None else (f"{r['psnr']:.1f}", f"{r['ssim']:.3f}")
         steps, kv = f"{r['chunk_steps_computed']}/{r['chunk_steps']}", r["kv_peak_bytes"] / 2**20

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go."""
+"""Where the seconds of a run go. A clock that jumps backwards counts as one that stood still."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+TICK = 1e-9
+"""No total is shorter: ratios of totals have a value."""
 
 
 class Clock:
@@ -39,12 +42,15 @@ class Clock:
         for part, begin, end in self._events:
             self._add(part, begin.elapsed_time(end) / 1000)
         self._events.clear()
-        self.seconds["total"] = time.perf_counter() - self._started
+        self.seconds["total"] = self._since()
 
     @property
     def total(self) -> float:
         """So far, or at the end."""
-        return self.seconds.get("total", time.perf_counter() - self._started)
+        return self.seconds["total"] if "total" in self.seconds else self._since()
+
+    def _since(self) -> float:
+        return max(time.perf_counter() - self._started, TICK)
 
     def _add(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + max(seconds, 0.0)

@@ -122,9 +122,9 @@ class RunReport:
         if self._closed:
             return
         self._closed = True
-        if self._visits is not None:
-            in_part = 0 if self._parts is None else self._parts.cpu()
-            self.visits, self._visits, self._parts = (self._visits + in_part).numpy(), None, None
+        whole, parts, self._visits, self._parts = self._visits, self._parts, None, None
+        if whole is not None:
+            self.visits = (whole + (0 if parts is None else parts.cpu())).numpy()
         self.clock.stop()
 
     @property

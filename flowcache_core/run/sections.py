@@ -52,8 +52,13 @@ class SectionSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.report.close()
-        self._text.clear()
+        try:
+            self.report.close()
+        except Exception:
+            if error is None:  # as `Session.close`
+                raise
+        finally:
+            self._text.clear()
 
     def forecast(self) -> tuple[str, ...]:
         """What is known before the first step, in sentences that the report repeats."""

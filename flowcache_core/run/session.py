@@ -115,16 +115,31 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(error)
 
-    def close(self) -> None:
-        if isinstance(self.policy, Forecasts):
-            self.report.notes += self.policy.findings(self.state.memory)
-        if self._asides:
-            said = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
-            self.report.notes += (said,)
-        self.report.host_syncs += self._kv.syncs
-        self.report.close()
+    def close(self, error: BaseException | None = None) -> None:
+        """`error`: what has ended the run; then it is what is raised, whatever completing the report may come to."""
+        try:
+            self._tell()
+        except Exception:
+            if error is None:
+                raise
+        finally:
+            self._free()
+
+    def _tell(self) -> None:
+        """Completes the report."""
+        try:
+            if isinstance(self.policy, Forecasts):
+                self.report.notes += self.policy.findings(self.state.memory)
+            if self._asides:
+                said = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
+                self.report.notes += (said,)
+        finally:
+            self.report.host_syncs += self._kv.syncs
+            self.report.close()
+
+    def _free(self) -> None:
         self._kv.free()
         self._text.clear()
         self._chunk_text.clear()

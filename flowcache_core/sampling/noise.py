@@ -8,6 +8,8 @@ from itertools import pairwise
 from typing import Protocol
 
 TRAIN_STEPS = 1000
+NEAREST = 1e-6
+"""Levels that are nearer to each other are one to a network, and solvers divide by their distance."""
 
 
 class Noise(Protocol):
@@ -67,7 +69,7 @@ def timestep(sigma: float) -> int:
 
 
 def require_levels(levels: Sequence[float]) -> None:
-    """Raises ValueError for noise levels that do not fall at every step from at most 1 to 0."""
+    """Raises ValueError for noise levels that do not fall at every step from at most 1 to 0, or by too little."""
     if len(levels) < 2 or levels[-1] != 0 or not 0 < levels[0] <= 1:
         raise ValueError(
             f"noise levels from {levels[0] if levels else None} to {levels[-1] if levels else None}: they have to fall from at most 1 to 0"
@@ -77,4 +79,9 @@ def require_levels(levels: Sequence[float]) -> None:
             raise ValueError(
                 f"the noise level stays at {now:g} or rises, to {to:g}, at step {step + 1} of {len(levels) - 1}: every step has to lower it; ask the "
                 "scheduler for fewer steps or more denoise, or take the repeated levels out"
+            )
+        if now - to < NEAREST:
+            raise ValueError(
+                f"the noise level falls from {now:g} by only {now - to:.3g} at step {step + 1} of {len(levels) - 1}, and {NEAREST:g} is the least: "
+                "ask the scheduler for fewer steps"
             )

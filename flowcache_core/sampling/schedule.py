@@ -8,6 +8,7 @@ finishes each before the next begins.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,12 @@ from itertools import pairwise
 
 from .chunk import Chunk
 from .frames import FOUR_N_PLUS_1, Frames
+from .noise import TRAIN_STEPS
+
+LONGEST = 200_000
+"""Latent frames of a film: some nine hours."""
+PLACES = 300_000_000
+"""Rows times chunks: what is noted of a film, a few GB at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,21 @@ class ChunkSchedule:
             raise ValueError(f"{self.frames} latent frames in chunks of {self.chunk_frames}: both must be at least 1")
         if self.steps < 1:
             raise ValueError(f"{self.steps} steps were asked for: at least 1 is needed")
+        if self.steps > TRAIN_STEPS:
+            raise ValueError(f"{self.steps} steps were asked for: the models tell {TRAIN_STEPS} noise levels apart, so use at most {TRAIN_STEPS}")
+        require_length(self.frames)
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} chunks was asked for: a chunk sees at least itself, so use 1 or more")
         if self.ar_step < 0:
             raise ValueError(f"ar_step {self.ar_step} is negative: 0 denoises all chunks together, 5 is the published stagger")
         if self.prefix < 0 or self.suffix < 0:
             raise ValueError(f"{self.prefix} given latent frames at the start and {self.suffix} at the end: neither can be negative")
+        chunks = -(-self.frames // self.chunk_frames)
+        if (self.steps + chunks * min(self.ar_step, self.steps)) * chunks > PLACES:
+            raise ValueError(
+                f"{self.frames} latent frames in chunks of {self.chunk_frames} are {chunks} chunks, more than can be laid out at {self.steps} steps "
+                f"and ar_step {self.ar_step}: make the film in parts, each from the last frames of the one before"
+            )
         if self.prefix + self.suffix >= self.frames:
             raise ValueError(
                 f"{self.prefix + self.suffix} of {self.frames} latent frames are given: at least one must be left to generate; "
@@ -107,8 +123,7 @@ class ChunkSchedule:
 
     def oldest(self, index: int) -> int:
         """The first chunk that a chunk sees: all that is within the horizon, in whole chunks."""
-        end = sum(self.span(index))
-        return next(k for k in range(index + 1) if k == index or end - self.span(k)[0] <= self.horizon)
+        return min(bisect_left(self._starts, sum(self.span(index)) - self.horizon), index)
 
     def at(self, index: int, step: int) -> Chunk:
         """A chunk at a step."""
@@ -131,21 +146,35 @@ class ChunkSchedule:
             starts.insert(0, 0)
         return tuple((a, b - a) for a, b in pairwise([*starts, self.frames]))
 
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(start for start, _ in self._spans)
+
     def _rows(self) -> Iterator[Row]:
-        done, n = self.steps, self.steps + 1
-        before = [n] * self.given + [0] * (self.chunks - self.given)
-        last = sum(sum(self.span(k)) <= self.horizon for k in range(self.chunks)) or 1
-        while not all(index >= done for index in before):
-            now = list(before)
-            for k in range(self.chunks):
-                free = k == 0 or before[k - 1] >= done
-                now[k] = min(max(before[k] + 1 if free else now[k - 1] - self.ar_step, 0), n)
-            moving = [now[k] != before[k] and now[k] != n for k in range(self.chunks)]
-            while last < self.chunks and moving[last]:
+        done, n, chunks = self.steps, self.steps + 1, self.chunks
+        now = [n] * self.given + [0] * (chunks - self.given)
+        first = self.given
+        """All chunks before it are finished."""
+        last = sum(sum(self.span(k)) <= self.horizon for k in range(chunks)) or 1
+        while True:
+            while first < chunks and now[first] >= done:
+                now[first] = n
+                first += 1
+            if first == chunks:
+                return
+            active = []
+            free = True
+            for k in range(first, chunks):
+                before = now[k]
+                now[k] = min(max(before + 1 if free else now[k - 1] - self.ar_step, 0), n)
+                free = before >= done
+                if now[k] not in (before, n):
+                    active.append(self.at(k, now[k] - 1))
+                if now[k] == 0:
+                    break
+            while last < chunks and active[-1].index >= last:
                 last += 1
-            active = tuple(self.at(k, now[k] - 1) for k in range(self.chunks) if moving[k])
-            yield Row(active, min(self.oldest(last - 1), active[0].index), last, tuple(now))
-            before = now
+            yield Row(tuple(active), min(self.oldest(last - 1), active[0].index), last, tuple(now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +201,12 @@ class Section:
         return replace(row, active=tuple(self.in_film(chunk) for chunk in row.active))
 
 
+def require_length(frames: int) -> None:
+    """Raises ValueError."""
+    if frames > LONGEST:
+        raise ValueError(f"{frames} latent frames were asked for: at most {LONGEST} are made in one run, make the film in parts")
+
+
 def sections_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length: int, overlap: int,
                 prefix: int = 0, suffix: int = 0, pixels: Frames = FOUR_N_PLUS_1) -> tuple[Section, ...]:  # fmt: skip
     """A film of `frames` latent frames as sections of `length`, each beginning with the last `overlap` frames of the one before it.
@@ -180,6 +215,7 @@ def sections_of(frames: int, chunk_frames: int, steps: int, ar_step: int, length
     last section takes what is left and may be short. `prefix` and `suffix` are given at the start and the end of the film;
     a section is ended early where only given frames would be left for the last one.
     """
+    require_length(frames)
     if frames > length and not 0 < overlap < length - suffix:
         raise ValueError(
             f"sections of {length} latent frames cannot overlap by {overlap}{f' and end in {suffix} given frames' if suffix else ''}: "

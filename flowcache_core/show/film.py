@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..files import whole
 from .plot import INK, PAPER, font
 
 
@@ -20,13 +22,17 @@ def frames_of(film: Tensor) -> np.ndarray:
 
 
 def write_film(path: Path, frames: np.ndarray, fps: int = 24) -> None:
-    """uint8 [T, H, W, 3] -> H.264 mp4. Written beside its place and moved there, so no half film is left behind."""
-    partial = path.with_name(f".{path.name}.partial.mp4")
-    try:
-        iio.imwrite(partial, frames, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """uint8 [T, H, W, 3] -> H.264 mp4, whole or not at all. Made in memory: an encoder that cannot write does not close its file well."""
+    made = iio.imwrite("<bytes>", frames, plugin="pyav", extension=".mp4", codec="libx264", fps=fps, out_pixel_format="yuv420p")
+    assert isinstance(made, bytes)
+    with whole(path) as partial:
+        partial.write_bytes(made)
+
+
+def write_picture(path: Path, picture: Image.Image, **more: Any) -> None:
+    """Whole or not at all; `more`: as `Image.save` takes it."""
+    with whole(path) as partial:
+        picture.save(partial, **more)
 
 
 def side_by_side(films: Mapping[str, np.ndarray], scale: int = 2) -> np.ndarray:

@@ -10,9 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ..device import fast_dtype
+from ..files import whole, write_text
 from ..models import bundle
 from ..models.wan_vae import WanVAE
 from ..run.generate import Job, decode, generate
+from ..show.film import write_picture
 from . import dit, vae
 from .evaluate import contact_sheet, evaluate
 
@@ -62,23 +64,23 @@ def _vae(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: i
 
 
 def _install(out: Path) -> None:
-    bundle.WEIGHTS.mkdir(exist_ok=True)
-    bundle.NETWORK.write_bytes((out / "dit.safetensors").read_bytes())
-    bundle.VAE.write_bytes((out / "vae.safetensors").read_bytes())
+    for made, place in (("dit.safetensors", bundle.NETWORK), ("vae.safetensors", bundle.VAE)):
+        weights = (out / made).read_bytes()
+        with whole(place) as partial:
+            partial.write_bytes(weights)
 
 
 def _evaluate(prompts: int, path: Path | None) -> None:
     figures = json.dumps(evaluate(bundle.load_bundle(fast_dtype()), prompts), indent=1)
     print(figures)
     if path:
-        path.write_text(figures + "\n")
+        write_text(path, figures + "\n")
 
 
 def _look(out: Path, prompt: str, seed: int) -> None:
     model = bundle.load_bundle(fast_dtype())
     film = decode(model, generate(model, Job(prompt, seed=seed))[0])
-    out.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(contact_sheet(film)).save(out / "look.png")
+    write_picture(out / "look.png", Image.fromarray(contact_sheet(film)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import whole
 from ..models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL
 from .scenes import make_scene, render
 
@@ -78,7 +79,7 @@ def load_or_fit(folder: Path, clips: int = CLIPS) -> Basis:
     """`basis.safetensors` in `folder`, made on the first call."""
     path = folder / "basis.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         made = fit(clips)
-        save_file({"mean": made.mean, "to": made.to.contiguous(), "back": made.back.contiguous()}, path)
+        with whole(path) as partial:
+            save_file({"mean": made.mean, "to": made.to.contiguous(), "back": made.back.contiguous()}, partial)
     return Basis(**load_file(path))

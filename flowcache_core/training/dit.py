@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import whole
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..models.wan_vae import SPATIAL
@@ -24,7 +25,7 @@ from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import Basis, load_or_fit
-from .loop import Loop, optimisers
+from .loop import Loop, load_saved, optimisers
 from .scenes import make_scene, render
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
@@ -138,7 +139,7 @@ def train(out: Path, steps: int, batch: int = BATCH) -> None:
 
 
 def export(out: Path) -> None:
-    saved = torch.load(out / "dit.pt", weights_only=True)
+    saved = load_saved(out / "dit.pt")
     meta = {
         "format": "pt",
         "architecture": "skyreels-v2-df",
@@ -146,4 +147,5 @@ def export(out: Path) -> None:
         "window_chunks": str(CHUNKS),
         "steps_trained": str(saved["step"]),
     }
-    save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, out / "dit.safetensors", meta)
+    with whole(out / "dit.safetensors") as partial:
+        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partial, meta)

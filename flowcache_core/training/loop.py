@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import whole
 from .muon import Muon
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +36,19 @@ def optimisers(model: nn.Module, rate: float, muon_rate: float) -> list[torch.op
     return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01), Muon(inner, muon_rate)]
 
 
+def load_saved(path: Path) -> dict[str, Any]:
+    """What `Loop.save` wrote. Raises ValueError for anything else; no code in a file is run."""
+    try:
+        saved = torch.load(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of which kind, only the unpickler knows
+        raise ValueError(f"{path} is not what a training run saves ({type(error).__name__}): remove it to begin anew") from error
+    if not isinstance(saved, dict) or not saved.keys() >= {"model", "average", "step", "optimisers"}:
+        raise ValueError(f"{path} is not what a training run saves: remove it to begin anew")
+    return saved
+
+
 class Loop(Generic[Model]):
     """Runs `loss_of(step)` for `total` steps from wherever `path` left off; the average of the weights is in `average`."""
 
@@ -44,18 +58,16 @@ class Loop(Generic[Model]):
         self.average: dict[str, Tensor] = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
         self.step = 0
         if path.exists():
-            saved = torch.load(path, weights_only=True)
+            saved = load_saved(path)
             model.load_state_dict(saved["model"])
             for opt, state in zip(opts, saved["optimisers"], strict=True):
                 opt.load_state_dict(state)
             self.average, self.step = saved["average"], saved["step"]
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step,
-                    "optimisers": [o.state_dict() for o in self.opts]}, partial)  # fmt: skip
-        partial.replace(self.path)
+        optimisers = [o.state_dict() for o in self.opts]
+        with whole(self.path) as partial:
+            torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step, "optimisers": optimisers}, partial)
 
     def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str) -> None:
         parameters = list(parameters)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..device import fast_dtype
+from ..files import refused, write_text
 from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
 from ..models import bundle
 from ..models.adapter import Bidirectional
@@ -29,6 +30,7 @@ from ..models.bundle import Bundle
 from ..models.checkpoint import load_network_file, recognise, titles
 from ..models.shards import open_checkpoint
 from ..run.generate import Job
+from ..untrusted import json_file, lines_of
 from .dit import FRAMES, SIZE
 from .loop import Loop
 from .salience_clips import LEVELS, Clip, ClipStore, Drawn, Half, Sampled, Source, WithEmbeddings, check_job, read_embeddings
@@ -164,13 +166,23 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
     """Notes what a work folder is for. Raises ValueError where it was begun for something else."""
     path = folder / "plan.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = _begun(path)
         if other := [
             f"{k} was {before.get(k)} and is now {plan.get(k)}" for k in sorted(before.keys() | plan.keys()) if before.get(k) != plan.get(k)
         ]:
             raise ValueError(f"the work folder {folder} was begun for another training ({'; '.join(other)}): name another with --work, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1) + "\n")
+    write_text(path, json.dumps(plan, indent=1) + "\n")
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    try:
+        plan = json_file(path)
+        if isinstance(plan, dict):
+            return plan
+        why = "it is no JSON object"
+    except ValueError as error:
+        why = str(error)
+    raise ValueError(f"{path} does not say what its work folder was begun for ({why}): name another folder with --work, or remove it")
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -240,7 +252,10 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    return [line for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()) if line]
+    try:
+        return lines_of(path)
+    except ValueError as why:
+        raise ValueError(f"the prompts file {path} cannot be read: {why}") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -299,6 +314,9 @@ def main() -> int:
         run(arguments().parse_args())
     except ValueError as error:
         print(f"flowcache: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"flowcache: {refused(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flowcache: stopped before it was done; the same command goes on", file=sys.stderr)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import whole
 from ..kv.scores.salience import places
 from ..models.adapter import Call
 from ..models.bundle import Bundle
@@ -47,9 +48,8 @@ class Clip:
     """float32 [T, 3 WAVES]: where in its chunk."""
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        save_file({name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}, partial)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Clip:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import whole
 from ..models.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, AttentionBlock, ResidualBlock, WanVAE
 from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
@@ -150,7 +151,8 @@ def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(weights: dict[str, Tensor], path: Path) -> None:
-    save_file({k: v.half().contiguous() for k, v in weights.items()}, path)
+    with whole(path) as partial:
+        save_file({k: v.half().contiguous() for k, v in weights.items()}, partial)
 
 
 @torch.no_grad()

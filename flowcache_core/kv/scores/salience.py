@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...files import whole
 from ...settings import check, setting
 from ...untrusted import entries, open_tensors, short
 from ..policy import KVView
@@ -157,10 +158,8 @@ class SalienceHead(nn.Module):
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, in float32."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({k: v.detach().float().cpu().contiguous() for k, v in self.state_dict().items()}, partial, self.info.metadata())
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({k: v.detach().float().cpu().contiguous() for k, v in self.state_dict().items()}, partial, self.info.metadata())
 
     @classmethod
     def load(cls, path: Path) -> SalienceHead:

@@ -1,0 +1,121 @@
+"""The live map and the console, without a host: whoever looks at a run may go away, and a clock may jump."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACK = "flowcache_as_the_host_has_it"
+
+
+class Server:
+    """Of the host, as far as the live map knows it."""
+
+    client_id = "page"
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.gone: Exception | None = None
+
+    def send_sync(self, event: str, data: dict[str, Any], sid: str | None) -> None:
+        if self.gone:
+            raise self.gone
+        self.sent.append(data)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    module, one = ModuleType("server"), Server()
+    module.PromptServer = SimpleNamespace(instance=one)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "server", module)
+    return one
+
+
+@pytest.fixture
+def nodes(server: Server) -> Iterator[Callable[[str], Any]]:
+    """Modules of nodes/ that need nothing of the host but its server."""
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec
+    assert spec.loader
+    sys.modules[PACK] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACK])
+    yield lambda name: importlib.import_module(f"{PACK}.nodes.{name}")
+    for name in [name for name in sys.modules if name.startswith(PACK)]:
+        del sys.modules[name]
+
+
+def report(nodes: Callable[[str], Any], steps: int = 4) -> Any:
+    return importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(1, steps)
+
+
+@pytest.mark.parametrize("gone", [RuntimeError("Event loop is closed"), ConnectionResetError(), AttributeError("loop")])
+def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Callable[[str], Any], server: Server) -> None:
+    server.gone = gone
+    live = nodes("live").LiveMap("7", 4)
+    for done in range(5):
+        live.show(report(nodes), done)
+    server.gone = None
+    live.show(report(nodes), 4)
+    assert len(server.sent) == 1, "and one that comes back is told again"
+
+
+def test_without_a_page_or_a_server_nothing_is_sent(nodes: Callable[[str], Any], server: Server) -> None:
+    live = nodes("live")
+    live.LiveMap(None, 4).show(report(nodes), 0)
+    sys.modules["server"].PromptServer.instance = None  # type: ignore[attr-defined]
+    live.LiveMap("7", 4).show(report(nodes), 0)
+    assert not server.sent
+
+
+@pytest.mark.parametrize(
+    "times", [[100.0], [1e6, 1e6 - 5, 0.0, 3.0, -1e9, 0.0], [0.0, 1e12, 2e12, 3e12, 4e12, 5e12]], ids=["stands", "backwards", "leaps"]
+)
+def test_the_time_left_is_never_negative_and_the_map_goes_on(
+    times: list[float], nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([*times, *[times[-1]] * 50])
+    module = nodes("live")
+    monkeypatch.setattr("time.perf_counter", lambda: next(calls))
+    live = module.LiveMap("7", 4)
+    for done in range(5):
+        live.show(report(nodes), done)
+    assert all(0 <= one["eta_s"] < float("inf") for one in server.sent)
+    assert server.sent[-1]["eta_s"] == 0
+    assert len(server.sent) >= 3, "the first two and the last are always sent"
+
+
+class Closed:
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise ValueError("I/O operation on closed file.")
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_console_that_is_closed_ends_no_run(nodes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = nodes("progress")
+    monkeypatch.setattr(sys, "stderr", Closed())
+    progress.say(["computed 4 of 4 chunk-steps"])
+
+
+def test_what_a_callback_raises_ends_the_run(nodes: Callable[[str], Any]) -> None:
+    """The host interrupts by raising there: it must not be swallowed."""
+
+    def callback(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    progress = nodes("progress").Progress(torch.zeros(1, 2, 3, 4, 4), 4, 1, None, callback, True)
+    chunk = SimpleNamespace(index=0, start=0, frames=3)
+    with pytest.raises(KeyboardInterrupt):
+        progress.step(report(nodes), chunk, torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 4, 4))
