@@ -40,9 +40,9 @@ def everything() -> str:
         gain = "—" if not row["gain_error"] else f"{row['gain']:+.1f} ± {row['gain_error']:.1f}"
         lines.append((
             row["policy"], f"{row['fraction']:g}", row["dtype"], close[0], gain, close[1], f"{row['drift']:.1f}", f"{row['attention_error']:.3f}",
-            f"{row['reappearing_error']:.2f}", f"{row['seconds']:.1f}", f"{row['kv_peak_bytes'] / MIB:.1f}",
+            f"{row['reappearing_error']:.2f}", f"{row['kv_peak_bytes'] / MIB:.1f}",
         ))  # fmt: skip
-    return table(["policy", "fraction", "stored", "PSNR, dB", "to chance, dB", "SSIM", "drift", "attention error", "reappearing error", "seconds",
+    return table(["policy", "fraction", "stored", "PSNR, dB", "to chance, dB", "SSIM", "drift", "attention error", "reappearing error",
                   "KV peak, MiB"], lines)  # fmt: skip
 
 
