@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from flowcache_core.run.window import WindowSession
 from torch import Tensor
 
 from flowcache_core.kv import cache, keeper
@@ -37,6 +36,7 @@ from flowcache_core.run.clock import Clock
 from flowcache_core.run.generate import Job, Steps, decode, generate, generate_upstream
 from flowcache_core.run.history import HistoryLog
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
 from flowcache_core.run.signals import StepSignals
 from flowcache_core.sampling.solvers import Multistep, UniPC
@@ -148,8 +148,8 @@ STAGES = {
     "plan by token": Stage(Multirate, "plan", ("Motion by a plan",)),
     "memory of the run": Stage(run_module, "footprint", OUTSIDE),
     "session": Stage(Session, "__init__", CAUSAL),
-    "session of windows": Stage(WindowSession, "__init__", ("bidirectional",)),
-    "what is known before": Stage(Session, "foresee", CAUSAL),
+    "session of windows": Stage(SectionSession, "__init__", ("bidirectional",)),
+    "what is known before": Stage(Session, "forecast", CAUSAL),
     "observer begins": Stage(Steps, "begin", OUTSIDE),
     "observer": Stage(Steps, "step"),
     "embedding": Stage(SkyReelsV2, "embed"),

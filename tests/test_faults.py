@@ -101,7 +101,7 @@ def test_what_ended_a_run_is_what_is_raised(kind: str, bundle: Bundle) -> None:
         assert late.calls == 1
 
 
-@pytest.mark.parametrize("fails", [STAGES["clock stopped"], Stage(Chunkwise, "retell")], ids=["clock", "last words"])
+@pytest.mark.parametrize("fails", [STAGES["clock stopped"], Stage(Chunkwise, "findings")], ids=["clock", "last words"])
 def test_memory_is_freed_where_the_report_cannot_be_completed(fails: Stage, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Session] = []
     original = Session.__enter__

@@ -29,7 +29,7 @@ from flowcache_core.run.run import Run
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.planner import plan_for, plan_in_part
-from flowcache_core.sampling.schedule import ChunkSchedule, Window, windows_of
+from flowcache_core.sampling.schedule import ChunkSchedule, Section, sections_of
 from flowcache_core.sampling.solvers import SOLVERS
 from flowcache_core.settings import described
 from tests.driven import Driven
@@ -110,7 +110,7 @@ WINDOWS = st.fixed_dictionaries(
 @MANY
 @given(values=WINDOWS)
 def test_windows_cover_a_film_or_are_refused(values: dict[str, Any]) -> None:
-    windows: tuple[Window, ...] | None = answered(lambda: windows_of(**values))
+    windows: tuple[Section, ...] | None = answered(lambda: sections_of(**values))
     if windows is None:
         return
     assert windows[0].start == 0
