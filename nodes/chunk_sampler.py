@@ -15,6 +15,7 @@ import torch
 from ..flowcache_core.policies.presets import PLANS
 from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.run import Film, Place, Run, Turn
+from ..flowcache_core.run.states import States
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
@@ -25,6 +26,7 @@ from .mailbox import Mailbox
 from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
+from .states import NamedTurn, named_conds, states_of
 
 NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
@@ -65,8 +67,11 @@ class ChunkSampler(comfy.samplers.Sampler):
     window_frames: int = 0
     overlap_history: int = 17
     addnoise_condition: int = 20
+    save_every: int = 0
     run: Run | None = None
     """The run that this sampler was settled for, once the host has begun it."""
+    states: States | None = None
+    """Where that run is saved, if it is."""
 
     def around(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
                *args, **kwargs):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -79,7 +84,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
         logging.info(f"FlowCache: {run.held.sentence()}")
         with model.expecting(run):
-            mine = replace(self, run=run)
+            mine = replace(self, run=run, states=states_of(self.save_every, executor.class_obj, model))
             samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
         keep_given(samples, latent_image, prefix, suffix)
         self.mailbox.sent(samples)
@@ -114,9 +119,10 @@ class ChunkSampler(comfy.samplers.Sampler):
         keep_given(x, latent_image, prefix, suffix)
         options = extra_args["model_options"]["transformer_options"]
         options[BASE] = blocks_of(options)
+        names = {one["uuid"]: name for name, one in named_conds(model_wrap.conds).items() if "uuid" in one}
 
         def evaluate(turn: Turn, part: torch.Tensor) -> torch.Tensor:
-            options[TURN] = turn
+            options[TURN] = turn = NamedTurn(turn, names)
             out = velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
             write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
             return out
@@ -124,7 +130,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         progress = Progress(x, run.steps, run.chunks, self.node, callback, disable_pbar)
         try:
             with progress.bar:
-                samples, report = run.sample(x, evaluate, progress)
+                samples, report = run.sample(x, evaluate, progress, self.states)
         finally:
             options.pop(TURN, None)
             options.pop(BASE, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -29,6 +30,8 @@ class HostModel(comfy.model_base.BaseModel):
         self.device = None  # the patcher decides where it is
         self.family: Family = family
         self.layout = layout
+        self.files: tuple[Path, ...] = ()
+        """From which the weights were read."""
         self._expected: Run | None = None
 
     def adapter(self, dtype: torch.dtype | None = None) -> ModelAdapter:

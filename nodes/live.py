@@ -24,7 +24,7 @@ class LiveMap:
 
     def __init__(self, node: str | None, total: int) -> None:
         self.node, self.total = node, total
-        self._began = self._sent = time.perf_counter()
+        self._sent = time.perf_counter()
 
     def show(self, report: RunReport, done: int) -> None:
         server, now = getattr(PromptServer, "instance", None), time.perf_counter()
@@ -32,7 +32,7 @@ class LiveMap:
             return
         self._sent = now
         run, all_run = (int((report.map == COMPUTED).sum()), int(report.planned.sum())) if report.plans else (done, self.total)
-        left = max(now - self._began, 0.0) / max(run, 1) * (all_run - run)
+        left = report.wall_s / max(run, 1) * (all_run - run)
         rows, planned = (["".join(map(str, row)) for row in some] for some in (report.map, report.planned if report.plans else ()))
         note = report.notes[0] if report.notes else ""
         size = f"{report.history.tokens[-1]} tokens per layer, {readable(report.history.bytes[-1])}" if report.history.frames else ""

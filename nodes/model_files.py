@@ -34,6 +34,7 @@ class ModelFile:
     weights: dict[str, torch.Tensor]
     found: Found
     layout: ChunkLayout
+    files: tuple[Path, ...]
     operations: Any = None
     patcher: Callable[[Any], Any] | None = None
 
@@ -70,7 +71,7 @@ def open_model(path: Path, name: str, family: str = AUTO) -> ModelFile:
     weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names, lambda file: comfy.utils.load_torch_file(str(file)))}
     logging.info(f"FlowCache: {name} is {found.release}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")
     weights = _marked(weights, checkpoint.metadata.get("_quantization_metadata"), names)
-    return ModelFile(weights, found, found.family.layout_of(checkpoint.metadata))
+    return ModelFile(weights, found, found.family.layout_of(checkpoint.metadata), checkpoint.files)
 
 
 def _open_gguf(path: Path, name: str, family: str) -> ModelFile:
@@ -79,7 +80,7 @@ def _open_gguf(path: Path, name: str, family: str) -> ModelFile:
     found = recognise(read, name, family=family)
     weights = {new: read[key] for key, new in found.names.items()}
     logging.info(f"FlowCache: {name} is {found.release}, read by {gguf.PACK}")
-    return ModelFile(pack.prepared(weights, found.matrices), found, found.family.layout, pack.operations(), pack.patcher)
+    return ModelFile(pack.prepared(weights, found.matrices), found, found.family.layout, (path,), pack.operations(), pack.patcher)
 
 
 def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     logging.info(f"FlowCache: {name} is computed in {str(cast or dtype).removeprefix('torch.')} on {device}")
     host.set_inference_dtype(dtype, cast)
     model = HostModel(host, file.layout, None if quantised else torch.device("meta"))
+    model.files = file.files
     plain = disable_dynamic or file.patcher is not None
     patcher = (comfy.model_patcher.ModelPatcher if plain else comfy.model_patcher.CoreModelPatcher)(model, load_device=device, offload_device=offload)
     weights = file.weights

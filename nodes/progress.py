@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
-from ..flowcache_core.run.report import RunReport
+from ..flowcache_core.run.report import NOT_RUN, RunReport
 from ..flowcache_core.sampling.chunk import Chunk
 from .live import LiveMap
 
@@ -25,21 +25,36 @@ def say(lines: Iterable[str]) -> None:
 class Progress:
     """Bar, preview and live map of one run of `total` steps."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("so_far",)
+
     def __init__(self, film: torch.Tensor, total: int, chunks: int, node: str | None, callback: Any, hide: bool) -> None:
         self.total, self.chunks, self.callback, self.at = total, chunks, callback, 0
         self.shown, self.live = film.clone(), LiveMap(node, total)
+        self.reached = 0
         self.bar = tqdm(total=total, disable=hide)
 
     def begin(self, report: RunReport, said: Iterable[str]) -> None:
-        """What is known before the first step, onto console and page."""
+        """What is known before the first step, onto console and page. A run that goes on has come some way already."""
         say(said)
-        self.live.show(report, 0)
+        self.at = int((report.map != NOT_RUN).sum())
+        self.bar.update(self.at - self.bar.n)
+        self.live.show(report, self.at)
+
+    @property
+    def so_far(self) -> torch.Tensor:
+        """The preview of the frames that were reached; set, it is put in place."""
+        return self.shown[:, :, : self.reached]
+
+    @so_far.setter
+    def so_far(self, frames: torch.Tensor) -> None:
+        self.reached = frames.shape[2]
+        self.shown[:, :, : self.reached].copy_(frames)
 
     def step(self, report: RunReport, chunk: Chunk, clean: torch.Tensor | None, film: torch.Tensor) -> None:
         """`clean`: the chunk as it is now predicted; None where its step was skipped, which leaves the preview as it is."""
         if clean is not None:
             self.shown[:, :, chunk.start : chunk.start + chunk.frames] = clean
-        self.at += 1
+        self.at, self.reached = self.at + 1, max(self.reached, chunk.start + chunk.frames)
         self.bar.set_postfix_str(f"chunk {chunk.index + 1}/{self.chunks}, {report.share:.0%} of tokens computed", refresh=False)
         self.bar.update()
         self.live.show(report, self.at)

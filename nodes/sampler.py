@@ -39,6 +39,9 @@ class ARChunkSampler(io.ComfyNode):
                              tooltip="Bidirectional only: the frames that a section takes over from the one before it. 17 as published."),
                 io.Int.Input("addnoise_condition", default=20, min=0, max=999, optional=True, advanced=True,
                              tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. 20 as published, 0: clean."),
+                io.Int.Input("save_every", default=0, min=0, max=100000, optional=True, advanced=True,
+                             tooltip="After so many finished chunks the state of the run is saved in output/flowcache_states. Stopped by whatever, "
+                                     "the same film goes on from there when it is queued again. A state takes as much room as the KV cache. 0: off."),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Sampler.Output(), Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did.")],
@@ -46,8 +49,8 @@ class ARChunkSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str, attention: str = AUTO, window_frames: int = 0,
-                overlap_history: int = 17, addnoise_condition: int = 20) -> io.NodeOutput:  # fmt: skip
+                overlap_history: int = 17, addnoise_condition: int = 20, save_every: int = 0) -> io.NodeOutput:  # fmt: skip
         mailbox = Mailbox()
         sampler = ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox, cls.hidden.unique_id,
-                               attention, window_frames, overlap_history, addnoise_condition)  # fmt: skip
+                               attention, window_frames, overlap_history, addnoise_condition, save_every)  # fmt: skip
         return io.NodeOutput(sampler, mailbox)

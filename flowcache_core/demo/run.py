@@ -23,6 +23,7 @@ from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..run.generate import Job, decode, generate, generate_upstream
 from ..run.report import RunReport
+from ..run.states import States
 from ..show.film import frames_of, side_by_side, write_film, write_picture
 from ..show.metrics import psnr, ssim
 from ..show.overlay import overlay
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "behind it if not the usual ones, as in 'planned share=0.3' (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
+    parser.add_argument("--save-every", type=int, default=0, help="save the state of a film after so many finished chunks, in the folder states of "
+                        "--out; a demo that was stopped goes on from there (default %(default)s: off)")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -54,12 +57,13 @@ def main(args: argparse.Namespace) -> None:
     job = Job(args.prompt, args.frames, args.steps, args.seed)
     bundle = load_bundle(fast_dtype())
     job.schedule(bundle)
+    states = States(args.out / "states", args.save_every) if args.save_every else None
     films: dict[str, Tensor] = {}
     reports: dict[str, RunReport] = {}
     decode_s: dict[str, float] = {}
     _warm_up(bundle)
     for arm in arms:
-        latents, reports[arm] = run_arm(bundle, job, arm)
+        latents, reports[arm] = run_arm(bundle, job, arm, states)
         began = time.perf_counter()
         films[arm] = decode(bundle, latents)
         decode_s[arm] = time.perf_counter() - began
@@ -81,15 +85,18 @@ def main(args: argparse.Namespace) -> None:
     }  # fmt: skip
     write_text(out / "report.json", json.dumps(text, indent=1) + "\n")
     print(table(rows))
+    for arm in arms:
+        if line := reports[arm].saves.line():
+            print(f"{arm}: {line}")
     print(f"films, map and report.json are in {out}")
 
 
-def run_arm(bundle: Bundle, job: Job, arm: str) -> tuple[Tensor, RunReport]:
+def run_arm(bundle: Bundle, job: Job, arm: str, states: States | None = None) -> tuple[Tensor, RunReport]:
     schedules = [w.schedule for w in job.sections(bundle)] if arm == UPSTREAM else [job.schedule(bundle)]
     with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
         if arm == UPSTREAM:
-            return generate_upstream(bundle, job, lambda chunk: bar.update())
-        return generate(bundle, job, policy_of(arm), lambda chunk: bar.update())
+            return generate_upstream(bundle, job, lambda chunk: bar.update(), states=states)
+        return generate(bundle, job, policy_of(arm), lambda chunk: bar.update(), states=states)
 
 
 def policy_of(arm: str) -> CachePolicy | None:
@@ -127,6 +134,7 @@ def _row(arm: str, films: dict[str, Tensor], report: RunReport, decode_s: float)
         "ssim": round(ssim(films[arm], films["uncached"]), 4) if compared else None,
         "kv_peak_bytes": done["kv_peak_bytes"],
         "host_syncs": done["host_syncs"],
+        "saves": done["saves"],
     }
 
 

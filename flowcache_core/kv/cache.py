@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ Branches = tuple[Hashable, ...]
 Seen = Callable[[Chunk, Hashable], int | None]
 """How many chunks, itself included, a branch of a chunk sees at this step; None: as many as the schedule allows."""
 T = TypeVar("T")
+Held = dict[str, list[Tensor]]
+"""What a cache has in its slots, by kind: a tensor for each layer, or one for its keys and one for its values."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,15 @@ class KVCache:
             for index, (k, v) in enumerate(other._buffers):
                 keys, values = self.layer(index, k)
                 keys[mine], values[mine] = k[theirs], v[theirs]
+
+    def held(self, kept: int, active: int) -> Held:
+        """What is in use, as it is stored: `kept` slots of history under a budget, and `active` ones behind them."""
+        return {"buffers": [buffer[:, :, : kept + active] for pair in self._buffers for buffer in pair]}
+
+    def hold(self, held: Held) -> None:
+        """The same back, in place. Raises RuntimeError for tensors of other sizes."""
+        for number, slots in enumerate(held["buffers"]):
+            self.layer(number // 2, slots)[number % 2][:, :, : slots.shape[2]].copy_(slots)
 
     def free(self) -> None:
         self._buffers.clear()
@@ -241,6 +252,8 @@ def _grouped(views: Sequence[T], q: Tensor, attend: Callable[[T, slice], Tensor]
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "_waiting", "_written")
+
     def __init__(self, sizes: KVSizes, layout: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
                  waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None) -> None:  # fmt: skip
         """`waits`: whether tokens of a chunk may wait while others of it are computed; `seen`: for a network that lets some steps
@@ -344,6 +357,18 @@ class KVStore:
             self._caches.remove(cache)
         self._caches.append(fresh)
         return fresh, slice(0, len(branches) * self.sizes.films)
+
+    @property
+    def held(self) -> list[tuple[Branches, int, Held]]:
+        """Of every cache its branches, how often the host has waited for it, and its slots in use; settable."""
+        return [(cache.branches, cache.syncs, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
+
+    @held.setter
+    def held(self, held: list[tuple[Branches, int, Held]]) -> None:
+        self._caches = [self._new(branches) for branches, _, _ in held]
+        for cache, (_, syncs, slots) in zip(self._caches, held, strict=True):
+            cache.hold(slots)
+            cache.syncs = syncs
 
     def free(self) -> None:
         for cache in self._caches:

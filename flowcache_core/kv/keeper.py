@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class Choice:
 
 class Keeper:
     """Of one run. `films`: of a batch; `grid`: height and width of a frame in tokens."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("middle", "_kept", "_shared")
 
     def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary) -> None:
         self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary

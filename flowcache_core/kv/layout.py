@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..sampling.schedule import ChunkSchedule
 
@@ -26,6 +27,8 @@ class Layout:
     Without a `budget` history is whole chunks, and one is dropped when no later chunk sees it. With one, history is the
     first `kept` slots, whatever chunks they are of, and a chunk sees all of it where no `range` says less.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("kept", "spans")
 
     def __init__(self, schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> None:
         self.schedule, self.frame_tokens, self.budget = schedule, frame_tokens, budget

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import Branches, KVCache, KVSizes
-from .codec import Codec, State, Which
+from .cache import Branches, Held, KVCache, KVSizes
+from .codec import CHANNEL, Codec, State, Which
 from .keeper import Choice
 from .layout import Layout
 
@@ -88,6 +88,17 @@ class PackedCache(KVCache):
                 for state, old in zip(self._states, other._states, strict=True):
                     for name in state:
                         state[name][mine] = old[name][theirs]
+
+    def held(self, kept: int, active: int) -> Held:
+        states = {name: [state[name] for state in self._states] for name in (self._states[0] if self._states else ())}
+        return {**super().held(0, active), **{name: each if name == CHANNEL else [t[:, :, :kept] for t in each] for name, each in states.items()}}
+
+    def hold(self, held: Held) -> None:
+        super().hold(held)
+        for layer, state in enumerate(self._states):
+            for name, tensor in state.items():
+                slots = held[name][layer]
+                tensor[:, :, : slots.shape[2]].copy_(slots)
 
     def free(self) -> None:
         super().free()

@@ -5,22 +5,24 @@ A token that waits would otherwise be seen as it was at a higher noise level, by
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from ..sampling.histories import Histories
 
 
+@dataclass(slots=True, eq=False)
 class Waiting:
     """Of one chunk, all layers, for branches that run together. `begin` a step, then `write` every layer."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.histories = Histories()
-        self._pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        """By layer: keys and values [branches x films, heads, tokens, head_dim] of the last two computed steps of every token."""
-        self._only: Tensor | None = None
-        self._ahead: float | Tensor = 0.0
+    tokens: int
+    histories: Histories = field(default_factory=Histories)
+    _pairs: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By layer: keys and values [branches x films, heads, tokens, head_dim] of the last two computed steps of every token."""
+    _only: Tensor | None = None
+    _ahead: float | Tensor = 0.0
 
     @property
     def drawn(self) -> bool:

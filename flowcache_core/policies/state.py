@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -96,6 +97,8 @@ class RunState:
     `edges`: by chunk, the last frame of what motion was measured on, for the next chunk to compare its first frame with; a copy,
     so that the other frames can go.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("memory", "_chunks", "edges")
 
     def __init__(self) -> None:
         self._chunks: dict[int, ChunkState] = {}

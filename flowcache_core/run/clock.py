@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,8 @@ TICK = 1e-9
 
 class Clock:
     """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total"."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("spent",)
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -37,12 +39,25 @@ class Clock:
 
     def stop(self) -> None:
         """Reads the events of the device, which is the one wait."""
+        self.seconds = self.spent
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """So far, by part, once the device has done what it was given. Set, it counts on from there."""
+        self._read()
+        return {**self.seconds, "total": self.total}
+
+    @spent.setter
+    def spent(self, seconds: dict[str, float]) -> None:
+        self.seconds = dict(seconds)
+        self._started = time.perf_counter() - self.seconds.pop("total")
+
+    def _read(self) -> None:
         if self._events:
             torch.cuda.synchronize()
         for part, begin, end in self._events:
             self._add(part, begin.elapsed_time(end) / 1000)
         self._events.clear()
-        self.seconds["total"] = self._since()
 
     @property
     def total(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
 from ..sampling.schedule import ChunkSchedule, Section, sections_of
 from ..sampling.solvers import Solver, solver
+from .identity import digest
 from .report import RunReport
 from .run import Place, Run, Turn
+from .states import States
 
 Progress = Callable[[Chunk], None]
 MakeAdapter = Callable[[ModelAdapter, Sequence[float]], ModelAdapter]
@@ -124,29 +126,32 @@ NOTHING = Given()
 @torch.inference_mode()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
              given: Given = NOTHING, adapter: MakeAdapter = lambda adapter, sigmas: adapter,
-             compressor: Compressor | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+             compressor: Compressor | None = None, integrator: Solver | None = None,
+             states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Block-causal with a KV cache -> latents [1, C, F, h, w] and the report. Given frames come out as they went in.
 
     `compressor` bounds the history that chunks look back on; without one it is all that the window holds. `integrator` takes the
-    place of the solver that the job names.
+    place of the solver that the job names. `states`: a run that is stopped leaves its state there, and the next of the same film goes on.
     """
     film, guided = job.schedule(bundle, given.prefix, given.suffix), Guided(bundle, job)
-    return _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator)
+    return _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator, states)
 
 
 @torch.inference_mode()
 def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
-                      policy: CachePolicy | None = None, integrator: Solver | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+                      policy: CachePolicy | None = None, integrator: Solver | None = None,
+                      states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     """As published: bidirectional over each section, every chunk in every row, the branches one after the other.
 
-    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`: as in `generate`.
+    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`, `states`: as in `generate`.
     """
     film, guided = job.sections(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
-    return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator)
+    return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator, states)
 
 
 def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
-          policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None) -> tuple[Tensor, RunReport]:  # fmt: skip
+          policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None,
+          states: States | None) -> tuple[Tensor, RunReport]:  # fmt: skip
     if job.denoise < 1 and given.film is None:
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
     levels, like = job.sigmas(bundle), bundle.like
@@ -156,7 +161,7 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], g
     light = GivenNoise(job.addnoise, job.seed)
     run = Run(bundle.family, network, film, levels, (x.shape[1], x.shape[3], x.shape[4]), place, policy, compressor, job.fps, light,
               integrator or solver(job.solver), job.cfg)  # fmt: skip
-    return run.sample(x, guided, Steps(on_step))
+    return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,12 @@ class Guided:
         object.__setattr__(self, "levels", self.job.sigmas(self.bundle))
         object.__setattr__(self, "branches", branches)
         object.__setattr__(self, "context", torch.cat([text(self.job.negative if k else self.job.prompt) for k in range(len(branches))]))
+
+    @property
+    def film(self) -> dict[str, object]:
+        """What the film depends on besides the run: texts and weights."""
+        job, network = self.job, self.bundle.network
+        return {"prompt": job.prompt, "negative": job.negative, "texts": self.context, "weights": digest(network)}
 
     def __call__(self, turn: Turn, x: Tensor) -> Tensor:
         x, n, guidance = x.to(self.bundle.like.dtype), len(self.branches), self.bundle.family.guidance

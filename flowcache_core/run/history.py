@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class HistoryLog:
     """`frames` has an array per finished chunk: kept tokens of every latent frame so far, mean over layers, branches and films; `bytes`
     what they took. `places`: at the end, the share of these that keep each token of the film, float64 [tokens so far].
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("frames", "bytes", "places")
 
     def __init__(self) -> None:
         self.frames: list[np.ndarray] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,10 +14,31 @@ from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.plan import Plan
 from ..sampling.schedule import Row
 from .clock import Clock
-from .footprint import Footprint
+from .footprint import Footprint, readable
 from .history import HistoryLog
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
+
+
+@dataclass(slots=True)
+class Saves:
+    """How often the state of a run was written, how long that took in all, and the size of the last one."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, seconds: float, size: int) -> None:
+        self.count, self.seconds, self.bytes = self.count + 1, self.seconds + seconds, size
+
+    def line(self) -> str:
+        """In one sentence; "" where nothing was written."""
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return f"the state of the run was saved {times}, {self.seconds:.2f} s in all, the last {readable(self.bytes)}" if self.count else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; {} where nothing was written."""
+        return {"count": self.count, "seconds": round(self.seconds, 3), "bytes": self.bytes} if self.count else {}
 
 
 class RunReport:
@@ -28,8 +50,14 @@ class RunReport:
     `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens.
 
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
-    `planned` is uint8 [chunks, steps] of 0 and 1.
+    `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
+    on from; a run that went on has counts of the whole film, and saves of its own.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = (
+        "map", "drift", "shares", "_visits", "_parts", "tokens", "tokens_computed", "commits", "host_syncs", "kv_peak_bytes", "_idle",
+        "_idle_skipped", "plans", "planned", "history", "notes", "clock",
+    )  # fmt: skip
 
     def __init__(self, chunks: int, steps: int, grid: tuple[int, int, int] | None = None) -> None:
         self.grid = grid
@@ -47,6 +75,7 @@ class RunReport:
         self.notes: tuple[str, ...] = ()
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
+        self.saves = Saves()
         self.clock = Clock()
         self._closed = False
 
@@ -163,8 +192,8 @@ class RunReport:
 
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
-        history = self.history.line()
-        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *([history] if history else []), *self.notes))
+        lines = [line for line in (self.history.line(), self.saves.line()) if line]
+        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *lines, *self.notes))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
@@ -192,6 +221,7 @@ class RunReport:
             "plan": self._plan_as_dict(),
             "notes": list(self.notes),
             "history": self.history.as_dict(),
+            "saves": self.saves.as_dict(),
         }
 
     def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:

@@ -32,8 +32,10 @@ from ..sampling.schedule import ChunkSchedule, Row, Section
 from ..sampling.solvers import Solver, UniPC
 from .footprint import Footprint, footprint
 from .report import RunReport
+from .resume import NotSaved, Resumes, Saved, Unreadable
 from .sections import SectionSession, require_whole_rows
 from .session import Session, plan_of
+from .states import States
 
 Film = ChunkSchedule | tuple[Section, ...]
 """Chunk by chunk against a KV cache, or bidirectional sections."""
@@ -226,11 +228,20 @@ class Run:
     def chunks(self) -> int:
         return self.sections[-1].index + self.sections[-1].schedule.chunks if self.sections else self.schedule.chunks
 
-    def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None) -> tuple[Tensor, RunReport]:
-        """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
+    def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None, states: States | None = None) -> tuple[Tensor, RunReport]:
+        """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report.
+
+        `states`: where the state of the run is written every few chunks, and looked for when it begins.
+        """
         make = self._by_section if self.sections else self._by_chunk
-        latents, report = make(x, evaluate, observer or NoObserver())
+        resumes: Resumes = NotSaved() if states is None else Saved(states, self, x)
+        try:
+            latents, report = make(x, evaluate, observer or NoObserver(), resumes)
+        except Unreadable as why:
+            resumes.refuse(why)
+            latents, report = make(x, evaluate, observer or NoObserver(), resumes)
         self._require_complete(report)
+        resumes.finish()
         report.expected, report.pixels = self.held, self.family.frames
         return latents, report
 
@@ -242,22 +253,22 @@ class Run:
                 "are no film. Something stands between the sampler and the network: bypass the nodes that patch the model"
             )
 
-    def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
+    def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer, resumes: Resumes) -> tuple[Tensor, RunReport]:
         grid, noise = (x.shape[3], x.shape[4]), self.family.noise
         session = Session(
             self.adapter, self.schedule, self.sigmas, grid, x.shape[0], self.policy, self.fps, self.given.sigma, self.budget, noise.commit,
             self.plan, self.room,
         )  # fmt: skip
         with session:
-            observer.begin(session.report, session.forecast(x.device))
+            observer.begin(session.report, (*session.forecast(x.device), *resumes.attach(session, observer)))
             denoiser = ChunkDenoiser(session, self, evaluate, observer)
-            return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given), session.report
+            return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given, resumes), session.report
 
-    def _by_section(self, x: Tensor, evaluate: Evaluate, observer: Observer) -> tuple[Tensor, RunReport]:
+    def _by_section(self, x: Tensor, evaluate: Evaluate, observer: Observer, resumes: Resumes) -> tuple[Tensor, RunReport]:
         with SectionSession(self.adapter, self.sections, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
-            observer.begin(session.report, session.forecast())
+            observer.begin(session.report, (*session.forecast(), *resumes.attach(session, observer)))
             denoiser = FilmDenoiser(session, evaluate, observer)
-            return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given), session.report
+            return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given, resumes), session.report
 
 
 def through_session(session: Session | SectionSession, evaluate: Callable[[], Tensor]) -> Tensor:

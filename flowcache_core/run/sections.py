@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class SectionSession:
     `plans`: one per section, by which rows are skipped; None until `settle` where the policy has a budget in seconds. Raises
     ValueError for a policy that would decide while the run goes on.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("plans", "evaluations", "report")
 
     def __init__(self, adapter: ModelAdapter, sections: Sequence[Section], grid: tuple[int, int], fps: int = 24,
                  policy: CachePolicy | None = None) -> None:  # fmt: skip

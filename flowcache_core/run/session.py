@@ -10,6 +10,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ class Session:
     are worked out where the caller has not done so before.
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv")
 
     def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], films: int = 1,
                  policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None,

@@ -9,6 +9,7 @@ the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ REACH = 2
 """Computed steps that are remembered of every place."""
 
 
+@dataclass(slots=True, eq=False)
 class Histories:
     """`known`: the distinct pasts, each the last two computed steps at most, the latest last. Of which kind every place is, is
     `which`, int16 in the shape of the places; None while all are alike."""
 
-    def __init__(self) -> None:
-        self.known: tuple[tuple[int, ...], ...] = ((),)
-        self.which: Tensor | None = None
+    known: tuple[tuple[int, ...], ...] = ((),)
+    which: Tensor | None = None
 
     def computed(self, step: int, chosen: Tensor | None = None) -> None:
         """All places were computed at this step, or those where `chosen`, bool, is True."""

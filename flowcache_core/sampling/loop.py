@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -49,8 +49,67 @@ class Denoiser(Protocol):
         ...
 
 
+@dataclass
+class Course:
+    """Where a loop stands between two rows. `film`: latents [B, C, F, h, w]; `section` and `row`: those that come next; `walk_of`: by chunk."""
+
+    film: Tensor
+    rng: torch.Generator
+    section: int = 0
+    row: int = 0
+    walk_of: dict[int, Walk] = field(default_factory=dict)
+    reached: int = 0
+    """Latent frames from the first on of which any has moved; the others are as they were handed over."""
+
+    remembers: ClassVar[tuple[str, ...]] = ("section", "row", "rng", "walk_of", "begun")
+
+    @property
+    def begun(self) -> Tensor:
+        """Of the film, the frames that were reached; set, they are put in place."""
+        return self.film[:, :, : self.reached]
+
+    @begun.setter
+    def begun(self, frames: Tensor) -> None:
+        self.reached = frames.shape[2]
+        self.film[:, :, : self.reached].copy_(frames)
+
+    def passed(self, row: Row, start: int = 0) -> int:
+        """A row was gone through, in a section that begins at latent frame `start` -> how many chunks it finished."""
+        self.row += 1
+        self.reached = max(self.reached, *(start + chunk.start + chunk.frames for chunk in row.active))
+        return sum(chunk.step == chunk.steps - 1 for chunk in row.active)
+
+
+class Stops(Protocol):
+    """Who keeps what a run has reached, and puts a later run there."""
+
+    @property
+    def section(self) -> int | None:
+        """Where the run goes on from an earlier one, the section in which that one stood, 0 where there are no sections; None at the beginning."""
+        ...
+
+    def begin(self, course: Course) -> None:
+        """Before the first row: puts the course where the earlier run stood. Its walks are those of the section's beginning."""
+        ...
+
+    def after(self, course: Course, finished: int) -> None:
+        """After every row but the last of the film. `finished`: chunks that came to their end in the row."""
+        ...
+
+
+class NoStops:
+    section = None
+
+    def begin(self, course: Course) -> None: ...
+
+    def after(self, course: Course, finished: int) -> None: ...
+
+
+NO_STOPS = NoStops()
+
+
 def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+                  given: GivenNoise = CLEAN, stops: Stops = NO_STOPS) -> Tensor:  # fmt: skip
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the plan.
 
     At the steps that the plan computes in part, velocity counts at the chosen cells alone; the others wait (`walk.py`).
@@ -60,30 +119,45 @@ def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas:
     schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
     shown the prefix once, as `given` has it.
     """
-    x, levels, rng = noise.clone(), tuple(sigmas), given.start()
+    course = Course(noise.clone(), given.start())
+    x = course.film
+    if stops.section is None:
+        _show_prefix(run, x, schedule, given, course.rng)
+    plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
+    course.walk_of = walks(schedule, plan, tuple(sigmas), solver, given.rng)
+    stops.begin(course)
+    for row in schedule.rows[course.row :]:
+        _go_through(run, x, schedule, row, plan, course.walk_of)
+        finished = course.passed(row)
+        if course.row < len(schedule.rows):
+            stops.after(course, finished)
+    return x
+
+
+def _show_prefix(run: Denoiser, x: Tensor, schedule: ChunkSchedule, given: GivenNoise, rng: torch.Generator) -> None:
     for index in range(schedule.given):
         before = schedule.at(index, schedule.steps)
         run.predict(given.show(_part(x, before), rng), before)
         run.commit(before)
-    plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
-    walk_of = walks(schedule, plan, levels, solver, given.rng)
-    for row in schedule.rows:
-        for chunk in row.active:
-            clean = None
-            if plan.computes(chunk):
-                walk = walk_of[chunk.index]
-                chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
-                arrived = _arrive(x, chunk, walk)
-                clean = _move(x, chunk, arrived, run.predict(arrived, chunk), walk, chosen)
-            run.note(chunk, clean, x)
-        for chunk in row.active:
-            if chunk.step != chunk.steps - 1:
-                continue
-            if chunk.index < schedule.chunks - 1:
-                run.predict(_part(x, chunk), replace(chunk, step=chunk.steps))
-            run.commit(chunk)
-            del walk_of[chunk.index]
-    return x
+
+
+def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, plan: Plan, walk_of: dict[int, Walk]) -> None:
+    """A row: every active chunk by a step, in place; those that are finished become history."""
+    for chunk in row.active:
+        clean = None
+        if plan.computes(chunk):
+            walk = walk_of[chunk.index]
+            chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
+            arrived = _arrive(x, chunk, walk)
+            clean = _move(x, chunk, arrived, run.predict(arrived, chunk), walk, chosen)
+        run.note(chunk, clean, x)
+    for chunk in row.active:
+        if chunk.step != chunk.steps - 1:
+            continue
+        if chunk.index < schedule.chunks - 1:
+            run.predict(_part(x, chunk), replace(chunk, step=chunk.steps))
+        run.commit(chunk)
+        del walk_of[chunk.index]
 
 
 def frame_seconds(schedule: ChunkSchedule, evaluate: Callable[[Chunk], object], device: torch.device) -> float:
@@ -174,20 +248,25 @@ def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedu
     """
     x, levels, rng = noise.clone(), tuple(sigmas), rng or given.start()
     plan = plan or Plan.full(schedule, together=True)
-    walk_of, level_of = walks(schedule, plan, levels, solver, given.rng), (levels[0], *levels)
+    walk_of = walks(schedule, plan, levels, solver, given.rng)
     for row in schedule.rows:
-        computed = [chunk for chunk in row.active if plan.computes(chunk)]
-        if not computed:
-            for chunk in row.active:
-                note(chunk, None, x)
-            continue
-        begin = schedule.span(row.first)[0]
-        velocity = predict(*_shown(x, schedule, row, level_of, given, rng), row)
-        for chunk in row.active:
-            mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
-            clean = _move(x, chunk, _part(x, chunk), mine, walk_of[chunk.index]) if plan.computes(chunk) else None
-            note(chunk, clean, x)
+        _go_through_section(predict, x, schedule, levels, row, plan, walk_of, note, given, rng)
     return x
+
+
+def _go_through_section(predict: PredictSection, x: Tensor, schedule: ChunkSchedule, levels: tuple[float, ...], row: Row, plan: Plan,
+                       walk_of: dict[int, Walk], note: Note, given: GivenNoise, rng: torch.Generator) -> None:  # fmt: skip
+    """A row of a section, in place."""
+    if not any(plan.computes(chunk) for chunk in row.active):
+        for chunk in row.active:
+            note(chunk, None, x)
+        return
+    begin = schedule.span(row.first)[0]
+    velocity = predict(*_shown(x, schedule, row, (levels[0], *levels), given, rng), row)
+    for chunk in row.active:
+        mine = velocity[:, :, chunk.start - begin : chunk.start - begin + chunk.frames]
+        clean = _move(x, chunk, _part(x, chunk), mine, walk_of[chunk.index]) if plan.computes(chunk) else None
+        note(chunk, clean, x)
 
 
 def _shown(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, ...], given: GivenNoise,
@@ -208,11 +287,19 @@ def _shown(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, 
 
 
 def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Section], sigmas: Sequence[float], solver: Solver,
-                   given: GivenNoise = CLEAN) -> Tensor:  # fmt: skip
+                   given: GivenNoise = CLEAN, stops: Stops = NO_STOPS) -> Tensor:  # fmt: skip
     """A film of any length [B, C, F, h, w] as published: section after section, each given the last frames of the one before."""
-    film, rng = noise.clone(), given.start()
-    plans = run.plans or run.settle(_section_seconds(run, film, sections[0], tuple(sigmas), given))
-    for section, plan in zip(sections, plans, strict=True):
+    levels, course = tuple(sigmas), Course(noise.clone(), given.start(), stops.section or 0)
+    film = course.film
+    plans = run.plans or run.settle(_section_seconds(run, film, sections[0], levels, given))
+
+    def begin() -> None:
+        course.walk_of = walks(sections[course.section].schedule, plans[course.section], levels, solver, given.rng)
+
+    begin()
+    stops.begin(course)
+    while course.section < len(sections):
+        section, plan = sections[course.section], plans[course.section]
 
         def predict(part: Tensor, levels: tuple[float, ...], row: Row, section: Section = section) -> Tensor:
             return run.predict(part, levels, section.over_film(row))
@@ -221,8 +308,16 @@ def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Sect
             film[:, :, section.start : section.end] = x
             run.note(section.in_film(chunk), clean, film)
 
-        part = film[:, :, section.start : section.end]
-        film[:, :, section.start : section.end] = sample_section(predict, part, section.schedule, sigmas, solver, note, given, rng, plan)
+        x, rows = film[:, :, section.start : section.end].clone(), section.schedule.rows
+        for row in rows[course.row :]:
+            _go_through_section(predict, x, section.schedule, levels, row, plan, course.walk_of, note, given, course.rng)
+            finished = course.passed(row, section.start)
+            if course.row == len(rows):
+                course.section, course.row = course.section + 1, 0
+                if course.section == len(sections):
+                    break
+                begin()
+            stops.after(course, finished)
     return film
 
 

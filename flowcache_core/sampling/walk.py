@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ Choose = Callable[[Chunk, Tensor], Tensor]
 
 class Walk(Protocol):
     """One chunk on its way. At every computed step it first arrives, then steps."""
+
+    remembers: ClassVar[tuple[str, ...]]
 
     def arrive(self, x: Tensor, step: int) -> Tensor:
         """The chunk's latents [B, C, F, h, w] as the film has them -> as they are at the noise level of the step."""
@@ -48,6 +50,8 @@ def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver
 class ChunkWalk:
     """All cells together. The film has the chunk at the noise level of its next computed step."""
 
+    remembers: ClassVar[tuple[str, ...]] = ("number", "memory")
+
     def __init__(self, solver: Solver, path: Path, rng: torch.Generator) -> None:
         self.path, self.number = path, 0
         self.solver = solver if path.is_whole else solver.skipping
@@ -72,6 +76,8 @@ class CellWalk:
     `solvers.Multistep` along the path of its own computed steps. `order` 1 holds the clean latent over a step, as Euler does, and
     corrects nothing; 2 takes the line through its last two values, and the corrector.
     """
+
+    remembers: ClassVar[tuple[str, ...]] = ("histories", "clean")
 
     def __init__(self, order: int, levels: tuple[float, ...]) -> None:
         self.order, self.levels = order, levels

@@ -10,7 +10,7 @@ is in closed form what a normal distribution of queries gives. No training, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -29,12 +29,13 @@ NUMBERS_AT_MOST = 2**25
 """Numbers of an intermediate result that are in memory at a time; at least those of one key."""
 
 
+@dataclass(slots=True, eq=False)
 class QueryMoments:
     """Mean [B, H, D] and covariance [B, H, D, D], both float32, of all unturned queries of a layer so far."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean, self.covariance = torch.zeros(()), torch.zeros(())
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    covariance: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: Tensor) -> None:
         """float32 [B, H, Q, D]."""

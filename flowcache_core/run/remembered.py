@@ -1,0 +1,184 @@
+"""What a run remembers, as plain JSON values and a list of tensors, and back. Which run it is of, and where it is kept, is unknown here.
+
+Two sorts of objects come in. Those that go along with a run (`Remembers`) are there before anything is read, made from the run's settings:
+their attributes are put in place. All others are values, made anew: numbers, texts, tensors, lists, tuples, sets, dicts, and dataclasses
+of the kinds that are allowed. Anything else is refused, when it is written and when it is read. No name in a file is ever imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kv.keeper import Kept, Middle
+from ..kv.waiting import Waiting
+from ..memory import Remembers, RunMemory
+from ..policies.protocol import Compute, Part, Refresh, Reuse
+from ..policies.state import ChunkState, Prediction
+from ..sampling.histories import Histories
+from ..sampling.plan import Plan
+from .session import Which
+
+Kinds = Mapping[str, type]
+KINDS: tuple[type, ...] = (ChunkState, Prediction, Compute, Reuse, Refresh, Part, Plan, Histories, Waiting, Kept, Middle, Which)
+"""Values that any run may remember. What a policy or a solver remembers besides is made of dataclasses of its own file."""
+
+
+def kinds_of(*settings: object) -> dict[str, type]:
+    """By name: `KINDS`, and the dataclasses of the files in which these settings, and what they inherit from, are defined."""
+    files = {kind.__module__ for one in settings if one is not None for kind in type(one).__mro__} - {"builtins", "typing"}
+    own = [kind for name in sorted(files) for kind in vars(sys.modules[name]).values() if _defined_in(kind, name)]
+    return {kind.__qualname__: kind for kind in (*own, *KINDS)}
+
+
+def _defined_in(kind: object, module: str) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module
+
+
+class Writer:
+    """Values -> JSON. `tensors`: what the JSON names by its place in this list; they are not copied."""
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.kinds, self.tensors = kinds, list[Tensor]()
+        self._seen: dict[int, tuple[int, object]] = {}
+        """By id: a number, and the object itself, so that no other one gets its id."""
+
+    def write(self, value: Any, where: str = "run") -> Any:
+        """Raises TypeError, with the place, for what is of no known kind."""
+        match value:
+            case None | bool() | int() | float() | str():
+                return value
+            case Tensor():
+                return self._tensor("tensor", value)
+            case np.ndarray():
+                return self._tensor("array", torch.from_numpy(value))
+            case torch.Generator():
+                return self._tensor("random", value.get_state())
+            case list():
+                return [self.write(one, f"{where}[{k}]") for k, one in enumerate(value)]
+            case tuple():
+                return {"tuple": [self.write(one, f"{where}[{k}]") for k, one in enumerate(value)]}
+            case set() | frozenset():
+                return {type(value).__name__: [self.write(one, where) for one in value]}
+            case dict():
+                return {"dict": [[self.write(key, where), self.write(one, f"{where}[{key}]")] for key, one in value.items()]}
+        return self._once(value, where)
+
+    def _tensor(self, kind: str, tensor: Tensor) -> dict[str, Any]:
+        """Sums depend on the order in which numbers lie in memory, so it is kept: `order` has the dimensions from the outermost in."""
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        dense = tensor.permute(order).is_contiguous() and not tensor.is_contiguous()
+        if id(tensor) not in self._seen:
+            self._seen[id(tensor)] = len(self.tensors), tensor
+            self.tensors.append(tensor.permute(order) if dense else tensor)
+        place = {kind: self._seen[id(tensor)][0]}
+        return {**place, **({"order": order} if dense else {}), **({"away": True} if tensor.device.type != "cpu" else {})}
+
+    def _once(self, value: object, where: str) -> dict[str, Any]:
+        if id(value) in self._seen:
+            return {"again": self._seen[id(value)][0]}
+        number = len(self._seen)
+        self._seen[id(value)] = number, value
+        if isinstance(value, RunMemory):  # weights are no memory: they are loaded anew
+            return {"memory": [self.write(one, where) for one in value.all() if not isinstance(one, nn.Module)], "number": number}
+        name = type(value).__qualname__
+        if not isinstance(value, Remembers) and self.kinds.get(name) is not type(value):
+            raise TypeError(f"{where} is of type {name}, which cannot be written down")
+        named = {key: self.write(getattr(value, key), f"{where}.{key}") for key in _attributes(value)}
+        return {"object": name, "fields": named, "number": number}
+
+
+class Reader:
+    """JSON -> values. `tensor_of`: the tensor at a place of the list, in memory that nobody else writes to; `device`: that of the run."""
+
+    def __init__(self, kinds: Kinds, tensor_of: Callable[[int], Tensor], device: torch.device) -> None:
+        self.kinds, self.tensor_of, self.device = kinds, tensor_of, device
+        self._tensors: dict[int, Tensor] = {}
+        self._seen: dict[int, object] = {}
+
+    def put(self, now: Any, said: Any) -> Any:
+        """What was written into an object that is there, or a dict of such; any other value is made anew and returned.
+
+        Raises ValueError, KeyError, TypeError, IndexError, AttributeError or RuntimeError for what no `Writer` has written of such an object.
+        """
+        if isinstance(now, Remembers):
+            self._fill(now, said)
+            return now
+        if isinstance(now, dict) and now and all(isinstance(one, Remembers) for one in now.values()):
+            return {key: self.put(now[key], one) for name, one in said["dict"] for key in [self.read(name)]}
+        made = self.read(said)
+        if not _alike(now, made):
+            raise ValueError(f"{type(made).__name__} in place of {type(now).__name__}, or of another size")
+        return made
+
+    def _fill(self, now: Any, said: Any) -> None:
+        if said["object"] != type(now).__qualname__ or said["fields"].keys() != set(now.remembers):
+            raise ValueError("it is of another make")
+        self._seen[said["number"]] = now
+        for key in now.remembers:
+            setattr(now, key, self.put(getattr(now, key), said["fields"][key]))
+
+    def read(self, said: Any) -> Any:
+        match said:
+            case None | bool() | int() | float() | str():
+                return said
+            case list():
+                return [self.read(one) for one in said]
+            case {"tuple": list(each)}:
+                return tuple(self.read(one) for one in each)
+            case {"set": list(each)}:
+                return {self.read(one) for one in each}
+            case {"frozenset": list(each)}:
+                return frozenset(self.read(one) for one in each)
+            case {"dict": list(pairs)}:
+                return {self.read(key): self.read(one) for key, one in pairs}
+            case {"tensor": int(place)}:
+                return self._tensor(place, said)
+            case {"array": int(place)}:
+                return self._tensor(place, said).numpy()
+            case {"random": int(place)}:
+                return torch.Generator().set_state(self._tensor(place, said))
+            case {"again": int(number)}:
+                return self._seen[number]
+            case {"memory": list(things), "number": int(number)}:
+                self._seen[number] = memory = RunMemory()
+                memory.put(self.read(one) for one in things)
+                return memory
+            case {"object": str(name), "fields": dict(named), "number": int(number)}:
+                return self._made(self.kinds[name], named, number)
+        raise ValueError("it holds something that no run remembers")
+
+    def _tensor(self, place: int, said: Mapping[str, Any]) -> Tensor:
+        if place not in self._tensors:
+            tensor, order = self.tensor_of(place), said.get("order")
+            tensor = tensor.to(self.device) if said.get("away") else tensor
+            self._tensors[place] = tensor if order is None else tensor.permute([order.index(dim) for dim in range(tensor.ndim)])
+        return self._tensors[place]
+
+    def _made(self, kind: type, named: Mapping[str, Any], number: int) -> object:
+        made: object = object.__new__(kind)
+        self._seen[number] = made
+        if named.keys() != set(_attributes(made)):
+            raise ValueError("it is of another make")
+        for key, said in named.items():
+            object.__setattr__(made, key, self.read(said))
+        return made
+
+
+def _alike(now: object, made: object) -> bool:
+    """Whether one value can take the place of the other: of one type, and arrays of one size; anything for nothing."""
+    if now is None or made is None:
+        return now is None or isinstance(now, Tensor | np.ndarray | Plan)
+    if isinstance(now, np.ndarray) and isinstance(made, np.ndarray):
+        return now.shape == made.shape and now.dtype == made.dtype
+    return type(now) is type(made)
+
+
+def _attributes(value: Any) -> Iterable[str]:
+    return value.remembers if isinstance(value, Remembers) else [field.name for field in fields(value)]

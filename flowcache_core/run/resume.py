@@ -1,0 +1,183 @@
+"""A run that is saved every few chunks, between two rows, and goes on where an earlier run of the same film stood.
+
+What a run remembers is told in `remembered.py`, what a film depends on in `identity.py`, where states lie in `states.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..memory import Remembers
+from ..sampling.loop import Course, NoStops, Stops
+from ..untrusted import short
+from .identity import film_of
+from .remembered import Reader, Writer, kinds_of
+from .sections import SectionSession
+from .session import Session
+from .state_file import StateFile, write_state
+from .states import States, not_saved, not_used, size_of
+
+if TYPE_CHECKING:
+    from .run import Observer, Run
+
+
+class Unreadable(ValueError):
+    """A state that is whole, and yet not of such a run."""
+
+
+class Resumes(Stops, Protocol):
+    """The same, as a run sees it that opens a session."""
+
+    def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
+        """A session has been opened: puts it where the earlier run stood -> what there is to say. Raises Unreadable, as `begin` does."""
+        ...
+
+    def refuse(self, why: Unreadable) -> None:
+        """What was found does not fit: the next session begins anew."""
+        ...
+
+    def finish(self) -> None:
+        """The film is there."""
+        ...
+
+
+class NotSaved(NoStops):
+    """A run that keeps nothing and begins at the beginning."""
+
+    def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
+        return ()
+
+    def refuse(self, why: Unreadable) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Saved:
+    """Of one run. `noise`: the latents that it is handed."""
+
+    def __init__(self, states: States, run: Run, noise: Tensor) -> None:
+        self.states, self.run, self.film = states, run, film_of(run, noise, states.film)
+        self.section: int | None = None
+        self._kinds = kinds_of(run.policy, run.compressor.policy if run.compressor else None, run.solver, run.solver.skipping)
+        self._finished_since, self._failed = 0, False
+        self._said: list[str] = []
+        self._found = self._look()
+        self._reader: Reader | None = None
+        self._session: Session | SectionSession | None = None
+        self._observer: Observer | None = None
+
+    def _look(self) -> StateFile | None:
+        try:
+            found = self.states.find(self.film)
+        except (OSError, ValueError) as error:
+            self._said = [not_used(error)]
+            return None
+        self._said = [] if found else [line for line in [self.states.nearest(self.film)] if line]
+        return found
+
+    def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
+        self._session, self._observer = session, observer
+        if self._found is not None:
+            self._put(self._found, session=session)
+            self.section = self._shown(self._found)
+            self._said = [_goes_on(self._found, made_with(self.run.place.device))]
+        try:
+            self.states.try_out(self.film)
+        except OSError as error:
+            self._failed = True
+            self._said.append(not_saved(error))
+        session.report.notes += tuple(self._said)
+        return tuple(self._said)
+
+    def begin(self, course: Course) -> None:
+        if self._found is None:
+            return
+        self._put(self._found, course=course, **self._observed())
+        rows = len((self.run.sections[course.section].schedule if self.run.sections else self.run.schedule).rows)
+        if not 0 <= course.row < rows:
+            raise Unreadable(f"it stands at row {course.row} of {rows}")
+        self._found = self._reader = None
+
+    def after(self, course: Course, finished: int) -> None:
+        self._finished_since += finished
+        if self._finished_since >= self.states.every:
+            self._finished_since = 0
+            self._save(course)
+
+    def refuse(self, why: Unreadable) -> None:
+        self._found = self._reader = self.section = None
+        self._said = [not_used(why)]
+
+    def finish(self) -> None:
+        self.states.drop(self.film)
+
+    def _put(self, found: StateFile, **what: object) -> None:
+        """Each thing where the earlier run had it."""
+        try:
+            with found.tensors() as tensor_of:
+                reader = self._reader = self._reader or Reader(self._kinds, tensor_of, self.run.place.device)
+                reader.tensor_of = tensor_of
+                for name, one in what.items():
+                    reader.put(one, found.tree[name])
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise Unreadable(f"it does not fit this run ({type(error).__name__}: {short(error)})") from error
+
+    def _shown(self, found: StateFile) -> int:
+        """In which the earlier run stood: walks of this section have to be there before the course is put in place."""
+        match found.tree["course"]:
+            case {"fields": {"section": int(section)}} if 0 <= section < max(len(self.run.sections), 1):
+                return section
+        raise Unreadable("it does not say where in the film it stands")
+
+    def _save(self, course: Course) -> None:
+        assert self._session is not None
+        report, began = self._session.report, time.perf_counter()
+        try:
+            writer = Writer(self._kinds)
+            tree = {name: writer.write(one, name) for name, one in {"session": self._session, "course": course, **self._observed()}.items()}
+            size = write_state(self.states.path(self.film), self._told(), tree, writer.tensors)
+        except (OSError, TypeError) as error:
+            self._fail(error)
+            return
+        report.saves.add(time.perf_counter() - began, size)
+        self.states.tidy()
+
+    def _observed(self) -> dict[str, object]:
+        """The observer, where it remembers something."""
+        return {"observer": self._observer} if isinstance(self._observer, Remembers) else {}
+
+    def _told(self) -> dict[str, object]:
+        assert self._session is not None
+        done = sum(bool((row != 0).all()) for row in self._session.report.map)
+        return {
+            "film": self.film,
+            "chunks": [done, self.run.chunks - self.run.schedule.given],
+            "made with": made_with(self.run.place.device),
+            "at": f"{datetime.now():%Y-%m-%d %H:%M}",
+        }
+
+    def _fail(self, error: Exception) -> None:
+        """Said once; the next time it is tried again."""
+        if self._failed:
+            return
+        assert self._session is not None
+        assert self._observer is not None
+        self._failed, said = True, (not_saved(error),)
+        self._session.report.notes += said
+        self._observer.begin(self._session.report, said)
+
+
+def made_with(device: torch.device) -> str:
+    """What rounding depends on."""
+    return f"torch {torch.__version__} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+
+
+def _goes_on(found: StateFile, now: str) -> str:
+    then = short(found.told.get("made with"))
+    rounding = "" if then == now else f"; that was {then} and this is {now}, so the last bits of what follows may differ"
+    return f"goes on from a saved state: {size_of(found.told)} were finished at {short(found.told.get('at'))}{rounding}"

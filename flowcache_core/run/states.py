@@ -1,0 +1,132 @@
+"""The folder in which runs leave their state, and what is said of the states that lie there.
+
+A state lies under the digest of all that its film depends on: what is found under a film's digest is of this film. Two runs of one film
+write the same state, each in one step; whichever is found, the film comes out the same. States of other films are left alone, but for
+the oldest where they become too many.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..untrusted import short
+from .identity import Film, differences, key_of
+from .state_file import PARTIAL, StateFile, read_state, told_of
+
+SUFFIX = ".safetensors"
+STATE = re.compile(r"[0-9a-f]{16}\.safetensors")
+LEFT = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{8}\.partial")
+KEPT = 4
+"""States of unfinished films in a folder."""
+ABANDONED_S = 900.0
+"""What nobody has written to for so long was left behind by a run that was killed."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Where the states of runs lie, and after how many finished chunks one is written. Raises ValueError for fewer than 1.
+
+    `film`: what the film depends on and a run does not know, by name: its texts, the weights.
+    """
+
+    folder: Path
+    every: int = 1
+    film: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"the state of a run was to be saved every {self.every} chunks: use 1 or more, or leave it out")
+
+    def path(self, film: Film) -> Path:
+        return self.folder / f"{key_of(film)}{SUFFIX}"
+
+    def find(self, film: Film) -> StateFile | None:
+        """None where nothing was saved of this film. Raises ValueError, or OSError, for a state that cannot be used."""
+        path = self.path(film)
+        if not path.is_file():
+            return None
+        found = read_state(path)
+        if found.told.get("film") != film:
+            raise ValueError(f"{path.name} is of another film")
+        return found
+
+    def nearest(self, film: Film) -> str:
+        """In a sentence, which of the films that were saved is nearest to this one, and how it differs; "" where there is none."""
+        others = [(differences(there, film), size_of(told)) for told, there in self._others()]
+        if not others:
+            return ""
+        named, size = min(others, key=lambda other: len(other[0]))
+        told = [*named[:TOLD], *([f"{len(named) - TOLD} settings more"] if len(named) > TOLD else [])]
+        return (
+            f"a state of {size} was saved of another film, which differs in {'; '.join(told)}. This film begins anew; with those settings that one "
+            "goes on"
+        )
+
+    def _others(self) -> Iterator[tuple[Mapping[str, object], Film]]:
+        for path in self._all():
+            with suppress(OSError, ValueError):
+                match told := told_of(path):
+                    case {"film": dict(there)}:
+                        yield told, {str(name): str(value) for name, value in there.items()}
+
+    def try_out(self, film: Film) -> None:
+        """Raises OSError where no file can be made in the folder."""
+        trial = self.folder / f".{self.path(film).stem}.00000000{PARTIAL}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """The oldest states go, and what killed runs left half written."""
+        with suppress(OSError):
+            for path in sorted(self._all(), key=_changed, reverse=True)[KEPT:]:
+                path.unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if LEFT.fullmatch(path.name) and _changed(path) < time.time() - ABANDONED_S:
+                    path.unlink(missing_ok=True)
+
+    def drop(self, film: Film) -> None:
+        """A film is finished: its state goes, and the folder, if nothing else lies in it."""
+        with suppress(OSError):
+            self.path(film).unlink(missing_ok=True)
+            self.tidy()
+            self.folder.rmdir()
+
+    def _all(self) -> list[Path]:
+        with suppress(OSError):
+            return [path for path in self.folder.iterdir() if STATE.fullmatch(path.name)]
+        return []
+
+
+TOLD = 4
+"""Of the settings in which two films differ, those that are named."""
+
+
+def size_of(told: Mapping[str, object]) -> str:
+    """How much of a film is finished, in words."""
+    match told.get("chunks"):
+        case [int(done), int(chunks)]:
+            return f"{done} of {chunks} chunks"
+    return "some chunks"
+
+
+def not_used(error: Exception) -> str:
+    why = short(f"the system does not read it, {error.strerror}" if isinstance(error, OSError) else error, 300)
+    return f"a state of this film was saved, but cannot be used: {why}. The film begins anew"
+
+
+def not_saved(error: Exception) -> str:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"the state of this run cannot be saved ({short(why)}): the run goes on, and a state that was saved before stays"
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

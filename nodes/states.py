@@ -1,0 +1,74 @@
+"""Where the states of runs lie in the host, and what a film depends on there: texts, the guider, the model's files and what is patched onto it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+
+from ..flowcache_core.kv.cache import Branches
+from ..flowcache_core.run.identity import digest
+from ..flowcache_core.run.run import Turn
+from ..flowcache_core.run.states import States
+from .host_model import HostModel
+from .settings_on_model import OPTIONS
+
+FOLDER = "flowcache_states"
+"""In the output folder: what is in the temporary one is deleted when the host starts."""
+
+
+def states_of(every: int, guider: Any, model: HostModel) -> States | None:
+    """None where nothing is to be saved."""
+    return States(Path(folder_paths.get_output_directory(), FOLDER), every, film_of(guider, model)) if every else None
+
+
+def film_of(guider: Any, model: HostModel) -> dict[str, object]:
+    """By name, what no run knows of its film."""
+    patcher, names = guider.model_patcher, ("patches", "object_patches", "weight_wrapper_patches", "hook_patches")
+    return {
+        **{f"conditioning {name}": digest(one) for name, one in named_conds(guider.conds).items()},
+        "guider": type(guider).__qualname__,
+        **{f"guider: {name}": value for name, value in vars(guider).items() if isinstance(value, bool | int | float | str)},
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in model.files],
+        "dtype": str(model.get_dtype_inference()),
+        "LoRAs and other patches": digest([getattr(patcher, name, None) for name in names]),
+        "other settings on the model": digest(_others(guider.model_options)),
+    }
+
+
+def _others(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without ours, which a run names one by one."""
+    options = {name: value for name, value in model_options.get("transformer_options", {}).items() if name != OPTIONS}
+    return {**model_options, "transformer_options": options}
+
+
+def named_conds(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The conditionings of a guider, each with a name of its own that is the same in every process."""
+    return {f"{name} {k}" if k else name: one for name, many in conds.items() for k, one in enumerate(many)}
+
+
+@dataclass(frozen=True)
+class NamedTurn:
+    """A turn whose branches the host calls by UUIDs, which are others in every process."""
+
+    turn: Turn
+    names: Mapping[Hashable, str]
+
+    @property
+    def step(self) -> int:
+        return self.turn.step
+
+    @property
+    def committing(self) -> bool:
+        return self.turn.committing
+
+    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        uuids = {name: branch for branch, name in self.names.items()}
+        return tuple(uuids.get(name, name) for name in self.turn.unwritten(self.names.get(branch, branch) for branch in branches))
+
+    def denoise(self, x: torch.Tensor, context: torch.Tensor, branches: Branches, blocks: Hashable = None) -> torch.Tensor:
+        return self.turn.denoise(x, context, tuple(self.names.get(branch, branch) for branch in branches), blocks)
