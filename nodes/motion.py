@@ -18,6 +18,7 @@ from ..flowcache_core.show.overlay import overlay
 from .chunkwise import widgets
 from .fit import require_network, require_ours
 from .mailbox import Mailbox
+from .said import SAYS
 from .sampler import Report
 from .settings_on_model import MOTION_NODE, policy_of, with_policy
 
@@ -38,6 +39,7 @@ class MotionCache(io.ComfyNode):
             node_id="FlowCacheMotion",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Within a chunk, what changes fast is computed more often than what does not: for budgets so small that whole chunks would "
             "have too few steps. Goes between the model loader, or Chunkwise Cache, and the guider.",
             search_aliases=["motioncache", "flowcache", "token cache", "speed up"],

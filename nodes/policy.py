@@ -11,6 +11,7 @@ from ..flowcache_core.policies.always import Always
 from ..flowcache_core.policies.named import in_words, policy_named
 from ..flowcache_core.policies.planned import Planned
 from .fit import require_network, require_ours
+from .said import SAYS
 from .settings_on_model import POLICY_NODE, policy_node, with_policy
 
 NODE = POLICY_NODE
@@ -23,6 +24,7 @@ class CachePolicyByName(io.ComfyNode):
             node_id="FlowCachePolicy",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Any cache policy by its name, also one without a node of its own, with its settings written out. Goes between the model "
             "loader and the guider, in place of Chunkwise Cache, or in front of Motion Cache where that can refine it.",
             search_aliases=["flowcache", "cache", "custom policy", "speed up"],

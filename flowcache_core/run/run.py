@@ -226,12 +226,18 @@ class Run:
     def chunks(self) -> int:
         return self.sections[-1].index + self.sections[-1].schedule.chunks if self.sections else self.schedule.chunks
 
+    @property
+    def rows(self) -> tuple[tuple[Chunk, ...], ...]:
+        """The chunks that come to their next step, row by row."""
+        windows = self.windows or (Window(0, 0, self.schedule),)
+        return tuple(tuple(map(window.in_film, row.active)) for window in windows for row in window.schedule.rows)
+
     def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None) -> tuple[Tensor, RunReport]:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
         make = self._by_section if self.sections else self._by_chunk
         latents, report = make(x, evaluate, observer or NoObserver())
         self._require_complete(report)
-        report.expected, report.pixels = self.held, self.family.frames
+        report.expected, report.pixels, report.rows = self.held, self.family.frames, len(self.rows)
         return latents, report
 
     def _require_complete(self, report: RunReport) -> None:
