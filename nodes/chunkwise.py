@@ -56,7 +56,7 @@ class ChunkwiseCache(io.ComfyNode):
             "or by a threshold below which a chunk reuses its last prediction. Goes between the model loader and the guider.",
             search_aliases=["flowcache", "teacache", "speed up", "cache"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model; Motion Cache, which refines this node, goes behind it."),
                 *widgets(Chunkwise),
                 io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=DEFAULT, optional=True,
                                tooltip=f"{_listed()} of all tokens are computed, by a plan, at any number of steps and with either attention. "
@@ -77,7 +77,7 @@ class ChunkwiseCache(io.ComfyNode):
                                 tooltip="A plan to follow as it is, in place of preset and target: the json of Cache Report, whole or its part "
                                         "\"plan\". It belongs to a length, a number of steps, ar_step and attention. Empty: none."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with these settings: for the guider and the scheduler.")],
         )  # fmt: skip
 
     @classmethod

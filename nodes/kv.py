@@ -54,8 +54,8 @@ class KVCompressor(io.ComfyNode):
             description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
             "model loader and the guider, before or behind the cache nodes.",
             search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction"],
-            inputs=[io.Model.Input("model"), *_inputs()],
-            outputs=[io.Model.Output()],
+            inputs=[io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes."), *_inputs()],
+            outputs=[io.Model.Output(tooltip="The MODEL with this budget: for the guider and the scheduler, or for a cache node.")],
         )
 
     @classmethod

@@ -33,7 +33,7 @@ class EmptyARVideoLatent(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Films denoised side by side."),
             ],
             outputs=[
-                io.Latent.Output(),
+                io.Latent.Output(tooltip="Zeros of the film's shape: for SamplerCustomAdvanced, or for AR Video Frames In."),
                 io.Int.Output(display_name="frames", tooltip="The number of frames after snapping."),
                 io.Float.Output(display_name="fps", tooltip="The frame rate of the model: connect it to Create Video."),
             ],

@@ -29,14 +29,14 @@ class CachePolicyByName(io.ComfyNode):
             "loader and the guider, in place of Chunkwise Cache, or in front of Motion Cache where that can refine it.",
             search_aliases=["flowcache", "cache", "custom policy", "speed up"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model; Motion Cache, which may refine this node, goes behind it."),
                 io.Combo.Input("policy", options=[kind.name for kind in POLICIES], default=Planned.name,
                                tooltip=f"{Always.name}: every step is computed, as without the node. Of the others the node says, when it has run, "
                                        "what they are called and what settings they have."),
                 io.String.Input("settings", default="",
                                 tooltip="Settings of the policy as name=value, e.g. share=0.3 for planned. Empty: its own."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with this policy: for the guider and the scheduler.")],
         )  # fmt: skip
 
     @classmethod

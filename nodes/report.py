@@ -27,9 +27,9 @@ class CacheReport(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampled latent: the report is of the run that made it."),
             ],
             outputs=[
-                io.String.Output(display_name="text"),
-                io.String.Output(display_name="json"),
-                io.Image.Output(display_name="map"),
+                io.String.Output(display_name="text", tooltip="What this node shows."),
+                io.String.Output(display_name="json", tooltip="The same and more for scripts; its plan fits the input plan of Chunkwise Cache."),
+                io.Image.Output(display_name="map", tooltip="A line per chunk, a column per step: computed, in part, reused or skipped."),
                 io.Image.Output(display_name="history", tooltip="Which places of the history KV Compressor kept."),
             ],
         )

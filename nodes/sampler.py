@@ -41,7 +41,10 @@ class ARChunkSampler(io.ComfyNode):
                              tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. 20 as published, 0: clean."),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Sampler.Output(), Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did.")],
+            outputs=[
+                io.Sampler.Output(tooltip="For SamplerCustomAdvanced."),
+                Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did."),
+            ],
         )  # fmt: skip
 
     @classmethod

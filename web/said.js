@@ -9,6 +9,7 @@ const SAYING = /** @type {Record<string, number>} */ ({
   FlowCachePolicy: 56,
   FlowCacheKVCompressor: 84,
   FlowCacheLatent: 40,
+  FlowCacheConditionFrames: 40,
   FlowCacheReport: 150,
 });
 const WAITING = "What this comes to is said here when it has run.";
