@@ -17,12 +17,12 @@
  * @returns {State | null}
  */
 export function next(state, message) {
-  if (!(message?.chunks > 0 && message.steps > 0) || typeof message.map !== "object") return state;
+  if (!(message?.chunks > 0 && message.steps > 0 && message.map)) return state;
   const same = state?.run === message.run && state.chunks === message.chunks && state.steps === message.steps;
   if (same && (state.ended || message.number <= state.number)) return state;
   const map = same ? state.map : Array(message.chunks).fill("0".repeat(message.steps));
   const changed = same ? state.changed : new Set(map.keys());
-  for (const [chunk, steps] of Object.entries(message.map ?? {})) {
+  for (const [chunk, steps] of Object.entries(message.map)) {
     if (!(Number(chunk) < message.chunks)) continue;
     map[Number(chunk)] = String(steps);
     changed.add(Number(chunk));

@@ -51,6 +51,11 @@ export async function ready(page) {
 export async function load(page, workflow) {
   await page.evaluate((graph) => window.app.loadGraphData(graph), workflow);
   await page.waitForTimeout(500);
+  await fit(page);
+}
+
+/** Everything in view. */
+export async function fit(page) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
   await page.waitForTimeout(700);
 }
@@ -69,33 +74,58 @@ export async function queue(page, seconds = 240) {
   return page.evaluate(() => window.flowcacheEnd);
 }
 
-/** By node type: the text that stands on the node, and how many pixels of it are on the screen. */
+/** By node type: the text that stands on the node, how many pixels high it is, and whether nothing lies over it. */
 export function texts(page) {
   return page.evaluate(() => {
     const out = {};
     for (const node of window.app.graph.nodes) {
-      for (const widget of node.widgets ?? []) {
-        if (!["said", "live_panel"].includes(widget.name)) continue;
-        const box = widget.element.getBoundingClientRect();
-        const seen = document.elementFromPoint(box.x + box.width / 2, box.y + Math.min(box.height / 2, 8));
-        out[node.type] = { text: widget.element.innerText, height: box.height, seen: widget.element.contains(seen) };
+      for (const { name, element } of node.widgets ?? []) {
+        if (!["said", "live_panel"].includes(name)) continue;
+        const box = element.getBoundingClientRect();
+        const at = document.elementFromPoint(box.x + box.width / 2, box.y + Math.min(box.height / 2, 8));
+        out[node.type] = { text: element.innerText, height: box.height, seen: element.contains(at) };
       }
     }
     return out;
   });
 }
 
-/** By node type: names of the widgets that are in sight, as the renderer has them. */
-export function rows(page, vue) {
+/** By node type: names of the widgets that are in sight, as the renderer decides it. */
+export function inSight(page, vue) {
   return page.evaluate((vue) => {
+    const options = (one) => !one.options?.canvasOnly && !one.options?.hidden && !one.options?.advanced;
     const out = {};
     for (const node of window.app.graph.nodes) {
-      if (!node.type.startsWith("FlowCache")) continue;
-      const inSight = vue
-        ? (one) => !one.options?.canvasOnly && !one.options?.hidden && (!one.options?.advanced || node.showAdvanced)
-        : (one) => node.isWidgetVisible(one);
-      out[node.type] = node.widgets?.filter(inSight).map((one) => one.name) ?? [];
+      const seen = vue ? options : (one) => node.isWidgetVisible(one);
+      if (node.type.startsWith("FlowCache")) out[node.type] = node.widgets?.filter(seen).map((one) => one.name) ?? [];
     }
     return out;
   }, vue);
+}
+
+/** By node type: names of the widgets that Nodes 2.0 draws. */
+export function drawn(page) {
+  return page.evaluate(() => {
+    const out = {};
+    for (const node of window.app.graph.nodes) {
+      const element = document.querySelector(`[data-node-id="${node.id}"]`);
+      const labels = new Set(element?.innerText.split("\n").map((line) => line.trim()));
+      if (node.type.startsWith("FlowCache")) out[node.type] = node.widgets?.map((one) => one.name).filter((name) => labels.has(name)) ?? [];
+    }
+    return out;
+  });
+}
+
+/** Turns a widget as a user does. */
+export async function turn(page, type, name, value) {
+  await page.evaluate(
+    ({ type, name, value }) => {
+      const node = window.app.graph.nodes.find((one) => one.type === type);
+      const widget = node.widgets.find((one) => one.name === name);
+      widget.value = value;
+      widget.callback?.(value, window.app.canvas, node);
+    },
+    { type, name, value },
+  );
+  await page.waitForTimeout(150);
 }
