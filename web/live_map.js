@@ -23,8 +23,11 @@ function kind(letter, planned) {
 /** @param {string} letter of a step in part: the share of its tokens that ran, 0..1 */
 const shareOf = (letter) => (letter.charCodeAt(0) - 96) / 10;
 
-/** @param {string} hex */
-const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+/** As a pixel of a canvas, in the order of bytes of this machine. @param {string} hex */
+function packed(hex) {
+  const bytes = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  return new Uint32Array(new Uint8Array([...bytes, 255]).buffer)[0];
+}
 
 /** One map on one canvas. What of it has not changed is not drawn again where there are many cells. */
 export class LiveMap {
@@ -32,6 +35,8 @@ export class LiveMap {
   constructor(canvas) {
     this.canvas = canvas;
     this.small = document.createElement("canvas"); // a pixel per cell
+    /** @type {ImageData | null} */
+    this.cells = null;
     this.palette = PALETTES.dark;
     this.run = "";
   }
@@ -77,19 +82,19 @@ export class LiveMap {
   /** @param {CanvasRenderingContext2D} pen @param {State} state @param {Palette} palette @param {number} width @param {number} height */
   pixels(pen, state, palette, width, height) {
     const { small } = this;
-    const anew = small.width !== state.steps || small.height !== state.chunks || this.palette !== palette || this.run !== state.run;
-    if (anew) Object.assign(small, { width: state.steps, height: state.chunks });
+    const anew = !this.cells || small.width !== state.steps || small.height !== state.chunks || this.palette !== palette || this.run !== state.run;
     const dots = small.getContext("2d");
     if (!dots) return;
-    const colours = new Map(Object.entries(palette).map(([name, hex]) => [name, rgb(hex)]));
+    if (anew) Object.assign(small, { width: state.steps, height: state.chunks });
+    if (anew) this.cells = dots.createImageData(state.steps, state.chunks);
+    const cells = /** @type {ImageData} */ (this.cells);
+    const colours = new Uint32Array(cells.data.buffer);
+    const shades = Object.fromEntries(Object.entries(palette).map(([name, hex]) => [name, packed(hex)]));
     for (const k of anew ? state.map.keys() : state.changed) {
-      const row = dots.createImageData(state.steps, 1);
-      for (let j = 0; j < state.steps; j++) {
-        const colour = colours.get(kind(state.map[k][j] ?? "0", state.plan[k]?.[j] === "1")) ?? [0, 0, 0];
-        row.data.set([...colour, 255], 4 * j);
-      }
-      dots.putImageData(row, 0, k);
+      const [steps, plan] = [state.map[k], state.plan[k]];
+      for (let j = 0; j < state.steps; j++) colours[k * state.steps + j] = shades[kind(steps[j] ?? "0", plan?.[j] === "1")];
     }
+    dots.putImageData(cells, 0, 0);
     pen.imageSmoothingEnabled = height < state.chunks;
     pen.drawImage(small, 0, 0, width, height);
   }

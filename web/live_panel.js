@@ -113,7 +113,7 @@ function legend(state, palette) {
   const part = state.map.some((steps) => /[a-j]/.test(steps));
   const planned = state.plan.length > 0;
   /** @type {[string, string, number][]} */
-  const entries = [["computed", palette.computed, 9], [planned ? "skipped" : "reused", palette.reused, 3]]; // prettier-ignore
+  const entries = [["computed", palette.computed, 9], [planned ? "skipped" : "reused", palette.reused, 3]];
   if (part) entries.splice(1, 0, ["in part", palette.part, 6]);
   return entries.map(([word, colour, tall]) => {
     const one = document.createElement("span");

@@ -1,6 +1,6 @@
 // What tests/test_page_host.py asserts about, as one line of JSON: check.mjs URL WORKFLOW.json canvas|vue
 import fs from "node:fs";
-import { drawn, fit, inSight, launch, load, open, queue, ready, texts, turn } from "./page.mjs";
+import { drawn, fit, inSight, launch, load, open, queue, ready, settledTexts, turn } from "./page.mjs";
 
 const [url, file, renderer] = process.argv.slice(2);
 const vue = renderer === "vue";
@@ -16,22 +16,22 @@ try {
   await saved(page);
   await length(page);
   await load(page, workflow);
-  found.before = await texts(page);
+  found.before = await settledTexts(page);
   found.end = await queue(page);
-  found.after = await texts(page);
+  found.after = await settledTexts(page);
   await page.waitForTimeout(2500); // until the page has stored what is on it
   await page.reload({ waitUntil: "domcontentloaded" });
   await ready(page);
   await page.waitForTimeout(1000);
   await fit(page);
-  found.reloaded = await texts(page);
+  found.reloaded = await settledTexts(page);
   found.faults = page.faults;
   await page.close();
 
   page = await open(browser, url, { vue, light: true });
   await load(page, workflow);
   found.endAgain = await queue(page);
-  found.kept = await texts(page);
+  found.kept = await settledTexts(page);
   await events(page);
   found.faults.push(...page.faults);
 } finally {
@@ -85,7 +85,7 @@ async function events(page) {
   const message = (number, more = {}) => ({
     node: sampler, run: "one", number, whole: true, chunks: 2, steps: 4, map: { 0: "2100", 1: "0000" }, plan: null, done: number, total: 8,
     headline: `message ${number}`, pace: "", left: "5 s left", note: "", memory: "", kept: null, ended: false, ...more,
-  }); // prettier-ignore
+  });
   const text = () => page.evaluate(() => window.app.graph.nodes.find((one) => one.type === "FlowCacheSampler").widgets.at(-1).element.innerText);
   for (const wrong of [null, undefined, {}, 7, { node: sampler }, { node: "99:1", chunks: 1, steps: 1, map: {} }, message(9, { map: null })]) await send(wrong);
   await send(message(5));

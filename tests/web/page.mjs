@@ -90,6 +90,16 @@ export function texts(page) {
   });
 }
 
+/** The same, once nothing lies over it any more, or after some seconds. */
+export async function settledTexts(page) {
+  for (let tries = 0; tries < 15; tries++) {
+    const all = await texts(page);
+    if (Object.values(all).every((one) => one.seen)) return all;
+    await page.waitForTimeout(700);
+  }
+  return texts(page);
+}
+
 /** By node type: names of the widgets that are in sight, as the renderer decides it. */
 export function inSight(page, vue) {
   return page.evaluate((vue) => {
