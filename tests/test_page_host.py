@@ -125,7 +125,7 @@ def test_a_sampler_in_a_subgraph_is_found(found: Found) -> None:
 
 def test_every_input_and_output_says_what_it_is_for(host: Host) -> None:
     ours = {key: node for key, node in host.ask("/object_info").items() if key.startswith("FlowCache")}
-    assert len(ours) == 10
+    assert len(ours) >= 10
     for key, node in ours.items():
         assert all(node["output_tooltips"]), key
         for kind in ("required", "optional"):

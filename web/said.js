@@ -11,6 +11,8 @@ const SAYING = /** @type {Record<string, number>} */ ({
   FlowCacheLatent: 40,
   FlowCacheConditionFrames: 40,
   FlowCacheReport: 150,
+  FlowCacheCompare: 110,
+  FlowCacheSaveVideo: 40,
 });
 const WAITING = "What this comes to is said here when it has run.";
 const STYLE =

@@ -229,8 +229,8 @@ class Run:
     @property
     def rows(self) -> tuple[tuple[Chunk, ...], ...]:
         """The chunks that come to their next step, row by row."""
-        windows = self.windows or (Window(0, 0, self.schedule),)
-        return tuple(tuple(map(window.in_film, row.active)) for window in windows for row in window.schedule.rows)
+        sections = self.sections or (Section(0, 0, self.schedule),)
+        return tuple(tuple(map(section.in_film, row.active)) for section in sections for row in section.schedule.rows)
 
     def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None) -> tuple[Tensor, RunReport]:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report."""
