@@ -127,14 +127,14 @@ class ChunkSampler(comfy.samplers.Sampler):
             write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
             return out
 
-        progress = Progress(x, run.steps, run.chunks, self.node, callback, disable_pbar)
+        progress = Progress(x, run, self.node, callback, disable_pbar)
         try:
             with progress.bar:
                 samples, report = run.sample(x, evaluate, progress, self.states)
         finally:
             options.pop(TURN, None)
             options.pop(BASE, None)
-        self.mailbox.put(report)
+        self.mailbox.put(report, progress.end(report))
         say([report.summary()])
         return model.model_sampling.inverse_noise_scaling(sigmas[-1], samples)
 

@@ -16,6 +16,7 @@ from ..flowcache_core.policies.target import Target
 from ..flowcache_core.sampling.plan import read_plan
 from ..flowcache_core.settings import described
 from .fit import require_ours
+from .said import SAYS
 from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
 
 NODE = CHUNKWISE_NODE
@@ -50,32 +51,33 @@ class ChunkwiseCache(io.ComfyNode):
             node_id="FlowCacheChunkwise",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Computes a part of every chunk's steps: by a plan that spends a budget before the run and integrates over what it skips, "
             "or by a threshold below which a chunk reuses its last prediction. Goes between the model loader and the guider.",
             search_aliases=["flowcache", "teacache", "speed up", "cache"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model; Motion Cache, which refines this node, goes behind it."),
                 *widgets(Chunkwise),
                 io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=DEFAULT, optional=True,
                                tooltip=f"{_listed()} of all tokens are computed, by a plan, at any number of steps and with either attention. "
-                                       "flowcache-...: the published rule. These replace all widgets above; custom decides by their threshold."),
+                                       "flowcache-...: the published rule. These leave the threshold rule unused; custom shows its widgets."),
                 io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP, SECONDS], default=OFF, optional=True,
                                tooltip="A budget of your own. With a preset that plans, the plan spends it; with custom or flowcache-... the "
                                        "threshold is found for it: exactly before sampling under signature time, during the run under latent."),
-                io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
+                io.Float.Input("target_share", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
                                tooltip="For target computed share: the share that the network computes, of all tokens by a plan, of chunk-steps by "
                                        "a threshold."),
-                io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True, advanced=True,
+                io.Float.Input("target_speedup", default=2.0, min=1.0, max=20.0, step=0.05, optional=True,
                                tooltip="For target speed-up: one in so many tokens is computed, clean passes counted; by a threshold one in so many "
                                        "chunk-steps. Text and decoding come on top."),
-                io.Float.Input("target_seconds", default=60.0, min=0.1, max=1e6, step=1.0, round=False, optional=True, advanced=True,
+                io.Float.Input("target_seconds", default=60.0, min=0.1, max=1e6, step=1.0, round=False, optional=True,
                                tooltip="For target seconds: what the network may take in all on this machine. It is timed when the run begins. "
                                        "Text, decoding and loading come on top."),
                 io.String.Input("plan", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="A plan to follow as it is, in place of preset and target: the json of Cache Report, whole or its part "
                                         "\"plan\". It belongs to a length, a number of steps, ar_step and attention. Empty: none."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with these settings: for the guider and the scheduler.")],
         )  # fmt: skip
 
     @classmethod

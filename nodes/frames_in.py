@@ -12,6 +12,7 @@ from ..flowcache_core.models.family import Family
 from ..flowcache_core.sampling.frames import Frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule
 from .fit import require_ours
+from .said import SAYS
 
 NODE = "AR Video Frames In"
 
@@ -23,6 +24,7 @@ class ARVideoFramesIn(io.ComfyNode):
             node_id="FlowCacheConditionFrames",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Gives a film its first frames (an image, or a clip to go on from) and its last one. They are kept exactly.",
             search_aliases=["image to video", "i2v", "extend video", "continue video", "first frame", "last frame", "end frame", "flowcache"],
             inputs=[

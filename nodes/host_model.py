@@ -16,7 +16,7 @@ import torch
 
 from ..flowcache_core.models.adapter import ModelAdapter
 from ..flowcache_core.models.checkpoint import Found
-from ..flowcache_core.models.family import ChunkLayout, Family
+from ..flowcache_core.models.family import ChunkLayout, Family, Preview
 from ..flowcache_core.run.run import Run
 from .host_network import host_network
 
@@ -84,10 +84,16 @@ class Exactly(int):
 
 
 @lru_cache
-def film_format(name: str) -> Any:
-    """The host's latent format, but pictures and other kinds of latents stay what they are, so that the sampler can refuse them."""
+def film_format(name: str, preview: Preview | None = None) -> Any:
+    """The host's latent format, but pictures and other kinds of latents stay what they are, so that the sampler can refuse them.
+
+    `preview`: other colours of previews than the host's.
+    """
     base = getattr(comfy.latent_formats, name)
-    return type(name, (base,), {"latent_channels": Exactly(base.latent_channels), "latent_dimensions": 0})
+    fields: dict[str, Any] = {"latent_channels": Exactly(base.latent_channels), "latent_dimensions": 0}
+    if preview is not None:
+        fields |= {"latent_rgb_factors": [list(colour) for colour in preview.factors], "latent_rgb_factors_bias": list(preview.bias)}
+    return type(name, (base,), fields)
 
 
 class Sizes(dict[str, Any]):
@@ -102,9 +108,9 @@ class HostConfig(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
 
-    def __init__(self, found: Found, quantised: bool, operations: Any = None) -> None:
+    def __init__(self, found: Found, quantised: bool, operations: Any = None, preview: Preview | None = None) -> None:
         self.found = found
-        self.latent_format = film_format(found.family.latents.host_format)
+        self.latent_format = film_format(found.family.latents.host_format, preview or found.family.latents.preview)
         self.sampling_settings = {"shift": found.family.noise.shift}
         super().__init__({"config": found.config})
         self.unet_config = Sizes(self.unet_config)

@@ -15,6 +15,7 @@ from ..flowcache_core.kv.scores import KV_POLICIES
 from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
 from .fit import require_ours
+from .said import SAYS
 from .settings_on_model import KV_NODE, with_compressor
 
 NODE = KV_NODE
@@ -49,11 +50,12 @@ class KVCompressor(io.ComfyNode):
             node_id="FlowCacheKVCompressor",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
             "model loader and the guider, before or behind the cache nodes.",
             search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction"],
-            inputs=[io.Model.Input("model"), *_inputs()],
-            outputs=[io.Model.Output()],
+            inputs=[io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes."), *_inputs()],
+            outputs=[io.Model.Output(tooltip="The MODEL with this budget: for the guider and the scheduler, or for a cache node.")],
         )
 
     @classmethod

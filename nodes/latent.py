@@ -7,6 +7,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from .fit import require_ours
+from .said import SAYS
+
+LONG = 10
+"""From so many windows on a film is called long."""
 
 
 class EmptyARVideoLatent(io.ComfyNode):
@@ -16,6 +20,7 @@ class EmptyARVideoLatent(io.ComfyNode):
             node_id="FlowCacheLatent",
             display_name="Empty AR Video Latent",
             category="FlowCache",
+            **SAYS,
             description="An empty video latent whose length is a whole number of the model's chunks.",
             inputs=[
                 io.Model.Input("model", tooltip="The model knows how many latent frames make a chunk."),
@@ -28,7 +33,7 @@ class EmptyARVideoLatent(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Films denoised side by side."),
             ],
             outputs=[
-                io.Latent.Output(),
+                io.Latent.Output(tooltip="Zeros of the film's shape: for SamplerCustomAdvanced, or for AR Video Frames In."),
                 io.Int.Output(display_name="frames", tooltip="The number of frames after snapping."),
                 io.Float.Output(display_name="fps", tooltip="The frame rate of the model: connect it to Create Video."),
             ],
@@ -53,6 +58,10 @@ class EmptyARVideoLatent(io.ComfyNode):
             said += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
         if short := latents % layout.chunk_frames:
             said += f"; the last chunk has {short} latent frame{'s' * (short > 1)}, not {layout.chunk_frames} as in training"
+        if latents > LONG * layout.chunk_frames * layout.window:
+            seen = pixels.pixel(layout.chunk_frames * layout.window)
+            said += f"; a long film: the model sees {seen} frames ({seen / layout.fps:.2f} s) at once, and this is {frames / seen:.0f} times as long"
+            said += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui=ui.PreviewText(said))
+        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(said).as_dict(), "fps": [layout.fps]})

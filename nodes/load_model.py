@@ -56,7 +56,7 @@ class LoadARVideoModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(),
+                io.Model.Output(tooltip="For Empty AR Video Latent, the cache nodes, the guider and the scheduler."),
                 io.Clip.Output(tooltip=f"Only for the bundled model; for a real checkpoint use {loaders('clip')}."),
                 io.Vae.Output(tooltip=f"Only for the bundled model; for a real checkpoint use {loaders('vae')}."),
             ],

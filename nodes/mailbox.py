@@ -35,6 +35,15 @@ class Mark:
         return float((self.values - other.values).abs().max()) if self.shape == other.shape else float("inf")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a run. `number`: which of this sampler's runs it was, from 1; `panel`: the last message of the live panel."""
+
+    number: int
+    report: RunReport
+    panel: dict[str, Any]
+
+
 class Mailbox:
     """Where the runs of one sampler leave their reports: numbers, never tensors of a run. Each is known by the film that it is of."""
 
@@ -42,27 +51,27 @@ class Mailbox:
         self.report: RunReport | None = None
         """Of the latest run."""
         self.runs = 0
-        self._kept: deque[tuple[Mark, str, RunReport]] = deque(maxlen=KEPT)
-        self._fresh: RunReport | None = None
+        self._kept: deque[tuple[Mark, Kept]] = deque(maxlen=KEPT)
+        self._fresh: Kept | None = None
 
-    def put(self, report: RunReport) -> None:
-        self.report, self._fresh, self.runs = report, report, self.runs + 1
+    def put(self, report: RunReport, panel: dict[str, Any]) -> None:
+        self.report, self.runs = report, self.runs + 1
+        self._fresh = Kept(self.runs, report, panel)
 
     def sent(self, film: torch.Tensor) -> None:
         """The film of the run that has just ended, as the sampler hands it on. Raises RuntimeError where the sampler was not asked to make it."""
         if self._fresh is None:
             raise RuntimeError("the sampler was not asked for this film: a node that patches the model has made it; bypass that node")
-        name = f"run {self.runs} of this sampler: " if self.runs > 1 else ""
-        self._kept.appendleft((Mark.of(film), name, self._fresh))
+        self._kept.appendleft((Mark.of(film), self._fresh))
         self._fresh = None
 
-    def of(self, latents: Any) -> tuple[str, RunReport]:
-        """Which run a film is of, where the sampler has made several, and its report. Raises ValueError for a film of no run."""
+    def of(self, latents: Any) -> Kept:
+        """The run that a film is of. Raises ValueError for a film of no run."""
         mark = None if getattr(latents, "is_nested", False) else Mark.of(latents)
-        apart, name, report = min(((mark.apart(one), *rest) for one, *rest in self._kept if mark), key=lambda one: one[0], default=(1.0, "", None))
-        if report is None or not apart <= NEAR:
+        apart, kept = min(((mark.apart(one), run) for one, run in self._kept if mark), key=lambda one: one[0], default=(1.0, None))
+        if kept is None or not apart <= NEAR:
             raise ValueError(
                 "there is no report of this latent: no run of this sampler made it. Connect latent to the output of the SamplerCustomAdvanced that "
                 "uses the sampler, and give that one at least one step: with empty sigmas nothing runs"
             )
-        return name, report
+        return kept

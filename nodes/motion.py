@@ -18,6 +18,7 @@ from ..flowcache_core.show.overlay import overlay
 from .chunkwise import widgets
 from .fit import require_network, require_ours
 from .mailbox import Mailbox
+from .said import SAYS
 from .sampler import Report
 from .settings_on_model import MOTION_NODE, policy_of, with_policy
 
@@ -38,18 +39,19 @@ class MotionCache(io.ComfyNode):
             node_id="FlowCacheMotion",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Within a chunk, what changes fast is computed more often than what does not: for budgets so small that whole chunks would "
             "have too few steps. Goes between the model loader, or Chunkwise Cache, and the guider.",
             search_aliases=["motioncache", "flowcache", "token cache", "speed up"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, or of Chunkwise Cache or Cache Policy, which is then refined."),
                 io.Combo.Input("preset", options=[CUSTOM, *PRESETS, PLAN], default=PLAN,
                                tooltip=f"{PLAN}: a plan by token, of {Multirate().share:.0%} of all tokens, or of what a Chunkwise Cache with a "
                                "plan in front may spend. custom: MotionCache's rule with the settings below. The others are its published constants "
                                "and take their place, and that of a Chunkwise Cache in front."),
                 *widgets(Motion),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with these settings: for the guider and the scheduler.")],
         )  # fmt: skip
 
     @classmethod

@@ -14,6 +14,7 @@ import torch
 from comfy.cli_args import args
 
 from ..flowcache_core.device import fast_dtype
+from ..flowcache_core.models.bundle import preview_of
 from ..flowcache_core.models.family import AUTO
 from ..flowcache_core.models.quantised import FLOAT8, is_companion
 from .around_run import outer_sample
@@ -33,7 +34,7 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     """
     file = open_model(path, name, family)
     quantised = any(key.endswith(".comfy_quant") for key in file.weights)
-    host = HostConfig(file.found, quantised, file.operations)
+    host = HostConfig(file.found, quantised, file.operations, preview_of(file.found.family, path))
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     stored, supported = comfy.utils.weight_dtype(file.weights), host.supported_inference_dtypes
     if stored in FLOAT8 and not quantised:

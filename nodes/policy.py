@@ -11,6 +11,7 @@ from ..flowcache_core.policies.always import Always
 from ..flowcache_core.policies.named import in_words, policy_named
 from ..flowcache_core.policies.planned import Planned
 from .fit import require_network, require_ours
+from .said import SAYS
 from .settings_on_model import POLICY_NODE, policy_node, with_policy
 
 NODE = POLICY_NODE
@@ -23,18 +24,19 @@ class CachePolicyByName(io.ComfyNode):
             node_id="FlowCachePolicy",
             display_name=NODE,
             category="FlowCache",
+            **SAYS,
             description="Any cache policy by its name, also one without a node of its own, with its settings written out. Goes between the model "
             "loader and the guider, in place of Chunkwise Cache, or in front of Motion Cache where that can refine it.",
             search_aliases=["flowcache", "cache", "custom policy", "speed up"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model; Motion Cache, which may refine this node, goes behind it."),
                 io.Combo.Input("policy", options=[kind.name for kind in POLICIES], default=Planned.name,
                                tooltip=f"{Always.name}: every step is computed, as without the node. Of the others the node says, when it has run, "
                                        "what they are called and what settings they have."),
                 io.String.Input("settings", default="",
                                 tooltip="Settings of the policy as name=value, e.g. share=0.3 for planned. Empty: its own."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with this policy: for the guider and the scheduler.")],
         )  # fmt: skip
 
     @classmethod

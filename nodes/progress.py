@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: console, bar, preview and live map. It decides nothing."""
+"""What is seen of a run while it goes on: console, bar, preview and live panel. It decides nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..flowcache_core.run.report import NOT_RUN, RunReport
+from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.chunk import Chunk
-from .live import LiveMap
+from .live import LivePanel
 
 
 def say(lines: Iterable[str]) -> None:
@@ -23,15 +24,15 @@ def say(lines: Iterable[str]) -> None:
 
 
 class Progress:
-    """Bar, preview and live map of one run of `total` steps."""
+    """Bar, preview and live panel of one run."""
 
     remembers: ClassVar[tuple[str, ...]] = ("so_far",)
 
-    def __init__(self, film: torch.Tensor, total: int, chunks: int, node: str | None, callback: Any, hide: bool) -> None:
-        self.total, self.chunks, self.callback, self.at = total, chunks, callback, 0
-        self.shown, self.live = film.clone(), LiveMap(node, total)
+    def __init__(self, film: torch.Tensor, run: Run, node: str | None, callback: Any, hide: bool) -> None:
+        self.total, self.chunks, self.callback, self.at = run.steps, run.chunks, callback, 0
+        self.shown, self.live = film.clone(), LivePanel(node, run)
         self.reached = 0
-        self.bar = tqdm(total=total, disable=hide)
+        self.bar = tqdm(total=self.total, disable=hide)
 
     def begin(self, report: RunReport, said: Iterable[str]) -> None:
         """What is known before the first step, onto console and page. A run that goes on has come some way already."""
@@ -57,7 +58,11 @@ class Progress:
         self.at, self.reached = self.at + 1, max(self.reached, chunk.start + chunk.frames)
         self.bar.set_postfix_str(f"chunk {chunk.index + 1}/{self.chunks}, {report.share:.0%} of tokens computed", refresh=False)
         self.bar.update()
-        self.live.show(report, self.at)
+        self.live.show(report, self.at, chunk)
         last = self.at == self.total
         if self.callback is not None and (last or clean is not None):
             self.callback(self.at - 1, self.shown if last else clean, film, self.total)
+
+    def end(self, report: RunReport) -> dict[str, Any]:
+        """What the panel shows from now on."""
+        return self.live.end(report)

@@ -27,19 +27,20 @@ class CacheReport(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampled latent: the report is of the run that made it."),
             ],
             outputs=[
-                io.String.Output(display_name="text"),
-                io.String.Output(display_name="json"),
-                io.Image.Output(display_name="map"),
+                io.String.Output(display_name="text", tooltip="What this node shows."),
+                io.String.Output(display_name="json", tooltip="The same and more for scripts; its plan fits the input plan of Chunkwise Cache."),
+                io.Image.Output(display_name="map", tooltip="A line per chunk, a column per step: computed, in part, reused or skipped."),
                 io.Image.Output(display_name="history", tooltip="Which places of the history KV Compressor kept."),
             ],
         )
 
     @classmethod
     def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
-        name, done = report.of(latent["samples"])
+        run = report.of(latent["samples"])
+        done = run.report
         steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
-        said = name + done.text()
-        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
+        said = done.text()
+        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict(), "flowcache": [json.dumps(run.panel)]}
         if done.history.frames:
             shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(said, json.dumps(done.as_dict()), steps, history, ui=shown)
+        return io.NodeOutput(said, json.dumps({**done.as_dict(), "run": run.number}), steps, history, ui=shown)

@@ -28,7 +28,7 @@ class ARChunkSampler(io.ComfyNode):
                 io.Int.Input("chunk_frames", default=0, min=0, max=64, advanced=True, tooltip="Latent frames per chunk. 0: as trained."),
                 io.Int.Input("window", default=0, min=0, max=1000, advanced=True, tooltip="Chunks a chunk sees, itself included. 0: as trained."),
                 io.Combo.Input("fps", options=["24", "16"], advanced=True, tooltip="Frame rate the network is told; it has learnt these two."),
-                io.Combo.Input("attention", options=[AUTO, CAUSAL, BIDIRECTIONAL], optional=True, advanced=True,
+                io.Combo.Input("attention", options=[AUTO, CAUSAL, BIDIRECTIONAL], optional=True,
                                tooltip="Block-causal: a chunk sees itself and the KV cache of earlier chunks, so idle chunks cost nothing and "
                                        "caching works; a model trained bidirectionally then sees less than it is used to and makes another film. "
                                        "Bidirectional: every frame of a section sees every other, and all of it runs in every row. "
@@ -44,7 +44,10 @@ class ARChunkSampler(io.ComfyNode):
                                      "the same film goes on from there when it is queued again. A state takes as much room as the KV cache. 0: off."),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Sampler.Output(), Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did.")],
+            outputs=[
+                io.Sampler.Output(tooltip="For SamplerCustomAdvanced."),
+                Report.Output(display_name="report", tooltip="For Cache Report: what the last run of this sampler did."),
+            ],
         )  # fmt: skip
 
     @classmethod

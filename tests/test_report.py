@@ -131,3 +131,19 @@ def test_a_chunk_that_runs_whole_after_all_is_counted_once() -> None:
 
 def test_a_plot_of_a_single_point_is_drawn() -> None:
     assert line_plot({"a": [(0.5, 30.0)]}, "x", "y").size == (640, 420)
+
+
+def test_what_was_saved_is_what_the_skipped_tokens_would_have_taken(report: RunReport) -> None:
+    report.close()
+    report.clock.seconds.update(total=3.0, network=2.5)
+    assert report.pace(4) == "0.75 s per row, 1 s with all of it computed: 1.33x as fast, 1.0 s saved"
+    report.rows = 4
+    assert report.pace(4) in report.text()
+    assert "host sync" not in report.text()
+    assert (report.pace(0), RunReport(1, 1).pace(4)) == ("", "")
+
+
+def test_after_the_run_nothing_lies_ahead(report: RunReport) -> None:
+    report.notes = ("2 of 4 chunk-steps will be computed",)
+    assert report.text().endswith("\n2 of 4 chunk-steps were to be computed")
+    assert report.as_dict()["notes"] == ["2 of 4 chunk-steps will be computed"]

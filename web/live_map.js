@@ -1,100 +1,101 @@
-// Draws, under AR Chunk Sampler, what the running sampler computed and reused, and before that what a plan will compute.
-// Shows what the server sends; computes nothing.
-import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+// @ts-check
+// Draws the chunks x steps of a run. Where cells are large enough, height tells what happened: full was computed, half computed in part, low
+// reused or skipped, an empty frame will be computed. Where they are not, brightness does. Neither needs colour vision.
 
-const EVENT = "flowcache.steps";
-const NODE = "FlowCacheSampler";
-const SHADES = { 0: "#3a3f4b", 1: "#f7b554", 2: "#4a8cf0", 3: "#4fb477" };
-const PLANNED = "rgba(120, 160, 230, 0.75)";
-const OMITTED = "rgba(160, 168, 182, 0.45)";
-const HEIGHT = 74;
+/** @typedef {import("./run_state.js").State} State */
+/** @typedef {{none: string, planned: string, reused: string, part: string, computed: string}} Palette */
 
-// "1:2:3" is node 3 in subgraph node 2 of node 1
-function findNode(path) {
-  let graph = app.graph;
-  let node = null;
-  for (const id of String(path).split(":")) {
-    node = graph?.getNodeById?.(Number(id)) ?? null;
-    graph = node?.subgraph;
-  }
-  return node;
+/** @type {Record<"dark" | "light", Palette>} brightness goes up, or down, from what has not run to what was computed */
+export const PALETTES = {
+  dark: { none: "#33373f", planned: "#4d5566", reused: "#a86f2b", part: "#55b98a", computed: "#a9d1ff" },
+  light: { none: "#d5d8de", planned: "#b9c2d3", reused: "#dd9a3c", part: "#2b8457", computed: "#15407f" },
+};
+const LEAST = 4; // pixels of a line from which height can be told
+
+/** @param {string} letter @param {boolean} planned */
+function kind(letter, planned) {
+  if (letter === "2") return "computed";
+  if (letter === "1") return "reused";
+  if (letter >= "a" && letter <= "j") return "part";
+  return planned ? "planned" : "none";
 }
 
-function draw(canvas, state) {
-  const width = canvas.clientWidth || 260;
-  const scale = window.devicePixelRatio || 1;
-  canvas.width = width * scale;
-  canvas.height = HEIGHT * scale;
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  pen.font = "11px sans-serif";
-  pen.fillStyle = "#9aa3b2";
-  if (!state) {
-    pen.fillText("computed and skipped steps appear here", 4, 14);
-    return;
+/** @param {string} letter of a step in part: the share of its tokens that ran, 0..1 */
+const shareOf = (letter) => (letter.charCodeAt(0) - 96) / 10;
+
+/** As a pixel of a canvas, in the order of bytes of this machine. @param {string} hex */
+function packed(hex) {
+  const bytes = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  return new Uint32Array(new Uint8Array([...bytes, 255]).buffer)[0];
+}
+
+/** One map on one canvas. What of it has not changed is not drawn again where there are many cells. */
+export class LiveMap {
+  /** @param {HTMLCanvasElement} canvas */
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.small = document.createElement("canvas"); // a pixel per cell
+    /** @type {ImageData | null} */
+    this.cells = null;
+    this.palette = PALETTES.dark;
+    this.run = "";
   }
-  const plan = state.plan ?? [];
-  const waiting = !state.done && state.note;
-  if (waiting && !plan.length) {
-    pen.fillText(state.note, 4, 12, width - 8);
-    return;
+
+  /** @param {State} state @param {Palette} palette */
+  draw(state, palette) {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    if (!width || !height) return;
+    const scale = window.devicePixelRatio || 1;
+    const pen = this.canvas.getContext("2d");
+    if (!pen) return;
+    const [wide, high] = [Math.round(width * scale), Math.round(height * scale)];
+    if (this.canvas.width !== wide || this.canvas.height !== high) Object.assign(this.canvas, { width: wide, height: high });
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    const line = Math.min(14, height / state.chunks);
+    if (line >= LEAST && width / state.steps >= 2) this.shapes(pen, state, palette, width, line);
+    else this.pixels(pen, state, palette, width, line * state.chunks);
+    state.changed.clear();
+    Object.assign(this, { palette, run: state.run });
   }
-  const left = state.done < state.total ? `, ${Math.ceil(state.eta_s)} s left` : "";
-  const soFar = state.done ? `: ${Math.round(state.share * 100)}% of tokens computed${left}` : "";
-  pen.fillText(waiting ? state.note : `step ${state.done} of ${state.total}${soFar}`, 4, 12, width - 8);
-  if (state.history) pen.fillText(`history: ${state.history}`, 4, 26, width - 8);
-  const top = state.history ? 32 : 18;
-  const rows = state.map.length;
-  const steps = state.map[0]?.length ?? 1;
-  const cell = (width - 8) / steps;
-  const line = Math.min(12, (HEIGHT - 2 - top) / rows);
-  const high = Math.max(line - 1.5, line * 0.7);
-  const wide = Math.max(cell - 0.6, 0.6);
-  state.map.forEach((row, k) => {
-    [...row].forEach((digit, j) => {
-      const x = 4 + j * cell;
-      const y = top + k * line;
-      if (digit === "0" && plan[k]?.[j] === "1") return frame(pen, x, y, wide, high);
-      const low = plan.length > 0 && digit < 2; // skipped, or to be skipped: a low bar, told from a computed step without its colour
-      pen.fillStyle = low && digit === "0" ? OMITTED : SHADES[digit];
-      pen.fillRect(x, low ? y + high * 0.65 : y, wide, low ? high * 0.35 : high);
+
+  /** @param {CanvasRenderingContext2D} pen @param {State} state @param {Palette} palette @param {number} width @param {number} line */
+  shapes(pen, state, palette, width, line) {
+    const cell = width / state.steps;
+    const [wide, full] = [Math.max(cell - 0.8, 0.8), line - 1];
+    state.map.forEach((steps, k) => {
+      for (let j = 0; j < steps.length; j++) {
+        const what = kind(steps[j], state.plan[k]?.[j] === "1");
+        const tall = what === "reused" ? full * 0.25 : what === "part" ? full * (0.35 + 0.4 * shareOf(steps[j])) : what === "none" ? 1 : full;
+        const [x, y] = [j * cell, k * line + full - tall];
+        if (what === "planned" && wide >= 3 && full >= 5) {
+          pen.strokeStyle = palette.planned;
+          pen.strokeRect(x + 0.5, y + 0.5, wide - 1, tall - 1);
+          continue;
+        }
+        pen.fillStyle = palette[what];
+        pen.fillRect(x, y, wide, tall);
+      }
     });
-  });
-}
-
-// a step that the plan will compute: empty until it has run; where cells are too narrow for an outline, faint
-function frame(pen, x, y, wide, high) {
-  if (wide < 3) {
-    pen.fillStyle = PLANNED.replace("0.75", "0.4");
-    pen.fillRect(x, y, wide, high);
-    return;
   }
-  pen.strokeStyle = PLANNED;
-  pen.lineWidth = 0.8;
-  pen.strokeRect(x + 0.4, y + 0.4, wide - 0.8, high - 0.8);
-}
 
-app.registerExtension({
-  name: "flowcache.liveMap",
-  setup() {
-    api.addEventListener(EVENT, ({ detail }) => findNode(detail.node)?.flowcacheShow?.(detail));
-  },
-  nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
-    const canvas = document.createElement("canvas");
-    canvas.style.cssText = `width:100%; min-height:${HEIGHT}px; max-height:${HEIGHT}px; display:block;`;
-    let state = null;
-    node.addDOMWidget("live_map", "flowcache_live_map", canvas, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT,
-    });
-    node.flowcacheShow = (next) => {
-      state = next;
-      draw(canvas, state);
-    };
-    new ResizeObserver(() => draw(canvas, state)).observe(canvas);
-  },
-});
+  /** @param {CanvasRenderingContext2D} pen @param {State} state @param {Palette} palette @param {number} width @param {number} height */
+  pixels(pen, state, palette, width, height) {
+    const { small } = this;
+    const anew = !this.cells || small.width !== state.steps || small.height !== state.chunks || this.palette !== palette || this.run !== state.run;
+    const dots = small.getContext("2d");
+    if (!dots) return;
+    if (anew) Object.assign(small, { width: state.steps, height: state.chunks });
+    if (anew) this.cells = dots.createImageData(state.steps, state.chunks);
+    const cells = /** @type {ImageData} */ (this.cells);
+    const colours = new Uint32Array(cells.data.buffer);
+    const shades = Object.fromEntries(Object.entries(palette).map(([name, hex]) => [name, packed(hex)]));
+    for (const k of anew ? state.map.keys() : state.changed) {
+      const [steps, plan] = [state.map[k], state.plan[k]];
+      for (let j = 0; j < state.steps; j++) colours[k * state.steps + j] = shades[kind(steps[j] ?? "0", plan?.[j] === "1")];
+    }
+    dots.putImageData(cells, 0, 0);
+    pen.imageSmoothingEnabled = height < state.chunks;
+    pen.drawImage(small, 0, 0, width, height);
+  }
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adapter import ModelAdapter
 from .checkpoint import load_network, read
-from .family import ChunkLayout, Family
+from .family import ChunkLayout, Family, Preview
 from .skyreels_family import SKYREELS
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -65,6 +65,11 @@ def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str =
     network = load_network(weights, network_file.name, dtype, device, family=family.name)
     vae = family.bundled.load_vae(read(vae_file)[0]).to(device, dtype).requires_grad_(False)
     return Bundle(family, network, vae, family.layout_of(metadata))
+
+
+def preview_of(family: Family, path: Path) -> Preview | None:
+    """The colours of a file's latents, where it is the bundled model of the family."""
+    return family.bundled.preview if family.bundled and path == files_of(family)[0] else None
 
 
 def weights_id() -> str:

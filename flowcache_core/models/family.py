@@ -63,11 +63,24 @@ class Latents:
     patch: int
     host_format: str
     """The class of comfy.latent_formats."""
+    preview: Preview | None = None
+    """Colours of the latents; None: as the host's class has them."""
 
     @property
     def multiple(self) -> int:
         """What the sides of a picture divide by."""
         return self.spatial * self.patch
+
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a latent cell looks like: channels @ `factors` + `bias`, red, green and blue in -1..1. One row of `factors` per channel."""
+
+    factors: tuple[Colour, ...]
+    bias: Colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,8 @@ class Bundled:
     load_vae: Callable[[dict[str, Tensor]], nn.Module]
     encode: Callable[[str, int], Tensor]
     """(prompt, channels) -> [1, words, channels]."""
+    preview: Preview | None = None
+    """Colours of its VAE's latents; None: those of the family's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,8 @@ class RunReport:
     `drift` and `shares` are float32 of that shape: accumulated drift, and the share of the chunk's tokens that ran. After
     `close`, `visits` is int32 [frames, height, width] of tokens: at how many steps each token was computed, commits left out.
 
-    `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens.
+    `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens. `rows`: of the sampling
+    loop, once all have run.
 
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
@@ -67,7 +68,7 @@ class RunReport:
         self._visits = None if grid is None else torch.zeros(grid, dtype=torch.int32)
         self._parts: Tensor | None = None
         """The visits of steps that ran in part, on the device of their tokens."""
-        self.tokens = self.tokens_computed = 0
+        self.tokens = self.tokens_computed = self.rows = 0
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = self._idle_skipped = 0
         self.plans: tuple[Plan, ...] = ()
         self.planned = np.zeros((chunks, steps), np.uint8)
@@ -188,12 +189,25 @@ class RunReport:
         n, m = self.chunk_steps_computed, self.chunk_steps
         part = f" and {self.chunk_steps_refreshed} in part" if self.chunk_steps_refreshed else ""
         return (f"computed {n} of {m} chunk-steps{part}, {self.share:.0%} of all tokens, {self.wall_s:.1f} s, "
-                f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB, {self.host_syncs} host syncs")  # fmt: skip
+                f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB")  # fmt: skip
+
+    def pace(self, rows: int) -> str:
+        """What skipping saved in the first `rows` rows, at the seconds that a computed token has taken in this run; "" where it saved nothing.
+
+        The seconds are those of the network, and of everything while a device has not said them.
+        """
+        skipped, took = self.tokens - self.tokens_computed, self.wall_s
+        if not (rows and skipped and self.tokens_computed):
+            return ""
+        saved = self.clock.seconds.get("network", took) / self.tokens_computed * skipped
+        full = took + saved
+        return f"{took / rows:.2g} s per row, {full / rows:.2g} s with all of it computed: {full / took:.2f}x as fast, {saved:.1f} s saved"
 
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
-        lines = [line for line in (self.history.line(), self.saves.line()) if line]
-        return "\n".join((*([self.expected.sentence()] if self.expected else []), self.summary(), *lines, *self.notes))
+        expected = self.expected.sentence() if self.expected else ""
+        lines = expected, self.summary(), self.pace(self.rows), self.history.line(), self.saves.line(), *map(_past, self.notes)
+        return "\n".join(filter(None, lines))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
@@ -227,3 +241,8 @@ class RunReport:
     def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:
         each = [plan.as_dict() for plan in self.plans]
         return (each if self.plans[0].together else each[0]) if each else None
+
+
+def _past(note: str) -> str:
+    """A note of before the run, as it is said after it."""
+    return note.replace(" will be ", " were to be ", 1)

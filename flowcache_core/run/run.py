@@ -228,6 +228,12 @@ class Run:
     def chunks(self) -> int:
         return self.sections[-1].index + self.sections[-1].schedule.chunks if self.sections else self.schedule.chunks
 
+    @property
+    def rows(self) -> tuple[tuple[Chunk, ...], ...]:
+        """The chunks that come to their next step, row by row."""
+        sections = self.sections or (Section(0, 0, self.schedule),)
+        return tuple(tuple(map(section.in_film, row.active)) for section in sections for row in section.schedule.rows)
+
     def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None, states: States | None = None) -> tuple[Tensor, RunReport]:
         """Noise with the given frames in it [films, C, F, h, w] -> latents of the film, and the report.
 
@@ -242,7 +248,7 @@ class Run:
             latents, report = make(x, evaluate, observer or NoObserver(), resumes)
         self._require_complete(report)
         resumes.finish()
-        report.expected, report.pixels = self.held, self.family.frames
+        report.expected, report.pixels, report.rows = self.held, self.family.frames, len(self.rows)
         return latents, report
 
     def _require_complete(self, report: RunReport) -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from ..device import fast_dtype
 from ..files import whole, write_text
 from ..models import bundle
+from ..models.checkpoint import read
 from ..models.wan_vae import WanVAE
 from ..run.generate import Job, decode, generate
 from ..show.film import write_picture
-from . import dit, vae
+from . import dit, preview, vae
 from .evaluate import contact_sheet, evaluate
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     five = stages.add_parser("look", help="frames of one film, as a picture")
     five.add_argument("prompt")
     five.add_argument("--seed", type=int, default=0)
+    stages.add_parser("preview", help="colours of the bundled VAE's latents, as the family holds them")
     args = parser.parse_args()
 
     if args.stage == "all":
@@ -53,6 +55,8 @@ def main() -> None:
         _install(args.out)
     elif args.stage == "evaluate":
         _evaluate(args.prompts, args.json)
+    elif args.stage == "preview":
+        _preview()
     else:
         _look(args.out, args.prompt, args.seed)
 
@@ -75,6 +79,11 @@ def _evaluate(prompts: int, path: Path | None) -> None:
     print(figures)
     if path:
         write_text(path, figures + "\n")
+
+
+def _preview() -> None:
+    found = preview.fit(WanVAE.from_state_dict({k: v.float() for k, v in read(bundle.VAE)[0].items()}))
+    print("\n".join(f"{colour}," for colour in found.factors), f"bias {found.bias}", sep="\n")
 
 
 def _look(out: Path, prompt: str, seed: int) -> None:

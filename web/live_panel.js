@@ -1,0 +1,170 @@
+// @ts-check
+// Under AR Chunk Sampler: what the running sampler computes and reuses, what that saves, and what a budget keeps. Shows what the server says;
+// computes nothing.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { nodeAt } from "./graph.js";
+import { LiveMap, PALETTES } from "./live_map.js";
+import { onOutput } from "./outputs.js";
+import { next } from "./run_state.js";
+
+const EVENT = "flowcache.steps";
+const NODE = "FlowCacheSampler";
+const HEIGHT = 150;
+const WAITING = "While it runs, the steps that are computed and those that are skipped appear here.";
+const KEPT = "The host kept the result of an earlier run, so nothing was sampled. Cache Report, where it is connected, shows that run.";
+const STYLE =
+  `min-height:${HEIGHT}px; box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; ` +
+  "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
+
+/** @type {WeakMap<object, Panel>} */
+const panels = new WeakMap();
+/** @type {Set<WeakRef<Panel>>} */
+const all = new Set();
+
+/** @param {HTMLElement} parent @param {string} name @param {string} style */
+function add(parent, name, style = "") {
+  const one = document.createElement("div");
+  one.className = `flowcache-${name}`;
+  one.style.cssText = `flex:none; ${style}`;
+  parent.append(one);
+  return one;
+}
+
+/** Whether text on this element is dark, which makes the theme a light one. @param {Element} element */
+function isLight(element) {
+  const [red = 255, green = 255, blue = 255] = (getComputedStyle(element).color.match(/[\d.]+/g) ?? []).map(Number);
+  return 0.299 * red + 0.587 * green + 0.114 * blue < 128;
+}
+
+export class Panel {
+  constructor() {
+    this.root = document.createElement("div");
+    this.root.className = "flowcache-panel";
+    this.root.setAttribute("role", "status");
+    this.root.style.cssText = STYLE;
+    this.headline = add(this.root, "headline");
+    this.pace = add(this.root, "pace");
+    this.memory = add(this.root, "memory", "position:relative; padding:0 3px;");
+    this.legend = add(this.root, "legend", "display:flex; gap:10px; align-items:flex-end;");
+    const field = add(this.root, "map", "flex:1 1 0; min-height:40px; position:relative;");
+    this.canvas = document.createElement("canvas");
+    this.canvas.style.cssText = "position:absolute; inset:0; width:100%; height:100%;";
+    field.append(this.canvas);
+    this.map = new LiveMap(this.canvas);
+    /** @type {import("./run_state.js").State | null} */
+    this.state = null;
+    this.drawing = 0;
+    this.said = WAITING;
+    new ResizeObserver(() => this.draw()).observe(field);
+    this.draw();
+  }
+
+  /** @param {import("./run_state.js").Message} message */
+  show(message) {
+    const state = next(this.state, message);
+    if (state === this.state) return;
+    this.state = state;
+    this.draw();
+  }
+
+  /** Says something where no run is shown. @param {string} text */
+  say(text) {
+    this.said = text;
+    if (!this.state) this.draw();
+  }
+
+  /** The host has ended what was running. */
+  stop() {
+    if (!this.state || this.state.ended) return;
+    this.state.stopped = true;
+    this.draw();
+  }
+
+  /** At most once a frame. */
+  draw() {
+    this.drawing ||= requestAnimationFrame(() => {
+      this.drawing = 0;
+      this.paint();
+    });
+  }
+
+  paint() {
+    const { state } = this;
+    const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
+    this.headline.textContent = state ? [state.headline, state.stopped ? "stopped" : state.left].filter(Boolean).join(", ") : this.said;
+    this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
+    this.memory.textContent = state?.memory ?? "";
+    this.memory.style.background = bar(state?.kept ?? null, palette);
+    this.legend.replaceChildren(...(state ? legend(state, palette) : []));
+    if (state) this.map.draw(state, palette);
+  }
+}
+
+/** A bar behind a text, filled as far as a budget is. @param {number | null} share @param {import("./live_map.js").Palette} palette */
+function bar(share, palette) {
+  if (share === null) return "none";
+  const end = `${Math.min(100, Math.max(0, share * 100))}%`;
+  return `linear-gradient(90deg, ${palette.planned} ${end}, ${palette.none} ${end})`;
+}
+
+/** @param {import("./run_state.js").State} state @param {import("./live_map.js").Palette} palette */
+function legend(state, palette) {
+  const part = state.map.some((steps) => /[a-j]/.test(steps));
+  const planned = state.plan.length > 0;
+  /** @type {[string, string, number][]} */
+  const entries = [["computed", palette.computed, 9], [planned ? "skipped" : "reused", palette.reused, 3]];
+  if (part) entries.splice(1, 0, ["in part", palette.part, 6]);
+  return entries.map(([word, colour, tall]) => {
+    const one = document.createElement("span");
+    one.style.cssText = "display:flex; gap:4px; align-items:baseline;";
+    const mark = document.createElement("span");
+    mark.style.cssText = `width:7px; height:${tall}px; background:${colour}; display:inline-block;`;
+    one.append(mark, word);
+    return one;
+  });
+}
+
+/** @param {any} node */
+export function addPanel(node) {
+  if (node.comfyClass !== NODE) return;
+  const panel = new Panel();
+  const widget = node.addDOMWidget("live_panel", "flowcache_live_panel", panel.root, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => HEIGHT,
+  });
+  widget.serialize = false;
+  panels.set(node, panel);
+  all.add(new WeakRef(panel));
+}
+
+function everyPanel() {
+  const there = [];
+  for (const one of all) {
+    const panel = one.deref();
+    if (panel) there.push(panel);
+    else all.delete(one);
+  }
+  return there;
+}
+
+// Cache Report brings the end of the run that it tells of
+onOutput((_node, output) => {
+  for (const written of output.flowcache ?? []) {
+    const message = JSON.parse(written);
+    panels.get(nodeAt(message?.node))?.show(message);
+  }
+});
+
+app.registerExtension({
+  name: "flowcache.livePanel",
+  setup() {
+    api.addEventListener(EVENT, (/** @type {any} */ { detail }) => panels.get(nodeAt(detail?.node))?.show(detail));
+    for (const end of ["execution_interrupted", "execution_error"]) api.addEventListener(end, () => everyPanel().forEach((panel) => panel.stop()));
+    /** @type {string[]} */
+    let kept = [];
+    api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => (kept = detail?.nodes ?? []));
+    api.addEventListener("execution_success", () => kept.forEach((id) => panels.get(nodeAt(id))?.say(KEPT)));
+  },
+});

@@ -1,0 +1,72 @@
+// @ts-check
+// Hands what a node of ours has sent to the page to whoever shows it: when it has run, when the host kept its result, when its workflow comes
+// back to the front, and when the page is loaded again.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { nodeAt, nodeNamed, rootGraph } from "./graph.js";
+
+const LOOKED_THROUGH = 20; // of the host's latest runs
+
+/** @typedef {{text?: string[], flowcache?: string[], fps?: number[]}} Output */
+/** @typedef {(node: any, output: Output) => void} Listener */
+
+/** @type {Listener[]} */
+const listeners = [];
+/** Nodes that something was shown on since they were made. */
+const told = new WeakSet();
+
+/** @param {Listener} listener called with every output of a node of this pack */
+export function onOutput(listener) {
+  listeners.push(listener);
+}
+
+/** @param {any} node @param {Output | null | undefined} output */
+function tell(node, output) {
+  if (!node?.comfyClass?.startsWith("FlowCache") || !output) return;
+  told.add(node);
+  for (const listener of listeners) listener(node, output);
+}
+
+/**
+ * Whether a node's widgets still have the values that it ran with.
+ * @param {any} node @param {Record<string, unknown>} inputs
+ */
+function unchanged(node, inputs) {
+  return (node.widgets ?? []).every((/** @type {any} */ widget) => {
+    const then = inputs[widget.name];
+    return then === undefined || Array.isArray(then) || String(then) === String(widget.value);
+  });
+}
+
+/** Shows again what the host still knows of this workflow's runs, the latest first, on nodes that have not been told anything. */
+async function restore() {
+  const workflow = rootGraph()?.id;
+  const answer = await api.fetchApi(`/history?max_items=${LOOKED_THROUGH}`);
+  if (!answer.ok) return;
+  const runs = Object.values(await answer.json()).filter((run) => run?.prompt?.[3]?.extra_pnginfo?.workflow?.id === workflow);
+  runs.sort((one, other) => other.prompt[0] - one.prompt[0]);
+  for (const { prompt, outputs } of runs) {
+    for (const [id, output] of Object.entries(outputs ?? {})) {
+      const node = nodeAt(id);
+      const ran = prompt[2][id];
+      if (node && ran?.class_type === node.comfyClass && !told.has(node) && unchanged(node, ran.inputs)) tell(node, output);
+    }
+  }
+}
+
+app.registerExtension({
+  name: "flowcache.outputs",
+  setup() {
+    api.addEventListener("executed", (/** @type {any} */ { detail }) => tell(nodeAt(detail?.display_node ?? detail?.node), detail?.output));
+  },
+  onNodeOutputsUpdated(/** @type {Record<string, Output>} */ outputs) {
+    for (const [name, output] of Object.entries(outputs ?? {})) tell(nodeNamed(name), output);
+  },
+  async afterConfigureGraph() {
+    try {
+      await restore();
+    } catch (error) {
+      console.debug("FlowCache: the host's history cannot be read, so earlier texts are not shown again", error);
+    }
+  },
+});

@@ -1,0 +1,48 @@
+// @ts-check
+// Shows on a node the text that it sent when it ran: what its settings come to, what was snapped or found, the report.
+import { onOutput } from "./outputs.js";
+
+/** Nodes that say something, and the least height of what they say, in pixels. */
+const SAYING = /** @type {Record<string, number>} */ ({
+  FlowCacheChunkwise: 56,
+  FlowCacheMotion: 56,
+  FlowCachePolicy: 56,
+  FlowCacheKVCompressor: 84,
+  FlowCacheLatent: 40,
+  FlowCacheConditionFrames: 40,
+  FlowCacheReport: 150,
+  FlowCacheCompare: 110,
+  FlowCacheSaveVideo: 40,
+});
+const WAITING = "What this comes to is said here when it has run.";
+const STYLE =
+  "box-sizing:border-box; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; user-select:text; padding:4px 6px; border-radius:4px; " +
+  "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
+
+/** @type {WeakMap<object, HTMLElement>} */
+const texts = new WeakMap();
+
+/**
+ * Below the widgets; not saved with the workflow.
+ * @param {any} node
+ */
+export function addText(node) {
+  const height = SAYING[node.comfyClass];
+  if (!height) return;
+  const text = document.createElement("div");
+  text.className = "flowcache-said";
+  text.setAttribute("role", "status");
+  text.style.cssText = `min-height:${height}px; ${STYLE} opacity:0.6;`;
+  text.textContent = WAITING;
+  text.addEventListener("wheel", (event) => text.scrollHeight > text.clientHeight && event.stopPropagation(), { passive: true });
+  const widget = node.addDOMWidget("said", "flowcache_said", text, { serialize: false, hideOnZoom: false, getMinHeight: () => height });
+  widget.serialize = false;
+  texts.set(node, text);
+}
+
+onOutput((node, output) => {
+  const text = texts.get(node);
+  if (!text || !Array.isArray(output.text)) return;
+  text.style.opacity = "1";
+  text.textContent = output.text.join("\n");
+});
