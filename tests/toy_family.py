@@ -117,8 +117,14 @@ class ToyAdapter:
         whole = context.mean(1, keepdim=True)
         return torch.cat([whole if branch == "text" else null for branch in branches])
 
+    def words(self, prompt: int, branches: Sequence[str]) -> int:
+        return len(branches)
+
     def seen(self, chunk: Chunk, branch: Hashable) -> int | None:
-        if branch == "alone" or chunk.committing:
+        return 1 if branch == "alone" else self.reach(chunk)
+
+    def reach(self, chunk: Chunk) -> int | None:
+        if chunk.committing:
             return 1
         return 3 if chunk.step < chunk.steps // 2 else 2
 
@@ -181,6 +187,12 @@ class ThreeBranches:
 
     def branches(self, scale: float) -> tuple[str, ...]:
         return "text", "null", "alone"
+
+    def needed(self, scale: float, sigma: float) -> tuple[str, ...]:
+        return self.branches(scale)
+
+    def remembered(self, scale: float) -> tuple[str, ...]:
+        return self.branches(scale)
 
     def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
         text, null, alone = velocities

@@ -234,6 +234,17 @@ class CachedAttention:
         return merge(parts)
 
 
+class BesideHistory:
+    """Attention of branches side by side: the first `count` films of the batch as `cached` has it, the others see their own chunk alone."""
+
+    def __init__(self, cached: CachedAttention, count: int) -> None:
+        self.cached, self.count = cached, count
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        first, n = (part[: self.count] for part in (q, k, v, x)), self.count
+        return torch.cat([self.cached(layer, *first), attention(q[n:], k[n:], v[n:])])
+
+
 def _grouped(views: Sequence[T], q: Tensor, attend: Callable[[T, slice], Tensor]) -> Tensor:
     """What each film of each branch sees -> attention, of neighbours that see the same in one call."""
     groups, at = [], 0

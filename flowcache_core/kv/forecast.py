@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ..sampling.schedule import ChunkSchedule
 from .compressor import Budget
-from .layout import capacity
+from .layout import Reach, capacity
 
 
-def forecast_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int) -> str:
-    """One sentence. `frame_tokens`: tokens of a latent frame."""
+def forecast_history(budget: Budget, schedule: ChunkSchedule, frame_tokens: int, reach: Reach | None = None) -> str:
+    """One sentence. `frame_tokens`: tokens of a latent frame; `reach`: how far the network looks back by itself."""
     together = schedule.ar_step == 0
     longest = schedule.span(schedule.given if together else schedule.chunks - 1)[0]
     frames, plain = budget.slots / frame_tokens, budget.dtype == "as computed" and not budget.offload
     if frames < longest:
         kept = f"history is kept to {budget.slots} tokens per layer: {frames:.4g} latent frames of up to {longest}"
-        without = capacity(schedule, frame_tokens).total
+        without = capacity(schedule, frame_tokens, reach=reach).total
         if not plain or capacity(schedule, frame_tokens, budget.slots).total < without:
             return kept
         return (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
-from ..sampling.schedule import ChunkSchedule
+from ..sampling.chunk import Chunk
+from ..sampling.schedule import ChunkSchedule, Row
+
+Reach = Callable[[Chunk], int | None]
+"""Chunks, itself included, that a chunk sees at its step in any branch that looks back; None: all that the schedule allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +29,15 @@ class Range:
 class Layout:
     """Book-keeping of one run, the same for all layers and branches; no tensors.
 
-    Without a `budget` history is whole chunks, and one is dropped when no later chunk sees it. With one, history is the
-    first `kept` slots, whatever chunks they are of, and a chunk sees all of it where no `range` says less.
+    Without a `budget` history is whole chunks, and one is dropped when no later chunk sees it: within what the schedule allows, and
+    within `reach`. With one, history is the first `kept` slots, whatever chunks they are of, and a chunk sees all of it where no `range`
+    says less.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("kept", "spans")
 
-    def __init__(self, schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> None:
-        self.schedule, self.frame_tokens, self.budget = schedule, frame_tokens, budget
+    def __init__(self, schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None, reach: Reach | None = None) -> None:
+        self.schedule, self.frame_tokens, self.budget, self.reach = schedule, frame_tokens, budget, reach
         self.kept = 0
         self.spans: dict[int, tuple[int, int]] = {}
         """First slot and number of slots of every chunk that lies there whole."""
@@ -72,7 +78,7 @@ class Layout:
         Without a budget the first slots are given up; with one, a score decides. The slots behind move up.
         """
         if self.budget is None:
-            seen = self.schedule.oldest(min(index + 1, self.schedule.chunks - 1))
+            seen = self._oldest_after(index)
             gone = sum(count for k, (_, count) in self.spans.items() if k < seen)
             self.spans = {k: (start - gone, count) for k, (start, count) in self.spans.items() if k >= seen}
             return self.total + gone, self.total
@@ -82,6 +88,37 @@ class Layout:
         self.kept = stays
         self.spans = {k: (at - gone, n) for k, (at, n) in self.spans.items()}
         return start + count, stays
+
+    def _oldest_after(self, index: int) -> int:
+        """The first chunk that is still seen when a chunk has finished."""
+        if self.reach is None:
+            return self.schedule.oldest(min(index + 1, self.schedule.chunks - 1))
+        oldest = index + 1
+        for later in range(index + 1, self.schedule.chunks):
+            step = self._next_step(later, index)
+            oldest = min(oldest, self._oldest_from(later, step))
+            if step == 0:
+                break
+        return oldest
+
+    def _next_step(self, index: int, finished: int) -> int:
+        """Of a chunk, when another has finished."""
+        row = self._finishes.get(finished)
+        before = self.schedule.steps if index < self.schedule.given else 0
+        return before if row is None else min(row.indices[index], self.schedule.steps)
+
+    def _oldest_from(self, index: int, step: int) -> int:
+        """The first chunk that a chunk sees at one of its steps from `step` on."""
+        assert self.reach is not None
+        counts = [self.reach(self.schedule.at(index, now)) for now in range(step, self.schedule.steps + 1)]
+        within = [count for count in counts if count is not None]
+        first = index - max(within) + 1 if len(within) == len(counts) else 0
+        return max(first, self.schedule.oldest(index))
+
+    @cached_property
+    def _finishes(self) -> dict[int, Row]:
+        """By chunk, the row of its last step."""
+        return {chunk.index: row for row in self.schedule.rows for chunk in row.active if chunk.step == chunk.steps - 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +130,9 @@ class Capacity:
     active: int
 
 
-def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None) -> Capacity:
+def capacity(schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None, reach: Reach | None = None) -> Capacity:
     """Found by going through the run's book-keeping."""
-    layout, total, history, active = Layout(schedule, frame_tokens, budget), 0, 0, 0
+    layout, total, history, active = Layout(schedule, frame_tokens, budget, reach), 0, 0, 0
 
     def begin(indices: Iterable[int]) -> None:
         nonlocal total, active

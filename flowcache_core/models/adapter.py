@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,7 +17,8 @@ from ..sampling.chunk import Chunk
 class Call:
     """One evaluation of one chunk. x: [B, C, F, h, w]; sigma: its noise level; text: as `ModelAdapter.text` made it.
 
-    The last `chunk.held` frames stand at noise level 0, whatever `sigma` is.
+    The last `chunk.held` frames stand at noise level 0, whatever `sigma` is. `branches`: of guidance, which lie one after the other in x;
+    text is theirs, or, where an adapter has `OwnTexts`, that of all branches of the run.
     """
 
     x: Tensor
@@ -25,6 +26,7 @@ class Call:
     chunk: Chunk
     text: Any
     fps: int
+    branches: tuple[Hashable, ...] = ()
 
 
 class ModelAdapter(NetworkSizes, Protocol):
@@ -38,8 +40,11 @@ class ModelAdapter(NetworkSizes, Protocol):
         """Height and width in tokens of one latent frame of h x w. Raises ValueError for a frame that does not divide."""
         ...
 
-    def text(self, context: Tensor) -> Any:
-        """What is computed once per prompt: the text's keys and values of every layer."""
+    def text(self, context: Any) -> Any:
+        """What is computed once per prompt: the text's keys and values of every layer.
+
+        context: the branches' text embeddings [B, words, channels], or what `OwnTexts.branch_texts` made of the prompt's.
+        """
         ...
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -91,8 +96,12 @@ class ChunkTexts(ModelAdapter, Protocol):
 class OwnTexts(ModelAdapter, Protocol):
     """An adapter of a family that is guided inside the run: it knows the texts of the branches that the prompt has no part in."""
 
-    def branch_texts(self, context: Tensor, branches: Sequence[str]) -> Tensor:
-        """The prompt's context [B, words, channels] -> those of all branches, one after the other, [branches * B, words, channels]."""
+    def branch_texts(self, context: Tensor, branches: Sequence[str]) -> Any:
+        """The prompt's context [B, words, channels] -> the texts of all branches, in whatever form `text` takes them."""
+        ...
+
+    def words(self, prompt: int, branches: Sequence[str]) -> int:
+        """Tokens of text that a film has keys and values of, all branches together, for a prompt of so many."""
         ...
 
 
@@ -103,6 +112,15 @@ class Ranged(ModelAdapter, Protocol):
     def seen(self, chunk: Chunk, branch: Hashable) -> int | None:
         """Chunks that the chunk sees at its step, itself included; None: all within the window."""
         ...
+
+    def reach(self, chunk: Chunk) -> int | None:
+        """The same, of the branch that sees the most. What lies beyond it in all later steps is not kept."""
+        ...
+
+
+def reach_of(adapter: ModelAdapter) -> Callable[[Chunk], int | None] | None:
+    """None for a network that always looks back as far as the schedule allows."""
+    return adapter.reach if isinstance(adapter, Ranged) else None
 
 
 @runtime_checkable

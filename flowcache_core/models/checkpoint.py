@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import models
 from ..untrusted import short
 from .family import AUTO, Family, Shapes
-from .quantised import MARKER, Shaped, is_companion, plain_shapes, restored, scale_key
+from .quantised import MARKER, Shaped, column_factors, is_companion, plain_shapes, restored, scale_key
 from .shards import open_checkpoint
 from .shards import read as read
 
@@ -55,17 +55,20 @@ class Found:
         return frozenset(f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear))
 
 
-def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> Found:
-    """`weights`: key -> tensor, or what a header says of it; `family`: a name that the user chose, before what metadata and shapes say.
+def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO,
+              families: Sequence[Family] = ()) -> Found:  # fmt: skip
+    """`weights`: key -> tensor, or what a header says of it; `family`: a name that the user chose, before what metadata and shapes say, of
+    `families` (none: those that the nodes offer).
 
     Metadata that name no family of ours are another tool's, and say nothing. Raises ValueError unless it is a whole network of one
     family, with nothing left over.
     """
-    names = [one.name for one in models.FAMILIES]
+    families = families or models.FAMILIES
+    names = [one.name for one in families]
     if family not in (AUTO, *names):
         raise ValueError(f"{name} is said to be of the family {short(family)!r}: there are {', '.join(names)}")
     chosen = family if family != AUTO else metadata.get(ARCHITECTURE, AUTO)
-    known = [one for one in models.FAMILIES if one.name == chosen] or list(models.FAMILIES)
+    known = [one for one in families if one.name == chosen] or list(families)
     found, reasons, looked = list[Found](), list[ValueError](), list[Shapes]()
     for one in known:
         original = one.original_names(weights, (MARKER,))
@@ -83,32 +86,33 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     if found:
         return found[0]
     for other in looked:
-        _refuse_other_models(other, name)
-    raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles()}: it has {_first(sorted(weights))}")
+        _refuse_other_models(other, name, families)
+    raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles(families)}: it has {_first(sorted(weights))}")
 
 
-def titles() -> str:
-    """The families that are known, in words."""
-    return " or ".join(family.title for family in models.FAMILIES)
+def titles(families: Sequence[Family] = ()) -> str:
+    """The families that are known, in words; none: those that the nodes offer."""
+    return " or ".join(family.title for family in families or models.FAMILIES)
 
 
 def load_network(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str = "cpu",
-                 metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO) -> nn.Module:  # fmt: skip
+                 metadata: Mapping[str, str] = NO_METADATA, family: str = AUTO, families: Sequence[Family] = ()) -> nn.Module:  # fmt: skip
     """Strictly loaded, in evaluation mode, with plain torch layers. Scaled fp8 weights are written out in `dtype`."""
-    found = recognise(weights, name, metadata, family)
+    found = recognise(weights, name, metadata, family, families)
     mine = {new: weights[key] for key, new in found.names.items()}
     scales = {k: mine[k] for k in mine if is_companion(k, mine.keys())}
     return _filled(found, ((k, v) for k, v in mine.items() if k not in scales), scales, dtype, torch.device(device))
 
 
-def load_network_file(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", family: str = AUTO) -> nn.Module:
-    """A file, any file of a set, or a folder -> the network; `dtype` None keeps that of the file.
+def load_network_file(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", family: str = AUTO,
+                      families: Sequence[Family] = ()) -> nn.Module:  # fmt: skip
+    """A file, any file of a set, or a folder -> the network; `dtype` None keeps that of the file. `families`: as in `recognise`.
 
     Refusals come before a tensor is read. Then file after file is read: what keeps its dtype and place stays mapped, and
     the peak of memory is that of the network and one file.
     """
     checkpoint = open_checkpoint(path)
-    found = recognise(checkpoint.stored, checkpoint.name, checkpoint.metadata, family)
+    found = recognise(checkpoint.stored, checkpoint.name, checkpoint.metadata, family, families)
     names = found.names
     mine = {names[key] for key in names}
     aside = [key for key, name in names.items() if is_companion(name, mine)]
@@ -122,7 +126,7 @@ def _filled(found: Found, weights: Iterator[tuple[str, Tensor]], scales: Mapping
     state: dict[str, Tensor] = {}
     for key, weight in weights:
         scale = scale_key(key, scales.keys())
-        state[key] = restored(key, weight, scales[scale] if scale else None, dtype).to(device)
+        state[key] = restored(key, weight, scales[scale] if scale else None, dtype, column_factors(key, scales)).to(device)
     sizes: Counter[torch.dtype] = Counter()
     for weight in state.values():
         sizes[weight.dtype] += weight.numel()
@@ -152,10 +156,11 @@ def _whole_config(family: Family, shapes: Shapes, name: str) -> Any:
     return config
 
 
-def _refuse_other_models(shapes: Shapes, name: str) -> None:
+def _refuse_other_models(shapes: Shapes, name: str, families: Sequence[Family]) -> None:
+    """What a family of ours claims is no other model's."""
     for part, what in OTHER_MODELS.items():
-        if any(part in key for key in shapes):
-            raise ValueError(f"{name} is {what}" if ":" in what else f"{name} is {what}: this loader knows {titles()} only")
+        if any(part in key for key in shapes) and not any(family.claims({part: ()}) for family in families):
+            raise ValueError(f"{name} is {what}" if ":" in what else f"{name} is {what}: this loader knows {titles(families)} only")
 
 
 def _first(keys: list[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..sampling.frames import Frames
 from ..sampling.guidance import Guidance
 from ..sampling.noise import Noise
+from ..sampling.schedule import ChunkSchedule
 from .adapter import ModelAdapter
 
 AUTO = "auto"
@@ -45,13 +46,15 @@ class OpenBlocks(Protocol):
 class ChunkLayout:
     """How a model was trained: latent frames per chunk, chunks it can look at together, frames per second, attention.
 
-    `causal`: trained with block-causal attention too; without it, only with bidirectional attention.
+    `causal`: trained with block-causal attention too; without it, only with bidirectional attention. `aligned`: the grid of chunks
+    begins with the film, whatever frames are given (`ChunkSchedule`).
     """
 
     chunk_frames: int
     window: int
     fps: int = 24
     causal: bool = False
+    aligned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class Latents:
     channels: int
     spatial: int
     patch: int
-    host_format: str
-    """The class of comfy.latent_formats."""
+    host_format: str | None
+    """The class of comfy.latent_formats; None where the host has none."""
     preview: Preview | None = None
     """Colours of the latents; None: as the host's class has them."""
 
@@ -136,6 +139,10 @@ class Family:
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""
+    check: Callable[[ChunkSchedule], None] = lambda schedule: None
+    """Raises ValueError, with the way out, for a schedule that the network was not trained for."""
+    clean_pass: bool = True
+    """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
 
     def require_rate(self, fps: int) -> int:
         """Raises ValueError for a frame rate that the family has not learnt."""
@@ -149,4 +156,4 @@ class Family:
         """What a file says of its training; where it says nothing, that of the released models."""
         if "chunk_frames" not in metadata:
             return self.layout
-        return ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), self.layout.fps, causal=True)
+        return ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), self.layout.fps, True, self.layout.aligned)

@@ -41,12 +41,17 @@ def original_names(keys: Iterable[str], keep: Iterable[str] = ()) -> dict[str, s
 
     `keep`: keys that stand outside every wrapper and stay.
     """
+    names = unwrapped(keys, keep, ANCHOR)
+    return {key: _from_diffusers(name) for key, name in names.items()} if DIFFUSERS in names.values() else names
+
+
+def unwrapped(keys: Iterable[str], keep: Iterable[str], anchor: str) -> dict[str, str]:
+    """The same for a layout that has no other names: `anchor` is a key that tells under which prefix a file has it."""
     names = {key: key for key in keys}
     for prefix in PREFIXES:
-        if prefix + ANCHOR in names:
-            names = {key: key.removeprefix(prefix) for key in names if key.startswith(prefix) or key in keep}
-            break
-    return {key: _from_diffusers(name) for key, name in names.items()} if DIFFUSERS in names.values() else names
+        if prefix + anchor in names:
+            return {key: key.removeprefix(prefix) for key in names if key.startswith(prefix) or key in keep}
+    return names
 
 
 def _from_diffusers(name: str) -> str:

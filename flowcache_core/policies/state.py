@@ -23,6 +23,12 @@ class Prediction:
     sigma: float | Tensor
     value: Tensor
 
+    def first(self, share: float) -> Prediction:
+        """What is of the first `share` of the batch."""
+        mine = round(len(self.value) * share)
+        sigma = self.sigma[:mine] if isinstance(self.sigma, Tensor) and len(self.sigma) == len(self.value) else self.sigma
+        return Prediction(sigma, self.value[:mine])
+
     def overlaid(self, fresh: Tensor, other: Prediction) -> Prediction:
         """This, but the other where `fresh` is True."""
         return Prediction(torch.where(fresh, other.sigma, self.sigma), torch.where(fresh, other.value, self.value))
@@ -71,6 +77,10 @@ class ChunkState:
             self.predictions[branches] = (*kept[-1:], now)
         else:
             self.predictions[branches] = (kept[0].overlaid(fresh, kept[-1]), kept[-1].overlaid(fresh, now))
+
+    def narrow(self, known: Hashable, branches: Hashable, share: float) -> None:
+        """Of what is remembered under `known`, the first `share` of the batch is from now on remembered under `branches`."""
+        self.predictions[branches] = tuple(one.first(share) for one in self.predictions.pop(known))
 
     def predict(self, branches: Hashable, sigma: float, order: int) -> Tensor:
         """The last value (order 0), or the line through the last two, at noise level `sigma` (order 1)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ..kv.layout import capacity
-from ..models.adapter import ModelAdapter
+from ..models.adapter import ModelAdapter, reach_of
 from ..policies.protocol import CachePolicy, SignaturePolicy, TokenPolicy
 from ..sampling.plan import Plan
 from ..sampling.schedule import ChunkSchedule
@@ -54,11 +54,12 @@ class Footprint:
 
 def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int, int, int], batch: int, text_tokens: int, itemsize: int,
               policy: CachePolicy | None, weights: int = 0, bounded: int | None = None, plan: Plan | None = None,
-              films: int = 1, film_frames: int | None = None) -> Footprint:  # fmt: skip
+              films: int = 1, film_frames: int | None = None, cached: int | None = None) -> Footprint:  # fmt: skip
     """Of a run over latents [films, C, frames, h, w].
 
     `latent`: C, h, w; `batch`: branches x films; `text_tokens`: of all of these together; `itemsize`: bytes of one number in the
     dtype of computation; `policy`: what it wants remembered; `weights`: bytes of the network as it is stored; `films`: side by side;
+    `cached`: branches that have a KV cache, None all;
     `plan`: where it computes steps in part, what tokens that wait need (`kv/waiting.py`) counts as the KV cache's.
 
     The KV cache holds two numbers per layer, channel of the key heads and token of all chunks that are seen at once, or `bounded` bytes under a
@@ -71,7 +72,7 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     edges = max(len(row.active) for row in schedule.rows) + 1
     frame = Frame(films * channels * cells, films * frame_tokens * adapter.width, cells, frame_tokens, itemsize)
     waiting = batch * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
-    kv = batch * capacity(schedule, frame_tokens).total * token + waiting
+    kv = (cached * films if cached else batch) * capacity(schedule, frame_tokens, reach=reach_of(adapter)).total * token + waiting
     predictions = frames * (batch // films * frame.replayed(policy) + frame.watched(policy)) + edges * frame.edge(policy)
     latents = (FILMS * (film_frames or schedule.frames) + SOLVED * frames + MOVED * schedule.chunk_frames) * frame.latent * NUMBER
     visits = (film_frames or schedule.frames) * frame_tokens * NUMBER

@@ -54,7 +54,8 @@ class Job:
     def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:
         """With latent frames given at the start and the end. Raises ValueError, before anything runs, for what does not fit."""
         layout, pixels = bundle.layout, bundle.family.frames
-        return ChunkSchedule(self._frames(bundle), layout.chunk_frames, self.steps, self.ar_step, layout.window, prefix, suffix, pixels)
+        frames, size = self._frames(bundle), layout.chunk_frames
+        return ChunkSchedule(frames, size, self.steps, self.ar_step, layout.window, prefix, suffix, pixels, layout.aligned)
 
     def sections(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Section, ...]:
         """The same for the upstream way. Raises ValueError."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kv.cache import Branches, KVSizes
 from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
-from ..models.adapter import ModelAdapter, OwnTexts, require_bidirectional, require_time, require_tokens
+from ..models.adapter import ModelAdapter, OwnTexts, reach_of, require_bidirectional, require_time, require_tokens
 from ..models.family import Family
 from ..models.numbers import finite, not_numbers
 from ..policies.planned import Planned
@@ -123,10 +123,16 @@ class Run:
     def __post_init__(self) -> None:
         require_levels(self.sigmas)
         self._require_latents()
+        self.family.check(self.schedule)
         if self.sections:
             self._require_bidirectional()
         if self.family.guidance.inside:
             self._require_one_text()
+        if self.compressor and not self.family.clean_pass:
+            raise ValueError(
+                f"a budget of history is scored while a finished chunk is passed through the network clean, and {self.family.title} does without "
+                "that pass here: leave the budget out, or the pass on"
+            )
         self._require_abilities(self.policy)
         _ = self.budget, self.plan, self.held
 
@@ -182,6 +188,20 @@ class Run:
         return len(guidance.branches(self.scale)) if guidance.inside else self.place.branches
 
     @cached_property
+    def cached_branches(self) -> int:
+        """Those of them that have a KV cache."""
+        guidance, by_token = self.family.guidance, isinstance(self.policy, TokenPolicy | PartPolicy)
+        return len(guidance.remembered(self.scale)) if guidance.inside and not by_token else self.branches
+
+    @cached_property
+    def text_tokens(self) -> int:
+        """Of all films and branches, those that the run makes itself too."""
+        place, guidance = self.place, self.family.guidance
+        if not guidance.inside or not isinstance(self.adapter, OwnTexts):
+            return place.text_tokens
+        return place.films * self.adapter.words(place.text_tokens // place.films, guidance.branches(self.scale))
+
+    @cached_property
     def plan(self) -> Plan | None:
         """Of a film that is made chunk by chunk; None where it depends on a timing."""
         return plan_of(self.policy, self.schedule) if self.policy and not self.sections else Plan.full(self.schedule)
@@ -190,25 +210,25 @@ class Run:
     def budget(self) -> Budget | None:
         if self.compressor is None or self.sections:
             return None
-        batch, grid, place = self.branches * self.place.films, self.latent[1:], self.place
+        batch, grid, place = self.cached_branches * self.place.films, self.latent[1:], self.place
         return self.compressor.budget_for(self.adapter, self.schedule, grid, self.fps, batch, place.itemsize, place.device, self.family.frames.each)
 
     @cached_property
     def room(self) -> Capacity:
         """Slots of the KV cache."""
-        return capacity(self.schedule, self.adapter.tokens_per_frame(*self.latent[1:]), self.budget.slots if self.budget else None)
+        slots = self.budget.slots if self.budget else None
+        return capacity(self.schedule, self.adapter.tokens_per_frame(*self.latent[1:]), slots, reach_of(self.adapter))
 
     @cached_property
     def held(self) -> Footprint:
         """What the run holds at its peak, beside an evaluation."""
         place, bounded = self.place, None
-        texts = place.text_tokens * self.branches // place.branches
         if self.budget:
-            bounded = self.budget.bytes(KVSizes.of(self.adapter, place.films, self.room), self.branches, place.itemsize)
+            bounded = self.budget.bytes(KVSizes.of(self.adapter, place.films, self.room), self.cached_branches, place.itemsize)
         part = self.plan if isinstance(self.policy, PartPolicy) and not self.sections else None
         held = footprint(
-            self.adapter, self.schedule, self.latent, self.branches * place.films, texts, place.itemsize,
-            self.policy, place.weights, bounded, part, place.films, self.sections[-1].end if self.sections else None,
+            self.adapter, self.schedule, self.latent, self.branches * place.films, self.text_tokens, place.itemsize,
+            self.policy, place.weights, bounded, part, place.films, self.sections[-1].end if self.sections else None, self.cached_branches,
         )  # fmt: skip
         return replace(held, kv=0) if self.sections else held
 
@@ -313,14 +333,15 @@ class ChunkTurn:
         return self.session.unwritten(self.chunk, branches) if mine else ()
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
-        guidance, adapter = self.run.family.guidance, self.session.adapter
+        guidance, scale, level = self.run.family.guidance, self.run.scale, self.session.level(self.chunk)
         if not guidance.inside:
             return self.session.denoise(x, self.chunk, context, branches, blocks)
-        assert isinstance(adapter, OwnTexts)  # the run was refused otherwise
-        names = guidance.branches(self.run.scale)
-        texts = context if self.session.has_text(names) else adapter.branch_texts(context, names)
-        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, texts, names, blocks).chunk(len(names))
-        return guidance.combine(each, self.run.scale, self.session.level(self.chunk))
+        every, remembered = guidance.branches(scale), guidance.remembered(scale)
+        self.session.guide(context, every, remembered)
+        needed = every if self.session.in_part(self.chunk.index) else guidance.needed(scale, level)
+        names = remembered if self.chunk.committing else needed
+        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, context, names, blocks).chunk(len(names))
+        return each[0] if self.chunk.committing else guidance.combine(each, scale, level)
 
 
 @dataclass(frozen=True)
@@ -342,6 +363,8 @@ class ChunkDenoiser:
         return plan
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
+        if chunk.committing and chunk.index >= self.run.schedule.given and not self.run.family.clean_pass:
+            return x
         return through_session(self.session, lambda: self.evaluate(ChunkTurn(self.session, chunk, self.run), x))
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import ClassVar
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.tokens import mask_over, pooled, spread
-from ..kv.cache import Branches, KVSizes, KVStore
+from ..kv.cache import BesideHistory, Branches, KVSizes, KVStore
 from ..kv.compressor import Budget
 from ..kv.forecast import forecast_history
 from ..kv.keeper import Keeper
 from ..kv.layout import Capacity, Layout, capacity
-from ..models.adapter import Call, ChunkTexts, ModelAdapter, Ranged, TimeSignature, require_time, require_tokens
+from ..models.adapter import Call, ChunkTexts, ModelAdapter, OwnTexts, Ranged, TimeSignature, reach_of, require_time, require_tokens
+from ..network import Attend
 from ..policies.always import Always
 from ..policies.planned import forecast_plans
 from ..policies.protocol import (
@@ -97,21 +98,25 @@ class Session:
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
         self._budget, self._kv = budget, self._store(budget, room)
+        self._guided: Branches = ()
+        """All branches, where guidance is inside."""
+        self._alone: Branches = ()
+        """Of these, those without a KV cache."""
         self._text: dict[Branches, object] = {}
         self._chunk_text: dict[tuple[Branches, int], object] = {}
         self._time_changes: list[float] | None = None
 
     def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
-        adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None)
-        sizes = KVSizes.of(adapter, self.films, room or capacity(self.schedule, self._frame_tokens, layout.budget))
+        adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None, reach_of(self.adapter))
+        sizes = KVSizes.of(adapter, self.films, room or capacity(self.schedule, self._frame_tokens, layout.budget, layout.reach))
         seen = adapter.seen if isinstance(adapter, Ranged) else None
         if budget is None:
-            return KVStore(sizes, layout, waits=self._in_part, seen=seen)
+            return KVStore(sizes, layout, waits=self.in_part, seen=seen)
         keeper = Keeper(budget, self.schedule, adapter.layers, self.films, self._grid, adapter.rotary)
-        return KVStore(sizes, layout, keeper, budget.cache_of(sizes, layout), self._in_part, seen)
+        return KVStore(sizes, layout, keeper, budget.cache_of(sizes, layout), self.in_part, seen)
 
-    def _in_part(self, index: int) -> bool:
-        """Whether the plan computes some steps of a chunk in part."""
+    def in_part(self, index: int) -> bool:
+        """Whether the plan computes some steps of a chunk in part: then tokens wait, in every branch."""
         return self.plan is not None and self.plan.is_partial(index)
 
     def __enter__(self) -> Session:
@@ -159,7 +164,7 @@ class Session:
         if isinstance(self.policy, PlanPolicy):
             notes = *forecast_plans(self.policy, () if self.plan is None else (self.plan,), (self.schedule,)), *notes
         if self._budget is not None:
-            notes = *notes, forecast_history(self._budget, self.schedule, self._frame_tokens)
+            notes = *notes, forecast_history(self._budget, self.schedule, self._frame_tokens, reach_of(self.adapter))
         notes = *notes, *forecast_short(self.schedule)
         self.report.notes += notes
         return notes
@@ -189,7 +194,7 @@ class Session:
         step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
         """
         self.evaluations += 1
-        call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps)
+        call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps, branches)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, Which(branches))[0]
         state = self.state.of(chunk.index)
@@ -205,6 +210,7 @@ class Session:
                 if self._watches in ("clean", "noisy"):
                     self.state.keep_edge(chunk.index, x[: self.films])
             return self._compute(call, which)[0]
+        self._narrow(state, which)
         match self._decide(call, state):
             case Reuse(what, order) if which in state.predictions:
                 return self._replay(call, state, which, what, order)
@@ -268,9 +274,19 @@ class Session:
             self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift, some)
         return state.decision
 
+    def _narrow(self, state: ChunkState, which: Which) -> None:
+        """Branches are run without some that were run beside and after them: what is kept of these is let go."""
+        count = len(which.branches)
+        for known in [key for key in state.predictions if isinstance(key, Which) and key != which]:
+            if replace(known, branches=known.branches[:count]) == which:
+                state.narrow(known, which, count / len(known.branches))
+
     def _compute(self, call: Call, which: Which, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
-        attend = self._kv.attention(which.branches, call.chunk, only, which.blocks is not None, which.aside)
+        branches = which.branches
+        cached = tuple(branch for branch in branches if branch not in self._alone)
+        history = self._kv.attention(cached, call.chunk, only, which.blocks is not None, which.aside)
+        attend: Attend = history if cached == branches else BesideHistory(history, len(cached) * self.films)
         with self.report.clock.measure("network", call.x.device):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)
@@ -297,18 +313,29 @@ class Session:
         value = state.predict(which, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
-    def has_text(self, branches: Branches) -> bool:
-        """Whether the text of these branches was given before: then `denoise` looks at its context no more."""
-        return branches in self._text
+    def guide(self, context: Tensor, branches: tuple[str, ...], remembered: tuple[str, ...]) -> None:
+        """Once a run, where guidance is inside: texts of all `branches`, from the prompt's context [batch, words, channels], and a KV cache.
+
+        Then `denoise` looks at its context no more, and runs all of the branches or the first so many. Those that are not `remembered`
+        see their own chunk alone and need no KV cache, unless some of its tokens are run without the others.
+        """
+        if self._guided:
+            return
+        assert isinstance(self.adapter, OwnTexts)  # the run was refused otherwise
+        self._guided = branches
+        self._text[branches] = self.adapter.text(self.adapter.branch_texts(context, branches))
+        self._alone = () if self._tokens else branches[len(remembered) :]
+        self._kv.of(tuple(branch for branch in branches if branch not in self._alone))
 
     def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk) -> object:
-        if branches not in self._text:
-            self._text[branches] = self.adapter.text(context)
+        told = self._guided or branches
+        if told not in self._text:
+            self._text[told] = self.adapter.text(context)
         if not isinstance(self.adapter, ChunkTexts):
-            return self._text[branches]
-        key = branches, chunk.index
+            return self._text[told]
+        key = told, chunk.index
         if key not in self._chunk_text:
-            self._chunk_text[key] = self.adapter.text_of(self._text[branches], chunk, self.schedule.chunks)
+            self._chunk_text[key] = self.adapter.text_of(self._text[told], chunk, self.schedule.chunks)
         return self._chunk_text[key]
 
     def time_changes(self, device: torch.device) -> list[float]:

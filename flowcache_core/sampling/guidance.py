@@ -21,8 +21,19 @@ class Guidance(Protocol):
         """The prompt's branch first."""
         ...
 
+    def needed(self, scale: float, sigma: float) -> tuple[str, ...]:
+        """Those that are run at noise level `sigma`, the first so many of `branches`. Asked only where guidance is inside.
+
+        Left out are branches whose velocity has no weight there and whose keys and values no later chunk looks back on.
+        """
+        ...
+
+    def remembered(self, scale: float) -> tuple[str, ...]:
+        """Those that look back on finished chunks, the first so many of `branches`: they alone are run in a commit pass."""
+        ...
+
     def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
-        """Velocities in the order of `branches`, at noise level `sigma` -> one of the same shape."""
+        """Velocities in the order of `branches`, or of `needed`, at noise level `sigma` -> one of the same shape."""
         ...
 
 
@@ -34,6 +45,12 @@ class ClassifierFree:
 
     def branches(self, scale: float) -> tuple[str, ...]:
         return ("cond",) if scale == 1 else ("cond", "uncond")
+
+    def needed(self, scale: float, sigma: float) -> tuple[str, ...]:
+        return self.branches(scale)
+
+    def remembered(self, scale: float) -> tuple[str, ...]:
+        return self.branches(scale)
 
     def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
         if len(velocities) == 1:

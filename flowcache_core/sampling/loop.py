@@ -198,20 +198,21 @@ def _part(x: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _arrive(x: Tensor, chunk: Chunk, walk: Walk) -> Tensor:
-    """The chunk's latents at the noise level of its step; held frames as they are."""
-    part, moving = _part(x, chunk), chunk.frames - chunk.held
+    """The chunk's latents at the noise level of its step; given frames as they are."""
+    part, own = _part(x, chunk), chunk.moving
     arrived = walk.arrive(part, chunk.step)
-    return torch.cat([arrived[:, :, :moving], part[:, :, moving:]], 2) if chunk.held else arrived
+    return torch.cat([part[:, :, : own.start], arrived[:, :, own], part[:, :, own.stop :]], 2) if chunk.held or chunk.led else arrived
 
 
 def _move(x: Tensor, chunk: Chunk, arrived: Tensor, velocity: Tensor, walk: Walk, chosen: Tensor | None = None) -> Tensor:
-    """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; held frames stay."""
-    moving = chunk.frames - chunk.held
-    if chunk.held:
+    """One step of the chunk's own frames of `x`, in place -> the clean latents it predicts; given frames stay."""
+    own = chunk.moving
+    if chunk.held or chunk.led:
         velocity = velocity.clone()
-        velocity[:, :, moving:] = 0
+        velocity[:, :, : own.start] = 0
+        velocity[:, :, own.stop :] = 0
     moved, clean = walk.step(_part(x, chunk), arrived, velocity, chunk.step, chosen)
-    x[:, :, chunk.start : chunk.start + moving] = moved[:, :, :moving]
+    x[:, :, chunk.start + own.start : chunk.start + own.stop] = moved[:, :, own]
     return clean
 
 

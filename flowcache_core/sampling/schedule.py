@@ -47,6 +47,9 @@ class ChunkSchedule:
     prefix is cut into chunks from its end backwards, so that only the chunk farthest from the new frames may be short.
     The last generated chunk may be short too. It takes the suffix along (`Chunk.held`): its given frames stand at their own
     noise level 0 beside those that are denoised.
+
+    `aligned`: the grid begins with the film instead, as MAGI-1 was trained. Given frames that fill no chunk are then the first of
+    the first generated chunk (`Chunk.led`), which the network takes to be at the noise level of the others.
     """
 
     frames: int
@@ -58,6 +61,7 @@ class ChunkSchedule:
     suffix: int = 0
     pixels: Frames = FOUR_N_PLUS_1
     """For messages."""
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.chunk_frames < 1:
@@ -99,8 +103,8 @@ class ChunkSchedule:
 
     @property
     def given(self) -> int:
-        """Chunks of the prefix."""
-        return -(-self.prefix // self.chunk_frames)
+        """Whole chunks of the prefix."""
+        return self.prefix // self.chunk_frames if self.aligned else -(-self.prefix // self.chunk_frames)
 
     @property
     def chunks(self) -> int:
@@ -127,7 +131,8 @@ class ChunkSchedule:
 
     def at(self, index: int, step: int) -> Chunk:
         """A chunk at a step."""
-        return Chunk(index, *self.span(index), step, self.steps, self.suffix if index == self.chunks - 1 else 0)
+        led = self.prefix % self.chunk_frames if self.aligned and index == self.given else 0
+        return Chunk(index, *self.span(index), step, self.steps, self.suffix if index == self.chunks - 1 else 0, led)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -141,6 +146,8 @@ class ChunkSchedule:
     @cached_property
     def _spans(self) -> tuple[tuple[int, int], ...]:
         size, end = self.chunk_frames, self.frames - self.suffix
+        if self.aligned:
+            return tuple((a, b - a) for a, b in pairwise([*range(0, end, size), self.frames]))
         starts = [*range(self.prefix % size or size, self.prefix, size), *range(self.prefix, end, size)]
         if self.prefix:
             starts.insert(0, 0)

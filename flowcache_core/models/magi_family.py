@@ -1,0 +1,169 @@
+"""MAGI-1 as families: the base models and the distilled ones, which have the same shapes, as published or as FlowCache ran them.
+
+Schedule, ranges of history, guidance: MAGI-1 report (arXiv 2505.13211), sections 2.3 and 2.4, and the released settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ..sampling.frames import Frames
+from ..sampling.schedule import ChunkSchedule
+from .family import ChunkLayout, Family, Latents, Loaders
+from .magi import LATENT_CHANNELS, PATCH, Magi
+from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
+from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
+
+CHUNK_FRAMES = 6
+STAGES = 4
+"""Chunks that are denoised together at most: as many as there are stages of a chunk's steps."""
+EVERY = 10_000
+"""Chunks; more than any film has."""
+FOUR_N = Frames(4, 4)
+"""As the MAGI-1 VAE counts."""
+COMMIT = 1e-4
+LAST_STAGE = 0.7
+"""Noise level at which the last stage begins."""
+TINY = 1e-6
+"""Noise levels that are closer than this are one."""
+
+
+@dataclass(frozen=True, slots=True)
+class MagiNoise:
+    """Times u^2 for u even in 0..1, shifted: few, long steps where little noise is left. 12 steps are a part of the grid of 16."""
+
+    shift: float = 3.0
+    commit: float = COMMIT
+
+    def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
+        """`denoise` < 1 keeps the last `steps` of int(steps / denoise) steps."""
+        if steps < 1:
+            raise ValueError(f"{steps} steps were asked for: at least 1 is needed (64, 32, 16 and 8 are the published settings)")
+        if not 0 < denoise <= 1:
+            raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
+        squares = [1 - place**2 for place in places(int(steps / denoise))]
+        return tuple(shift * x / (1 + (shift - 1) * x) for x in squares[-steps - 1 :])
+
+    def timestep(self, sigma: float) -> float:
+        return 1 - sigma
+
+
+def places(steps: int) -> list[float]:
+    """Where on 0..1 a chunk's steps lie: evenly, or for 12 steps as published: every third of the length of two."""
+    if steps != SHORTCUT:
+        return [i / steps for i in range(steps + 1)]
+    return [i / 16 for i in range(17) if i % 4 != 1]
+
+
+@dataclass(frozen=True, slots=True)
+class ThreeBranches:
+    """(1 - p) alone + (p - w) null + w text. Until the last stage p = 1.5 and w is `scale` (published: 7.5); in it p = 1 and w = 0.
+
+    In the last stage `alone` has no weight and is not run; `text` has none either, but later chunks look back on its keys and values.
+    """
+
+    inside: bool = True
+    previous: float = 1.5
+
+    def branches(self, scale: float) -> tuple[str, ...]:
+        return TEXT, NULL, ALONE
+
+    def needed(self, scale: float, sigma: float) -> tuple[str, ...]:
+        return (TEXT, NULL) if is_last_stage(sigma) else self.branches(scale)
+
+    def remembered(self, scale: float) -> tuple[str, ...]:
+        return TEXT, NULL
+
+    def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
+        text, null, *alone = velocities
+        if is_last_stage(sigma):
+            return null
+        p, w = self.previous, scale
+        return (1 - p) * alone[0] + (p - w) * null + w * text
+
+
+@dataclass(frozen=True, slots=True)
+class NearClean:
+    """Of a distilled model. In the last stage history counts less: 0.7 of the chunk with its history and 0.3 of the chunk alone.
+
+    `history`: that share; 1 leaves the mix out.
+    """
+
+    inside: bool = True
+    history: float = 0.7
+
+    def branches(self, scale: float) -> tuple[str, ...]:
+        return (TEXT,) if self.history == 1 else (TEXT, ALONE)
+
+    def needed(self, scale: float, sigma: float) -> tuple[str, ...]:
+        return self.branches(scale) if is_last_stage(sigma) else (TEXT,)
+
+    def remembered(self, scale: float) -> tuple[str, ...]:
+        return (TEXT,)
+
+    def combine(self, velocities: Sequence[Tensor], scale: float, sigma: float) -> Tensor:
+        text, *alone = velocities
+        return self.history * text + (1 - self.history) * alone[0] if alone and is_last_stage(sigma) else text
+
+
+def is_last_stage(sigma: float) -> bool:
+    return sigma <= LAST_STAGE + TINY
+
+
+def require_stages(schedule: ChunkSchedule) -> None:
+    """Raises ValueError for steps that do not make four stages, a stagger that does not divide them, chunks that are not full, given last frames."""
+    steps, n = schedule.steps, STAGES
+    if schedule.suffix:
+        raise ValueError("MAGI-1 takes given frames at the start of a film, and was not trained with given last frames: leave them out")
+    if steps % n:
+        below = max(steps // n, 1) * n
+        raise ValueError(f"MAGI-1 goes through its steps in {n} stages of equal length, and {steps} steps do not divide: use {below} or {below + n}")
+    together = [steps // k for k in range(1, n + 1) if steps % k == 0]
+    if schedule.chunks - schedule.given > 1 and min(schedule.ar_step, steps) not in together:
+        *others, least = sorted(together, reverse=True)
+        raise ValueError(
+            f"MAGI-1 denoises at most {n} chunks together, each as many steps behind the one before; with ar_step {schedule.ar_step} and "
+            f"{steps} steps they do not divide: use ar_step {least} (published), or {', '.join(map(str, sorted(others)))}"
+        )
+    if schedule.frames % schedule.chunk_frames:
+        frames, pixels, whole = schedule.frames, schedule.pixels, schedule.chunk_frames
+        below, above = pixels.pixel(max(frames // whole, 1) * whole), pixels.pixel((frames // whole + 1) * whole)
+        raise ValueError(
+            f"MAGI-1 makes whole chunks of {pixels.pixel(whole)} frames, and {pixels.pixel(frames)} do not divide: use {below} or {above}"
+        )
+
+
+def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = True, near_clean: bool = True) -> Family:
+    """As published by default. FlowCache (ICLR 2026) ran the distilled model with `ranges` (), `clean_pass` and `near_clean` False.
+
+    `ranges`: chunks that a chunk sees in equal parts of its steps, () all there are; `clean_pass`: whether a finished chunk is passed
+    through the network once more; `near_clean`: whether history counts less in the last stage of a distilled model.
+    """
+    return Family(
+        name="magi-1-distill" if distilled else "magi-1",
+        title="MAGI-1 distilled" if distilled else "MAGI-1",
+        network=Magi,
+        adapter=partial(MagiAdapter, distilled=distilled, ranges=ranges),
+        original_names=original_names,
+        claims=claims,
+        config_of=magi_config,
+        release=release_of,
+        layout=ChunkLayout(CHUNK_FRAMES, window=max(ranges, default=EVERY), causal=True, aligned=True),
+        frames=FOUR_N,
+        latents=Latents(LATENT_CHANNELS, 8, PATCH, None),
+        noise=MagiNoise(),
+        guidance=NearClean(history=0.7 if near_clean else 1.0) if distilled else ThreeBranches(),
+        rates=(24,),
+        takes_rate=lambda config: False,
+        loaders=Loaders("the text encoder T5-v1.1-xxl", "the VAE of MAGI-1"),
+        blocks=LAYERS,
+        check=require_stages,
+        clean_pass=clean_pass,
+    )
+
+
+MAGI, MAGI_DISTILLED = magi(distilled=False), magi(distilled=True)
