@@ -1,14 +1,20 @@
-"""What comes from outside, JSON and safetensors files: read within bounds or refused with a sentence. What it is for is unknown here."""
+"""What comes from outside, JSON, safetensors and NumPy files: read within bounds or refused with a sentence. What it is for is unknown here."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import zipfile
+import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 JSON_BYTES = 16 << 20
@@ -133,3 +139,33 @@ def _entry(opened: Any, key: str, name: str) -> Entry:
     if len(shape) > DIMENSIONS or math.prod(max(n, 1) for n in shape) > ELEMENTS:
         raise ValueError(f"{short(name)}: {short(key)} has shape {short(shape)}, which no tensor of a model has; download the file again")
     return shape, DTYPES[kind]
+
+
+def array_file(path: Path, members: int, most: int) -> dict[str, NDArray[Any]]:
+    """A file of named NumPy arrays (.npz). Raises ValueError for a missing, foreign or damaged file, and for arrays that hold no numbers.
+
+    At most `members` arrays of `most` bytes together are read. Nothing in them is run.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {short(path.name)}: choose another, or download it again")
+    try:
+        with zipfile.ZipFile(path) as packed:
+            inside = packed.infolist()
+            size = sum(one.file_size for one in inside)
+            if len(inside) > members or size > most:
+                raise ValueError(f"it holds {len(inside)} arrays of {size} bytes, and at most {members} of {most} are read")
+            return {one.filename.removesuffix(".npy"): _array(packed.read(one)) for one in inside}
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, RuntimeError, TokenError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{short(path.name)} is not a whole file of NumPy arrays: {short(error)}; download it again") from None
+
+
+def _array(read: bytes) -> NDArray[Any]:
+    """A header says shape and kind of the numbers; it is believed only where as many follow."""
+    file = io.BytesIO(read)
+    header = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, kind = header(file)
+    if kind.kind not in "fiu" or kind.itemsize > 8 or len(shape) > DIMENSIONS or any(n < 0 for n in shape):
+        raise ValueError(f"it has an array of {kind} with shape {shape}")
+    if math.prod(shape) * kind.itemsize != len(read) - file.tell():
+        raise ValueError(f"an array of shape {shape} should have {math.prod(shape) * kind.itemsize} bytes, and {len(read) - file.tell()} follow")
+    return np.frombuffer(read, kind, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")

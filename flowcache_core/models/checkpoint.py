@@ -28,6 +28,7 @@ OTHER_MODELS = {
     "double_blocks.": "a Flux or Hunyuan checkpoint",
     "encoder.block.": "a T5 text encoder: put it into models/text_encoders and use Load CLIP (type wan)",
     "encoder.downsamples.": "a VAE: put it into models/vae and use Load VAE",
+    "encoder.patch_embed.": "the VAE of MAGI-1: choose its network instead",
 }
 """Part of a key -> what a file with such a key is."""
 ARCHITECTURE = "architecture"
