@@ -36,12 +36,12 @@ def test_files_of_several_commits_are_named(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_a_file_that_is_missing_or_of_other_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match=r"docs/bench/kv.json is not there: make measure makes it"):
-        data("kv")
+    with pytest.raises(ValueError, match=r"docs/bench/seam.json is not there: make measure makes it"):
+        data("seam")
     (tmp_path / DATA).mkdir(parents=True)
-    (tmp_path / DATA / "kv.json").write_text(json.dumps({"weights": "other"}))
+    (tmp_path / DATA / "seam.json").write_text(json.dumps({"weights": "other"}))
     with pytest.raises(ValueError, match=r"was measured on other weights .other. than are bundled"):
-        data("kv")
+        data("seam")
 
 
 def test_an_unknown_figure_is_refused() -> None:

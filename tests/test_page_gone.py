@@ -1,9 +1,10 @@
-"""The live map and the console, without a host: whoever looks at a run may go away, and a clock may jump."""
+"""The live panel and the console, without a host: whoever looks at a run may go away, and a clock may jump."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PACK = "flowcache_as_the_host_has_it"
+RUN = SimpleNamespace(steps=4, chunks=1, budget=None, rows=tuple((SimpleNamespace(index=0, step=step),) for step in range(4)))
+"""One chunk of four steps, as far as those who look at a run know it."""
 
 
 class Server:
-    """Of the host, as far as the live map knows it."""
+    """Of the host, as far as the live panel knows it."""
 
     client_id = "page"
 
@@ -60,7 +63,7 @@ def report(nodes: Callable[[str], Any], steps: int = 4) -> Any:
 @pytest.mark.parametrize("gone", [RuntimeError("Event loop is closed"), ConnectionResetError(), AttributeError("loop")])
 def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Callable[[str], Any], server: Server) -> None:
     server.gone = gone
-    live = nodes("live").LiveMap("7", 4)
+    live = nodes("live").LivePanel("7", RUN)
     for done in range(5):
         live.show(report(nodes), done)
     server.gone = None
@@ -70,9 +73,9 @@ def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Calla
 
 def test_without_a_page_or_a_server_nothing_is_sent(nodes: Callable[[str], Any], server: Server) -> None:
     live = nodes("live")
-    live.LiveMap(None, 4).show(report(nodes), 0)
+    live.LivePanel(None, RUN).show(report(nodes), 0)
     sys.modules["server"].PromptServer.instance = None  # type: ignore[attr-defined]
-    live.LiveMap("7", 4).show(report(nodes), 0)
+    live.LivePanel("7", RUN).show(report(nodes), 0)
     assert not server.sent
 
 
@@ -85,11 +88,11 @@ def test_the_time_left_is_never_negative_and_the_map_goes_on(
     calls = iter([*times, *[times[-1]] * 50])
     module = nodes("live")
     monkeypatch.setattr("time.perf_counter", lambda: next(calls))
-    live = module.LiveMap("7", 4)
+    live, one = module.LivePanel("7", RUN), report(nodes)
     for done in range(5):
-        live.show(report(nodes), done)
-    assert all(0 <= one["eta_s"] < float("inf") for one in server.sent)
-    assert server.sent[-1]["eta_s"] == 0
+        live.show(one, done)
+    assert all(re.fullmatch(r"|\d+ s left|\d+ min \d+ s left", sent["left"]) for sent in server.sent)
+    assert server.sent[-1]["left"] == "0 s left"
     assert len(server.sent) >= 3, "the first two and the last are always sent"
 
 
@@ -115,7 +118,7 @@ def test_what_a_callback_raises_ends_the_run(nodes: Callable[[str], Any]) -> Non
     def callback(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    progress = nodes("progress").Progress(torch.zeros(1, 2, 3, 4, 4), 4, 1, None, callback, True)
-    chunk = SimpleNamespace(index=0, start=0, frames=3)
+    progress = nodes("progress").Progress(torch.zeros(1, 2, 3, 4, 4), RUN, None, callback, True)
+    chunk = SimpleNamespace(index=0, step=0, start=0, frames=3)
     with pytest.raises(KeyboardInterrupt):
         progress.step(report(nodes), chunk, torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 4, 4))

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..sampling.frames import Frames
+from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
 from .family import ChunkLayout, Family, Latents, Loaders
 from .magi import LATENT_CHANNELS, PATCH, Magi
@@ -23,8 +23,6 @@ STAGES = 4
 """Chunks that are denoised together at most: as many as there are stages of a chunk's steps."""
 EVERY = 10_000
 """Chunks; more than any film has."""
-FOUR_N = Frames(4, 4)
-"""As the MAGI-1 VAE counts."""
 COMMIT = 1e-4
 LAST_STAGE = 0.7
 """Noise level at which the last stage begins."""

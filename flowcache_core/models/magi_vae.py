@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention
-from ..sampling.frames import Frames
+from ..sampling.frames import FOUR_N
 from ..untrusted import short
 from .tiles import Sizes, Tiling, in_tiles
 
 PATCH: Sizes = (4, 8, 8)
 """Pixels of a latent cell along time, height and width."""
-FRAMES = Frames(4, 4)
 HEAD_DIM = 64
 LATENT_SCALE = 0.18215
 """Raw latents times this are those of the network."""
@@ -215,7 +214,7 @@ def denormalise(latents: Tensor) -> Tensor:
 
 
 def _require_cells(film: Tensor) -> None:
-    FRAMES.require(film.shape[2])
+    FOUR_N.require(film.shape[2])
     height, width = film.shape[3:]
     if height % PATCH[1] or width % PATCH[2]:
         raise ValueError(f"a picture of {width}x{height} does not divide into cells of {PATCH[1]} pixels: use sides that are multiples of {PATCH[1]}")

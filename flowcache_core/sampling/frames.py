@@ -37,3 +37,5 @@ class Frames:
 
 FOUR_N_PLUS_1 = Frames(4, 1)
 """As the Wan VAE counts."""
+FOUR_N = Frames(4, 4)
+"""As the MAGI-1 VAE counts."""
