@@ -256,7 +256,7 @@ def by_hand(bundle: Bundle, job: HostJob, scale: float) -> Tensor:
 def sampled(bundle: Bundle, job: HostJob, evaluate: Any) -> Tensor:
     with torch.inference_mode():
         made = core._made(bundle, job, job.schedule(bundle, 0, 0), evaluate, lambda chunk: None, core.NOTHING, lambda adapter, sigmas: adapter,
-                          None, None, None)  # fmt: skip
+                          None, None, None, None)  # fmt: skip
     return made[0]
 
 
