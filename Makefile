@@ -40,7 +40,7 @@ figures: $(VENV)/.run ## write the tables and charts of README and docs from doc
 	$(BIN)/python -m flowcache_core figures $(ARGS)
 
 test: lint ## lint, types and all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
