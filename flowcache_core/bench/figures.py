@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     commits = {name: data(name)["commit"] for name in COMMANDS}
     if len(set(commits.values())) > 1:
         said = ", ".join(f"{name} {commit}" for name, commit in commits.items())
-        print(f"the files in {DATA} are of several commits ({said}): make measure makes them all of one")
+        raise ValueError(f"the files in {DATA} are of several commits ({said}): make measure makes them all of one")
     if args.check and stale:
         raise ValueError(f"{', '.join(stale)} does not say what {DATA} says: run make figures")
     print(f"{'written: ' + ', '.join(stale) if stale else 'everything says what ' + DATA + ' says'}")
