@@ -16,8 +16,8 @@ from ..flowcache_core.policies.target import Target
 from ..flowcache_core.sampling.plan import read_plan
 from ..flowcache_core.settings import described
 from .fit import require_ours
-from .said import SAYS
 from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
+from .shown_text import SHOWS_TEXT
 
 NODE = CHUNKWISE_NODE
 DEFAULT = "balanced"
@@ -51,7 +51,7 @@ class ChunkwiseCache(io.ComfyNode):
             node_id="FlowCacheChunkwise",
             display_name=NODE,
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="Computes a part of every chunk's steps: by a plan that spends a budget before the run and integrates over what it skips, "
             "or by a threshold below which a chunk reuses its last prediction. Goes between the model loader and the guider.",
             search_aliases=["flowcache", "teacache", "speed up", "cache"],
@@ -95,12 +95,12 @@ class ChunkwiseCache(io.ComfyNode):
             policy = rule(preset, settings)
             if target != OFF:
                 policy = budgeted(policy, preset, target, {SHARE: target_share, SPEED_UP: 1 / target_speedup, SECONDS: target_seconds}[target])
-        said = [f"{'plan' if plan.strip() else preset}: {describe(policy)}"]
+        lines = [f"{'plan' if plan.strip() else preset}: {describe(policy)}"]
         if isinstance(policy, Chunkwise):
             adapter = inner.adapter()
             polynomial = adapter.polynomial if isinstance(adapter, TimeSignature) else ()
-            said += [*on_signature(policy), *on_rescaling(policy, polynomial)]
-        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText("\n".join(said)))
+            lines += [*on_signature(policy), *on_rescaling(policy, polynomial)]
+        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText("\n".join(lines)))
 
 
 def rule(name: str, settings: dict[str, Any]) -> Planned | Chunkwise:

@@ -43,9 +43,9 @@ class CompareRuns(io.ComfyNode):
         runs = Spent.of(film_report, "film_report"), Spent.of(reference_report, "reference_report")
         a, b = film[..., :3].cpu(), reference[..., :3].cpu()
         close = closeness(a, b)
-        said, curve = close.text(name, *runs), _image(close.curve()[None])
-        shown = {**ui.PreviewImage(curve, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
-        return io.NodeOutput(said, curve, _image(difference_film(a, b, difference, name)), close.as_json(name, *runs), ui=shown)
+        text, curve = close.text(name, *runs), _image(close.curve()[None])
+        shown = {**ui.PreviewImage(curve, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(text, curve, _image(difference_film(a, b, difference, name)), close.as_json(name, *runs), ui=shown)
 
 
 def _image(frames: np.ndarray) -> torch.Tensor:

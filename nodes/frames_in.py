@@ -12,7 +12,7 @@ from ..flowcache_core.models.family import Family
 from ..flowcache_core.sampling.frames import Frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule
 from .fit import require_ours
-from .said import SAYS
+from .shown_text import SHOWS_TEXT
 
 NODE = "AR Video Frames In"
 
@@ -24,7 +24,7 @@ class ARVideoFramesIn(io.ComfyNode):
             node_id="FlowCacheConditionFrames",
             display_name=NODE,
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="Gives a film its first frames (an image, or a clip to go on from) and its last one. They are kept exactly.",
             search_aliases=["image to video", "i2v", "extend video", "continue video", "first frame", "last frame", "end frame", "flowcache"],
             inputs=[
@@ -76,8 +76,8 @@ class ARVideoFramesIn(io.ComfyNode):
         mask[:, :, :prefix], mask[:, :, samples.shape[2] - suffix :] = 0, 0
         given = pixels.pixel(prefix) if prefix else 0
         left = samples.shape[2] - prefix - suffix
-        said = f"given: {given} frames ({prefix} latent) at the start, {suffix} at the end; to generate: {left} latent frames"
-        return io.NodeOutput({**latent, "samples": out, "noise_mask": mask}, given, ui=ui.PreviewText(said))
+        text = f"given: {given} frames ({prefix} latent) at the start, {suffix} at the end; to generate: {left} latent frames"
+        return io.NodeOutput({**latent, "samples": out, "noise_mask": mask}, given, ui=ui.PreviewText(text))
 
 
 def last(clip: torch.Tensor, frames: int, pixels: Frames) -> torch.Tensor:

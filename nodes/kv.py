@@ -15,8 +15,8 @@ from ..flowcache_core.kv.scores import KV_POLICIES
 from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
 from .fit import require_ours
-from .said import SAYS
 from .settings_on_model import KV_NODE, with_compressor
+from .shown_text import SHOWS_TEXT
 
 NODE = KV_NODE
 DEFAULT = Even.name
@@ -50,7 +50,7 @@ class KVCompressor(io.ComfyNode):
             node_id="FlowCacheKVCompressor",
             display_name=NODE,
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
             "model loader and the guider, before or behind the cache nodes.",
             search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction"],
@@ -66,10 +66,10 @@ class KVCompressor(io.ComfyNode):
         if isinstance(score, LearntKVPolicy):
             score.check_network(adapter.layers, adapter.width)
         compressor = Compressor(score, **settings)
-        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_said(compressor, policy_settings.strip())))
+        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_summary(compressor, policy_settings.strip())))
 
 
-def _said(compressor: Compressor, settings: str) -> str:
+def _summary(compressor: Compressor, settings: str) -> str:
     budget, sink, recent = compressor.budget, compressor.sink, compressor.recent
     unit = "chunk" if compressor.unit == "chunks" and budget == 1 else compressor.unit
     first = f"the film's first {_frames(sink)} and " if sink else ""

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .fit import require_ours
-from .said import SAYS
+from .shown_text import SHOWS_TEXT
 
 LONG = 10
 """From so many windows on a film is called long."""
@@ -20,7 +20,7 @@ class EmptyARVideoLatent(io.ComfyNode):
             node_id="FlowCacheLatent",
             display_name="Empty AR Video Latent",
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="An empty video latent whose length is a whole number of the model's chunks.",
             inputs=[
                 io.Model.Input("model", tooltip="The model knows how many latent frames make a chunk."),
@@ -53,15 +53,15 @@ class EmptyARVideoLatent(io.ComfyNode):
         }[snap]
         latents = pixels.latent(frames)
         chunks = -(-latents // layout.chunk_frames)
-        said = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
+        text = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
         if frames != asked:
-            said += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
+            text += f"; {asked} were asked for, {below} and {above} are the nearest whole chunks"
         if short := latents % layout.chunk_frames:
-            said += f"; the last chunk has {short} latent frame{'s' * (short > 1)}, not {layout.chunk_frames} as in training"
+            text += f"; the last chunk has {short} latent frame{'s' * (short > 1)}, not {layout.chunk_frames} as in training"
         if latents > LONG * layout.chunk_frames * layout.window:
             seen = pixels.pixel(layout.chunk_frames * layout.window)
-            said += f"; a long film: the model sees {seen} frames ({seen / layout.fps:.2f} s) at once, and this is {frames / seen:.0f} times as long"
-            said += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
+            text += f"; a long film: the model sees {seen} frames ({seen / layout.fps:.2f} s) at once, and this is {frames / seen:.0f} times as long"
+            text += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(said).as_dict(), "fps": [layout.fps]})
+        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(text).as_dict(), "fps": [layout.fps]})

@@ -88,7 +88,7 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
 
     `listed`: what the file's metadata says about its layers, under the names of the file.
     """
-    for layer, how in (_said(listed, "layers") if listed else {}).items():
+    for layer, how in (_json_object(listed, "layers") if listed else {}).items():
         if key := names.get(f"{layer}.weight"):
             weights[f"{key.removesuffix('.weight')}.comfy_quant"] = _mark(how)
     if any(key.endswith(".scale_weight") for key in weights):
@@ -101,7 +101,7 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
             weights[f"{layer}.weight"] = restored(f"{layer}.weight", weight, weights.pop(scale), torch.float32)
             weights.pop(f"{layer}.comfy_quant", None)
         elif weight.dtype in FLOAT8:
-            how = {"full_precision_matrix_mult": True} if mark is None else _said(mark.numpy().tobytes().decode(errors="replace"))
+            how = {"full_precision_matrix_mult": True} if mark is None else _json_object(mark.numpy().tobytes().decode(errors="replace"))
             weights[f"{layer}.comfy_quant"] = _mark({**how, "format": FORMATS[weight.dtype]})
         elif mark is None:
             kind = str(weight.dtype).removeprefix("torch.")
@@ -111,7 +111,7 @@ def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[st
     return weights
 
 
-def _said(text: str, part: str = "") -> dict[str, Any]:
+def _json_object(text: str, part: str = "") -> dict[str, Any]:
     """What a file says of its quantised layers: a JSON object, or the object in its `part`. Raises ValueError."""
     try:
         values = parsed(text)

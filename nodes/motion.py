@@ -18,9 +18,9 @@ from ..flowcache_core.show.overlay import overlay
 from .chunkwise import widgets
 from .fit import require_network, require_ours
 from .mailbox import Mailbox
-from .said import SAYS
 from .sampler import Report
 from .settings_on_model import MOTION_NODE, policy_of, with_policy
+from .shown_text import SHOWS_TEXT
 
 NODE = MOTION_NODE
 CUSTOM, PLAN = "custom", "turbo"
@@ -39,7 +39,7 @@ class MotionCache(io.ComfyNode):
             node_id="FlowCacheMotion",
             display_name=NODE,
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="Within a chunk, what changes fast is computed more often than what does not: for budgets so small that whole chunks would "
             "have too few steps. Goes between the model loader, or Chunkwise Cache, and the guider.",
             search_aliases=["motioncache", "flowcache", "token cache", "speed up"],
@@ -61,7 +61,7 @@ class MotionCache(io.ComfyNode):
         policy = _policy(preset, settings, before)
         require_network(policy, host)
         unused = f"\n{before.title}, in front, is not used" if before and preset in PRESETS else ""
-        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText(_said(policy) + unused))
+        return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText(_summary(policy) + unused))
 
 
 def _policy(preset: str, settings: dict[str, Any], before: CachePolicy | None) -> Motion | Multirate:
@@ -84,7 +84,7 @@ def _policy(preset: str, settings: dict[str, Any], before: CachePolicy | None) -
     )
 
 
-def _said(policy: Motion | Multirate) -> str:
+def _summary(policy: Motion | Multirate) -> str:
     if isinstance(policy, Multirate):
         spent = f"in {policy.seconds:g} s of the network" if policy.seconds else f"within {policy.share:.0%} of all tokens"
         return f"a plan {spent}; every other step of a chunk computes the {policy.partial:.0%} of its tokens that change fastest; {COMPARISON}"

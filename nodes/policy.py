@@ -11,8 +11,8 @@ from ..flowcache_core.policies.always import Always
 from ..flowcache_core.policies.named import in_words, policy_named
 from ..flowcache_core.policies.planned import Planned
 from .fit import require_network, require_ours
-from .said import SAYS
 from .settings_on_model import POLICY_NODE, policy_node, with_policy
+from .shown_text import SHOWS_TEXT
 
 NODE = POLICY_NODE
 
@@ -24,7 +24,7 @@ class CachePolicyByName(io.ComfyNode):
             node_id="FlowCachePolicy",
             display_name=NODE,
             category="FlowCache",
-            **SAYS,
+            **SHOWS_TEXT,
             description="Any cache policy by its name, also one without a node of its own, with its settings written out. Goes between the model "
             "loader and the guider, in place of Chunkwise Cache, or in front of Motion Cache where that can refine it.",
             search_aliases=["flowcache", "cache", "custom policy", "speed up"],
@@ -46,5 +46,5 @@ class CachePolicyByName(io.ComfyNode):
             raise ValueError(f"{NODE} after {other} would take its place: bypass one of the two")
         chosen = policy_named(policy, settings)
         require_network(chosen, host)
-        said = ui.PreviewText("\n".join(in_words(chosen)))
-        return io.NodeOutput(model if chosen == Always() else with_policy(model, chosen, NODE), ui=said)
+        text = ui.PreviewText("\n".join(in_words(chosen)))
+        return io.NodeOutput(model if chosen == Always() else with_policy(model, chosen, NODE), ui=text)

@@ -34,9 +34,9 @@ class Progress:
         self.reached = 0
         self.bar = tqdm(total=self.total, disable=hide)
 
-    def begin(self, report: RunReport, said: Iterable[str]) -> None:
+    def begin(self, report: RunReport, notes: Iterable[str]) -> None:
         """What is known before the first step, onto console and page. A run that goes on has come some way already."""
-        say(said)
+        say(notes)
         self.at = int((report.map != NOT_RUN).sum())
         self.bar.update(self.at - self.bar.n)
         self.live.show(report, self.at)

@@ -39,8 +39,8 @@ class CacheReport(io.ComfyNode):
         run = report.of(latent["samples"])
         done = run.report
         steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
-        said = done.text()
-        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(said).as_dict(), "flowcache": [json.dumps(run.panel)]}
+        text = done.text()
+        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(text).as_dict(), "flowcache": [json.dumps(run.panel)]}
         if done.history.frames:
             shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]
-        return io.NodeOutput(said, json.dumps({**done.as_dict(), "run": run.number}), steps, history, ui=shown)
+        return io.NodeOutput(text, json.dumps({**done.as_dict(), "run": run.number}), steps, history, ui=shown)

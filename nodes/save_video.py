@@ -69,15 +69,15 @@ class SaveARVideo(io.ComfyNode):
             raise ValueError(wrong)
         films = _decoded(samples["samples"], vae) if images is None else [images[..., :3].split(IMAGES_AT_ONCE)]
         total = len(images) if images is not None else frames_by(vae)(samples["samples"].shape[2]) * len(samples["samples"])
-        bar, kept, saved, said = comfy.utils.ProgressBar(total), [], [], []
+        bar, kept, saved, lines = comfy.utils.ProgressBar(total), [], [], []
         for film in films:
             result, text = _save(_watched(film, bar, kept if images_out else None), filename_prefix, fps, crf, _metadata(cls.hidden, report))
             saved.append(result)
-            said.append(text)
+            lines.append(text)
         if images is None and not is_carried(vae):
-            said.append(OVERLAPS)
+            lines.append(OVERLAPS)
         videos = [InputImpl.VideoFromFile(str(_path(result))) for result in saved]
-        shown = {**ui.PreviewVideo(saved).as_dict(), **ui.PreviewText("\n".join(said)).as_dict()}
+        shown = {**ui.PreviewVideo(saved).as_dict(), **ui.PreviewText("\n".join(lines)).as_dict()}
         return io.NodeOutput(videos, torch.cat(kept) if images_out else ExecutionBlocker(NO_IMAGES), ui=shown)
 
 
@@ -117,8 +117,8 @@ def _save(pieces: Iterator[torch.Tensor], prefix: str, fps: float, crf: int, met
     with FilmFile(path, (height, width), fps, crf, metadata) as file:
         for piece in chain([first], pieces):
             file.add(frames_of(piece.float().cpu().movedim(-1, 1)))
-    said = f"{file.frames} frames of {width} x {height} ({file.frames / fps:.2f} s), {path.stat().st_size / 2**20:.2f} MiB: {path.name}"
-    return ui.SavedResult(path.name, subfolder, io.FolderType.output), said
+    text = f"{file.frames} frames of {width} x {height} ({file.frames / fps:.2f} s), {path.stat().st_size / 2**20:.2f} MiB: {path.name}"
+    return ui.SavedResult(path.name, subfolder, io.FolderType.output), text
 
 
 def _path(saved: ui.SavedResult) -> Path:
@@ -129,5 +129,5 @@ def _metadata(hidden: Any, report: str) -> dict[str, str]:
     """What Save Video of the host writes, workflow and prompt, and the report of the run."""
     if args.disable_metadata:
         return {}
-    said = {**(hidden.extra_pnginfo or {}), **({"prompt": hidden.prompt} if hidden.prompt is not None else {})}
-    return {key: json.dumps(value) for key, value in said.items()} | ({"flowcache_report": report} if report.strip() else {})
+    metadata = {**(hidden.extra_pnginfo or {}), **({"prompt": hidden.prompt} if hidden.prompt is not None else {})}
+    return {key: json.dumps(value) for key, value in metadata.items()} | ({"flowcache_report": report} if report.strip() else {})

@@ -16,11 +16,11 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.session import Session
-from flowcache_core.sampling.loop import sample_chunks, sample_section
+from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
-from tests.driven import Driven
+from tests.driven import Driven, sample_section
 from tests.host import PACK, Graph, Host, put, small
 
 CHANNELS, SIDE, TEXT = 16, 4, 64

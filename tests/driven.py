@@ -11,9 +11,11 @@ from torch import Tensor
 from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
-from flowcache_core.sampling.loop import Note, PredictSection
+from flowcache_core.sampling.given import CLEAN, GivenNoise
+from flowcache_core.sampling.loop import Note, PredictSection, sample_sections
 from flowcache_core.sampling.plan import Plan
-from flowcache_core.sampling.schedule import ChunkSchedule, Row
+from flowcache_core.sampling.schedule import ChunkSchedule, Row, Section
+from flowcache_core.sampling.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,30 @@ class DrivenSections:
     """The same for bidirectional sections."""
 
     evaluate: PredictSection
-    session: SectionSession
+    session: SectionSession | None = None
     see: Note | None = None
+    exact: Plan | None = None
 
     @property
     def plans(self) -> Sequence[Plan] | None:
-        return self.session.plans
+        return (self.exact,) if self.exact else self.session.plans if self.session else None
 
     def settle(self, frame_s: float) -> Any:
+        assert self.session
         return self.session.settle(frame_s)
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
         return self.evaluate(x, levels, row)
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
-        self.session.note(chunk, clean)
+        if self.session:
+            self.session.note(chunk, clean)
         if self.see:
             self.see(chunk, clean, film)
+
+
+def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
+                   given: GivenNoise = CLEAN, plan: Plan | None = None) -> Tensor:  # fmt: skip
+    """A film of one section, without a session; `plan` None computes all rows."""
+    run = DrivenSections(predict, exact=plan or Plan.full(schedule, together=True))
+    return sample_sections(run, noise, [Section(0, 0, schedule)], sigmas, solver, given)

@@ -18,11 +18,11 @@ from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise, given_frames
-from flowcache_core.sampling.loop import sample_chunks, sample_section, sample_sections
+from flowcache_core.sampling.loop import sample_chunks, sample_sections
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule, Row, sections_of
 from flowcache_core.sampling.solvers import Euler, UniPC
-from tests.driven import Driven, DrivenSections
+from tests.driven import Driven, DrivenSections, sample_section
 
 Noise = Callable[..., Tensor]
 Cached = Callable[..., tuple[Tensor, RunReport]]

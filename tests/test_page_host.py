@@ -1,4 +1,4 @@
-"""The real page in Chromium, in both renderers: what nodes say is seen, few widgets are in sight, and workflows are saved as ever."""
+"""The real page in Chromium, in both renderers: texts of nodes are seen, few widgets are in sight, and workflows are saved as ever."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_a_node_says_is_seen(found: Found, when: str) -> None:
 
 
 def test_before_a_run_the_text_is_not_that_of_another(found: Found) -> None:
-    assert all("is said here" in one["text"] or "appear here" in one["text"] for one in found["before"].values())
+    assert all("appears here" in one["text"] or "appear here" in one["text"] for one in found["before"].values())
 
 
 def test_report_and_panel_round_alike(found: Found) -> None:
@@ -76,11 +76,11 @@ def test_report_and_panel_round_alike(found: Found) -> None:
 
 def test_what_people_turn_stands_first_and_alone(found: Found) -> None:
     rows, more = found["rows"], [] if found["vue"] else ["more settings"]
-    assert rows["plan"]["FlowCacheChunkwise"] == ["preset", "target", *more, "said"]
-    assert rows["share"]["FlowCacheChunkwise"] == ["preset", "target", "target_share", *more, "said"]
-    assert rows["custom"]["FlowCacheChunkwise"] == ["preset", "target", "threshold", "warmup_steps", *more, "said"]
+    assert rows["plan"]["FlowCacheChunkwise"] == ["preset", "target", *more, "node_text"]
+    assert rows["share"]["FlowCacheChunkwise"] == ["preset", "target", "target_share", *more, "node_text"]
+    assert rows["custom"]["FlowCacheChunkwise"] == ["preset", "target", "threshold", "warmup_steps", *more, "node_text"]
     assert rows["plan"]["FlowCacheSampler"] == ["ar_step", "attention", "solver", *more, "live_panel"]
-    settings = [[name for name in names if name not in {"said", "live_panel", "more settings"}] for names in rows["plan"].values()]
+    settings = [[name for name in names if name not in {"node_text", "live_panel", "more settings"}] for names in rows["plan"].values()]
     assert max(map(len, settings)) < 5
 
 

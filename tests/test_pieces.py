@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowcache_core.models.bundle import Bundle
-from flowcache_core.models.wan_vae import Past, WanVAE, pixel_frames
+from flowcache_core.models.wan_vae import Past, WanVAE
+from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.show.pieces import AFTER, BEFORE, TAKE, in_succession, overlapping
 from tests.test_memory import Ledger
 
@@ -30,7 +31,7 @@ def latents() -> Tensor:
 
 def wan(latents: int) -> int:
     """How many frames so many latent frames become."""
-    return pixel_frames(latents) if latents else 0
+    return FOUR_N_PLUS_1.pixel(latents) if latents else 0
 
 
 def film(decoded: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowcache_core.policies.planned import Planned
 from flowcache_core.run.report import RunReport
-from flowcache_core.sampling.loop import sample_chunks, sample_section
+from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import FORMAT, Plan, attended
@@ -23,7 +23,7 @@ from flowcache_core.sampling.planner import evenly, least_share, plan_for
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
-from tests.driven import Driven
+from tests.driven import Driven, sample_section
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 

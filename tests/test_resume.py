@@ -426,7 +426,7 @@ def test_what_no_run_remembers_is_refused_when_it_is_written_and_the_run_goes_on
     made = setup(solver=Odd())
     film, report = made.make(States(tmp_path / "states"))
     same(made.make(), (film, report))
-    assert "course.walk_of[1].memory is of type test_what_no" in " ".join(report.notes)
+    assert "loop.walk_of[1].memory is of type test_what_no" in " ".join(report.notes)
     with pytest.raises(TypeError, match="run is of type int64, which cannot be written down"):
         Writer(kinds_of()).write(np.int64(3))
 

@@ -25,7 +25,7 @@ from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.run.generate import Job, generate
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.run import Run, Turn
-from flowcache_core.run.state_file import FORMAT, SUM_BYTES, read_state, told_of, write_state
+from flowcache_core.run.state_file import FORMAT, SUM_BYTES, metadata_of, read_state, write_state
 from flowcache_core.run.states import States
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
@@ -108,9 +108,9 @@ def put(*way: str, value: Any) -> Callable[[Path], None]:
     return lambda path: tampered(path, change)
 
 
-def retold(**told: Any) -> Callable[[Path], None]:
+def retold(**metadata: Any) -> Callable[[Path], None]:
     def change(header: dict[str, Any]) -> None:
-        header["__metadata__"]["told"] = json.dumps(told)
+        header["__metadata__"]["metadata"] = json.dumps(metadata)
 
     return lambda path: tampered(path, lambda tree: None, change)
 
@@ -131,7 +131,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     **{f"a bit at {at:.0%}": flipped(at) for at in (0.0, 0.003, 0.2, 0.6, 0.97, 1.0)},
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "a model": lambda path: save_file({"weight": torch.zeros(3)}, path),
-    "another format": lambda path: save_file({"0": torch.zeros(3)}, path, {"format": "flowcache-state-0", "told": "{}"}),
+    "another format": lambda path: save_file({"0": torch.zeros(3)}, path, {"format": "flowcache-state-0", "metadata": "{}"}),
     "of another film": retold(film={"seed": "9"}),
     "of no film": retold(),
     "nothing in it": lambda path: tampered(path, lambda tree: tree.clear()),
@@ -145,12 +145,12 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "no such tensor": put("session", "report", "map", value={"array": 10**6}),
     "numbers for texts": put("session", "report", "notes", value=5),
     "no cache": put("session", "_kv", "held", value=None),
-    "another film's latents": put("course", "begun", value={"tensor": 0}),
-    "another section": put("course", "section", value=7),
-    "no number": put("course", "row", value="first"),
-    "beyond the end": put("course", "row", value=10**9),
-    "before the beginning": put("course", "row", value=-1),
-    "never written so": put("course", "rng", value={"random": "x"}),
+    "another film's latents": put("loop", "moved", value={"tensor": 0}),
+    "another section": put("loop", "section", value=7),
+    "no number": put("loop", "row", value="first"),
+    "beyond the end": put("loop", "row", value=10**9),
+    "before the beginning": put("loop", "row", value=-1),
+    "never written so": put("loop", "rng", value={"random": "x"}),
 }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def test_it_is_a_safetensors_file_as_others_read_it(tmp_path: Path) -> None:
     assert all(torch.equal(read[str(k)].float(), tensor.float()) for k, tensor in enumerate(tensors))
     state = read_state(path)
     assert state.tree == {"any": "JSON"}
-    assert state.told == told_of(path) == {"film": {}}
+    assert state.metadata == metadata_of(path) == {"film": {}}
     with state.tensors() as tensor_of:
         assert torch.equal(tensor_of(5), tensors[5])
     assert [file.name for file in path.parent.iterdir()] == ["state.safetensors"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.models.wan_vae import LATENT_MEAN, WanVAE, denormalise, latent_frames, normalise, pixel_frames
+from flowcache_core.models.wan_vae import LATENT_MEAN, WanVAE, denormalise, normalise
+from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.training.vae import fold
 
 KEYS = (
@@ -39,8 +40,6 @@ def test_frames_4n_plus_1_become_n_plus_1_latents_and_come_back(vae: WanVAE, n: 
     z = vae.encode(film_of(4 * n + 1))
     assert z.shape == (1, 16, n + 1, 4, 4)
     assert vae.decode(z).shape == (1, 3, 4 * n + 1, 32, 32)
-    assert latent_frames(4 * n + 1) == n + 1
-    assert pixel_frames(n + 1) == 4 * n + 1
 
 
 @pytest.mark.parametrize("split", [(1, 4), (4, 1), (2, 3), (1, 1, 3), (1, 1, 1, 1, 1)])
@@ -60,7 +59,7 @@ def test_later_frames_never_change_earlier_latents(vae: WanVAE, frame: int) -> N
     other = film.clone()
     other[:, :, frame:] *= -1
     same = [torch.equal(a, b) for a, b in zip(vae.encode(film).unbind(2), vae.encode(other).unbind(2), strict=True)]
-    known = latent_frames(frame)
+    known = FOUR_N_PLUS_1.latent(frame)
     assert same == [True] * known + [False] * (4 - known)
 
 
@@ -68,7 +67,7 @@ def test_later_frames_never_change_earlier_latents(vae: WanVAE, frame: int) -> N
 def test_later_latents_never_change_earlier_frames(vae: WanVAE, latents: Tensor, frame: int) -> None:
     other = latents.clone()
     other[:, :, frame:] *= -1
-    known = pixel_frames(frame)
+    known = FOUR_N_PLUS_1.pixel(frame)
     a, b = vae.decode(latents), vae.decode(other)
     torch.testing.assert_close(a[:, :, :known], b[:, :, :known], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(a[:, :, known : known + 4], b[:, :, known : known + 4])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flowcache_core.models.wan_vae import latent_frames
 from flowcache_core.policies.presets import PLANS
+from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.sampling.schedule import ChunkSchedule
 
 FOLDER = Path(__file__).parent.parent / "workflows"
@@ -68,7 +68,7 @@ def test_fewer_steps_of_prove_it_take_at_least_the_compute_of_the_cached_run_and
     _, api = both("prove_it")
     whole, fewer = (api[key]["inputs"]["steps"] for key in ("8", "18"))
     apart, closer = (api[key]["inputs"]["ar_step"] for key in ("14", "19"))
-    schedule = ChunkSchedule(latent_frames(api["4"]["inputs"]["length"]), 3, whole, apart)
+    schedule = ChunkSchedule(FOUR_N_PLUS_1.latent(api["4"]["inputs"]["length"]), 3, whole, apart)
     plan = PLANS[api["5"]["inputs"]["preset"]].plan(schedule)
     computed = sum(map(len, plan.computed))
     assert schedule.chunks * (fewer - 1) < computed <= schedule.chunks * fewer

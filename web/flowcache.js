@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { convertLength } from "./length.js";
 import { addPanel } from "./live_panel.js";
-import { addText } from "./said.js";
+import { addText } from "./node_text.js";
 import { arrange } from "./widgets.js";
 
 app.registerExtension({

@@ -3,7 +3,7 @@
 import { onOutput } from "./outputs.js";
 
 const NODE = "FlowCacheLatent";
-const FPS = 24; // until the node has run and said the model's
+const FPS = 24; // until the node has run and sent the model's
 const FRAMES = "frames";
 
 /** @type {WeakMap<object, number>} */

@@ -55,7 +55,7 @@ export class Panel {
     /** @type {import("./run_state.js").State | null} */
     this.state = null;
     this.drawing = 0;
-    this.said = WAITING;
+    this.note = WAITING;
     new ResizeObserver(() => this.draw()).observe(field);
     this.draw();
   }
@@ -70,7 +70,7 @@ export class Panel {
 
   /** Says something where no run is shown. @param {string} text */
   say(text) {
-    this.said = text;
+    this.note = text;
     if (!this.state) this.draw();
   }
 
@@ -92,7 +92,7 @@ export class Panel {
   paint() {
     const { state } = this;
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
-    this.headline.textContent = state ? [state.headline, state.stopped ? "stopped" : state.left].filter(Boolean).join(", ") : this.said;
+    this.headline.textContent = state ? [state.headline, state.stopped ? "stopped" : state.left].filter(Boolean).join(", ") : this.note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);

@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
             _chart(chart)
     commits = {name: data(name)["commit"] for name in COMMANDS}
     if len(set(commits.values())) > 1:
-        said = ", ".join(f"{name} {commit}" for name, commit in commits.items())
-        raise ValueError(f"the files in {DATA} are of several commits ({said}): make measure makes them all of one")
+        listed = ", ".join(f"{name} {commit}" for name, commit in commits.items())
+        raise ValueError(f"the files in {DATA} are of several commits ({listed}): make measure makes them all of one")
     if args.check and stale:
         raise ValueError(f"{', '.join(stale)} does not say what {DATA} says: run make figures")
     print(f"{'written: ' + ', '.join(stale) if stale else 'everything says what ' + DATA + ' says'}")

@@ -63,8 +63,8 @@ def frontier(attention: str = "block-causal", name: str = MAIN) -> str:
         ))  # fmt: skip
     head = ["computed", "speed", "fewer steps", "Chunkwise Cache", "gain", "nearer in",
             "fewer steps, to uncached", "Chunkwise, to uncached", "SSIM"]  # fmt: skip
-    said = f"The uncached film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
-    return table(head, lines) + "\n" + said
+    line = f"The uncached film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
+    return table(head, lines) + "\n" + line
 
 
 def motion() -> str:

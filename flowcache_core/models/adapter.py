@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -163,3 +164,20 @@ def require_bidirectional(adapter: ModelAdapter) -> Bidirectional:
     if not isinstance(adapter, Bidirectional):
         raise ValueError(f"{adapter.name} looks back only, bidirectional attention is not for it: use block-causal attention")
     return adapter
+
+
+class SquarePatches:
+    """A base of adapters whose tokens are squares of `patch` x `patch` latent cells of one frame, each cell eight pixels wide."""
+
+    patch: ClassVar[int] = 2
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.patch
+        if height % patch or width % patch:
+            raise ValueError(
+                f"latents of {width}x{height} do not divide into patches of {patch}: use a picture whose sides are multiples of {8 * patch} pixels"
+            )
+        return height // patch, width // patch
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return math.prod(self.token_grid(height, width))

@@ -25,7 +25,7 @@ PATCH = 2
 LATENT_CHANNELS = 16
 EPS = 1e-6
 GROUPS = 8
-"""Both halves of what the output projection is given, attention to chunks and to text, are dealt out in so many parts, in turn."""
+"""Both halves of what the output projection is given, attention to chunks and to text, are cut into so many parts and interleaved."""
 RESCALE = 0.1
 """By how much a network that takes every latent channel twice makes its latents smaller."""
 REFERENCE = 256
@@ -119,7 +119,7 @@ class ParallelAttention(nn.Module):
         q = rotate(self.q_layernorm(self.split(self.linear_qkv.q(y))), rope).to(y)
         k = rotate(self.k_layernorm(self.split(self.linear_qkv.k(y))), rope).to(y)
         seen = attend(q, k, self.split(self.linear_qkv.v(y)), y)
-        out: Tensor = self.linear_proj(dealt(joined(seen), joined(self.look_up(y, text))))
+        out: Tensor = self.linear_proj(interleaved(joined(seen), joined(self.look_up(y, text))))
         return out
 
     def look_up(self, y: Tensor, text: Sequence[KV]) -> Tensor:
@@ -199,7 +199,7 @@ class CaptionEmbedder(nn.Module):
         self.y_proj_xattn = nn.Sequential(ops.Linear(config.text_dim, config.dim, **kw), nn.SiLU())
         self.y_proj_adaln = nn.Sequential(ops.Linear(config.text_dim, config.dim // 4, **kw))
 
-    def told(self, dropped: Sequence[bool], like: Tensor) -> Tensor:
+    def dropped_flags(self, dropped: Sequence[bool], like: Tensor) -> Tensor:
         """Whether each branch's text is left out -> [branches, 1, d / 4]; two rows of the null caption say so."""
         last, before = self.null_caption_embedding[-1].to(like), self.null_caption_embedding[-2].to(like)
         y: Tensor = self.y_proj_adaln(torch.stack([last if one else before for one in dropped]).unsqueeze(1))
@@ -223,9 +223,9 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def dealt(seen: Tensor, told: Tensor) -> Tensor:
+def interleaved(seen: Tensor, read: Tensor) -> Tensor:
     """[B, T, d] twice -> [B, T, 2 d]: in turn a part of the heads of one and of the other."""
-    return torch.stack([part.unflatten(-1, (GROUPS, -1)) for part in (seen, told)], 3).flatten(2)
+    return torch.stack([part.unflatten(-1, (GROUPS, -1)) for part in (seen, read)], 3).flatten(2)
 
 
 def added(x: Tensor, y: Tensor, gate: Tensor, norm: nn.Module) -> Tensor:
@@ -317,10 +317,10 @@ class Magi(nn.Module):
         Times t [F] (0 noise, 1 clean; one for all frames, or one each); whether each branch's text is left out; `dt`: what a distilled
         network is told of the length of its steps.
         """
-        said = self.t_embedder(t, dtype)
+        y = self.t_embedder(t, dtype)
         if dt is not None:
-            said = said + self.t_embedder(torch.full_like(t, dt), dtype)
-        return (said + self.y_embedder.told(dropped, said)).repeat_interleave(films, 0)
+            y = y + self.t_embedder(torch.full_like(t, dt), dtype)
+        return (y + self.y_embedder.dropped_flags(dropped, y)).repeat_interleave(films, 0)
 
     def text_kv(self, text: Tensor) -> list[KV]:
         """Text embeddings [B, L, text_dim] -> keys and values of every layer."""
@@ -335,12 +335,12 @@ class Magi(nn.Module):
     def stack(self, tokens: Tensor, condition: Tensor, text: Sequence[LayerText], rope: Tensor, attend: Attend) -> Tensor:
         """All layers. tokens [B, T, d], condition [B, F, d / 4] with F dividing T; text: of every branch; rope [T, n] -> [B, T, d]."""
         for number, layer in enumerate(self._layers):
-            told = [one(number) for one in text]
-            tokens = layer(tokens, condition, told, rope, lambda q, k, v, x, number=number: attend(number, q, k, v, x))
+            texts = [one(number) for one in text]
+            tokens = layer(tokens, condition, texts, rope, lambda q, k, v, x, number=number: attend(number, q, k, v, x))
         return tokens
 
     def head(self, tokens: Tensor) -> Tensor:
-        """[B, T, d] -> what is said per token, [B, T, 4 * channels]."""
+        """[B, T, d] -> the output per token, [B, T, 4 * channels]."""
         y: Tensor = self.final_linear.linear(self.videodit_blocks.final_layernorm(tokens).to(tokens.dtype))
         return y
 

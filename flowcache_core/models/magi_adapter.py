@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..network import Attend, Rotary
 from ..sampling.chunk import Chunk
-from .adapter import Call
+from .adapter import Call, SquarePatches
 from .magi import KV, PATCH, LayerText, Magi, Rope, rope_table
 
 TEXT, NULL, ALONE = "text", "null", "alone"
@@ -52,7 +52,7 @@ class MagiText:
     durations: Sequence[KV] = ()
 
 
-class MagiAdapter:
+class MagiAdapter(SquarePatches):
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights).
 
     `distilled`: one of the distilled releases, which is told how long its steps are. `ranges`: chunks that a chunk sees in equal parts of
@@ -70,16 +70,6 @@ class MagiAdapter:
         self.query_heads, self.text_channels = config.heads, 2 * config.layers * config.kv_heads * config.head_dim
         self.rotary: Rotary = Rope(lambda: network.rope.bands)
 
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % PATCH or width % PATCH:
-            raise ValueError(
-                f"latents of {width}x{height} do not divide into patches of {PATCH}: use a picture whose sides are multiples of 16 pixels"
-            )
-        return height // PATCH, width // PATCH
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        return math.prod(self.token_grid(height, width))
-
     def branch_texts(self, context: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
         """The prompt goes with all branches of a distilled network; else with the first, and the learned null caption with the others."""
         null = self.network.null_text(NULL_WORDS).to(context).expand(len(context), -1, -1)
@@ -93,11 +83,11 @@ class MagiAdapter:
         """Keys and values of every text, those of equal texts once."""
         each = {id(words): words for words in context.values()}
         known = {key: self.network.text_kv(words) for key, words in each.items()}
-        told: dict[Hashable, BranchText] = {
+        texts: dict[Hashable, BranchText] = {
             name: BranchText(known[id(words)], not self.distilled and name != TEXT) for name, words in context.items()
         }
         durations = () if self.durations is None else self.network.text_kv(self.durations.to(context[NULL])[None])
-        return MagiText(told, BranchText(told[NULL].kv, not self.distilled), durations)
+        return MagiText(texts, BranchText(texts[NULL].kv, not self.distilled), durations)
 
     def text_of(self, text: MagiText, chunk: Chunk, chunks: int) -> MagiText:
         """In front of the prompt, the word for the number of chunks still to come."""
@@ -106,8 +96,8 @@ class MagiAdapter:
         number = min(chunks - chunk.index - 1, text.durations[0][0].shape[2] - 1)
         first = [(k[:, :, number : number + 1], v[:, :, number : number + 1]) for k, v in text.durations]
         prompt = text.branches[TEXT].kv
-        told = {name: replace(one, first=first) if one.kv is prompt else one for name, one in text.branches.items()}
-        return replace(text, branches=told)
+        texts = {name: replace(one, first=first) if one.kv is prompt else one for name, one in text.branches.items()}
+        return replace(text, branches=texts)
 
     def seen(self, chunk: Chunk, branch: Hashable) -> int | None:
         """Finished chunks are passed through the network alone."""
@@ -126,8 +116,8 @@ class MagiAdapter:
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         grid, short = self._grid(call), self.network.embed_some(call.x, tokens)
         out = self.network.stack(short, self._condition(call), self._texts(call), self._rope(call)[tokens], attend)
-        said = self.network.head(out)
-        whole = said.new_zeros(len(said), math.prod(grid), said.shape[2]).index_copy_(1, tokens, said)
+        patches = self.network.head(out)
+        whole = patches.new_zeros(len(patches), math.prod(grid), patches.shape[2]).index_copy_(1, tokens, patches)
         return self.network.unfold(whole, grid), out - short
 
     def replay(self, call: Call, residual: Tensor) -> Tensor:
@@ -144,17 +134,17 @@ class MagiAdapter:
             return 4.0 if chunk.step % 3 == 0 else 8.0
         return chunk.steps / 2
 
-    def _told(self, call: Call) -> list[BranchText]:
+    def _branch_texts(self, call: Call) -> list[BranchText]:
         text: MagiText = call.text
         return [text.clean if call.chunk.committing else text.branches[name] for name in call.branches]
 
     def _texts(self, call: Call) -> list[LayerText]:
-        return [one.layer for one in self._told(call)]
+        return [one.layer for one in self._branch_texts(call)]
 
     def _condition(self, call: Call) -> Tensor:
-        chunk, told = call.chunk, self._told(call)
+        chunk, texts = call.chunk, self._branch_texts(call)
         t = torch.full((1,), 1 - call.sigma, dtype=torch.float64, device=call.x.device)
-        return self.network.condition(t, [one.dropped for one in told], len(call.x) // len(told), self.step_length(chunk), call.x.dtype)
+        return self.network.condition(t, [one.dropped for one in texts], len(call.x) // len(texts), self.step_length(chunk), call.x.dtype)
 
     def _grid(self, call: Call) -> tuple[int, int, int]:
         return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH

@@ -128,8 +128,8 @@ class Transformer(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.places(x.shape[2:])
         for block in self.blocks:
             tokens = block(tokens)
-        said: Tensor = self.norm(tokens[:, 1:])
-        return said
+        out: Tensor = self.norm(tokens[:, 1:])
+        return out
 
 
 class Encoder(Transformer):
@@ -141,8 +141,8 @@ class Encoder(Transformer):
     def forward(self, film: Tensor) -> Tensor:
         """[B, 3, 4f, 8h, 8w] -> mean and log variance, one after the other, [B, 2 * channels, f, h, w]."""
         patches = self.patch_embed(film)
-        said: Tensor = self.last_layer(self.stack(patches))
-        return said.transpose(1, 2).unflatten(2, patches.shape[2:])
+        out: Tensor = self.last_layer(self.stack(patches))
+        return out.transpose(1, 2).unflatten(2, patches.shape[2:])
 
 
 class Decoder(Transformer):

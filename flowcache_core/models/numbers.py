@@ -20,9 +20,9 @@ def damaged(network: object) -> list[str]:
 
 def not_numbers(network: object, dtype: torch.dtype) -> str:
     """Why the network's output is not made of numbers, and what helps. `dtype`: of the output."""
-    said, names = "the first output of the network holds NaN or infinity, and so would the film", damaged(network)
+    problem, names = "the first output of the network holds NaN or infinity, and so would the film", damaged(network)
     if not names:
         kind = str(dtype).removeprefix("torch.")
-        return f"{said}. All weights are numbers: in {kind} something became too large, or the text holds it; use a file in bf16, or another text"
+        return f"{problem}. All weights are numbers: in {kind} something became too large, or the text holds it; use a file in bf16, or another text"
     more = f", and so do {len(names) - 1} more weights" if len(names) > 1 else ""
-    return f"{said}: {names[0]} holds such values{more}. The file is damaged, or a LoRA is: download it again, or bypass the LoRA"
+    return f"{problem}: {names[0]} holds such values{more}. The file is damaged, or a LoRA is: download it again, or bypass the LoRA"

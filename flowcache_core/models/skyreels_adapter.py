@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..network import Attend, Rotary
 from ..sampling.noise import timestep
-from .adapter import Call
+from .adapter import Call, SquarePatches
 from .attention import bidirectional
 from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
 from .skyreels_polynomials import POLYNOMIALS
 
 
-class SkyReelsAdapter:
+class SkyReelsAdapter(SquarePatches):
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
 
     name: ClassVar[str] = "skyreels-v2-df"
@@ -33,16 +33,6 @@ class SkyReelsAdapter:
     @property
     def polynomial(self) -> tuple[float, ...]:
         return POLYNOMIALS.get((self.width, self.layers), ())
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % PATCH or width % PATCH:
-            raise ValueError(
-                f"latents of {width}x{height} do not divide into patches of {PATCH}: use a picture whose sides are multiples of 16 pixels"
-            )
-        return height // PATCH, width // PATCH
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        return math.prod(self.token_grid(height, width))
 
     def text(self, context: Tensor) -> TextKV:
         return self.network.text_kv(context)

@@ -24,15 +24,6 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of a film of `frames` pixel frames (4n+1 -> n+1)."""
-    return (frames - 1) // TEMPORAL + 1
-
-
-def pixel_frames(latents: int) -> int:
-    return (latents - 1) * TEMPORAL + 1
-
-
 class RMSNorm(nn.Module):
     """Each position is scaled to unit root mean square over its channels. [B, C, ...] -> same."""
 

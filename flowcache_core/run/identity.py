@@ -30,7 +30,7 @@ PIECE = 1 << 22
 def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, str]:
     """`noise`: latents that the run is handed, given frames among them; `more`: what else the film depends on, by name."""
     family, place = run.family, run.place
-    said: dict[str, object] = {
+    values: dict[str, object] = {
         "model": family.name,
         "weights": None,
         **_schedule(run),
@@ -50,7 +50,7 @@ def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, st
         "latents": list(noise.shape),
         "noise and given frames": noise,
     }
-    return {name: value for key, one in said.items() for name, value in _named(key, one)}
+    return {name: value for key, one in values.items() for name, value in _named(key, one)}
 
 
 def _schedule(run: Run) -> dict[str, object]:

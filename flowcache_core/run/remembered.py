@@ -102,34 +102,34 @@ class Reader:
         self._tensors: dict[int, Tensor] = {}
         self._seen: dict[int, object] = {}
 
-    def put(self, now: Any, said: Any) -> Any:
+    def put(self, now: Any, data: Any) -> Any:
         """What was written into an object that is there, or a dict of such; any other value is made anew and returned.
 
         Raises ValueError, KeyError, TypeError, IndexError, AttributeError or RuntimeError for what no `Writer` has written of such an object.
         """
         if isinstance(now, Remembers):
-            self._fill(now, said)
+            self._fill(now, data)
             return now
         if isinstance(now, dict) and now and all(isinstance(one, Remembers) for one in now.values()):
-            return {key: self.put(now[key], one) for name, one in said["dict"] for key in [self.read(name)]}
-        made = self.read(said)
+            return {key: self.put(now[key], one) for name, one in data["dict"] for key in [self.read(name)]}
+        made = self.read(data)
         if not _alike(now, made):
             raise ValueError(f"{type(made).__name__} in place of {type(now).__name__}, or of another size")
         return made
 
-    def _fill(self, now: Any, said: Any) -> None:
-        if said["object"] != type(now).__qualname__ or said["fields"].keys() != set(now.remembers):
+    def _fill(self, now: Any, data: Any) -> None:
+        if data["object"] != type(now).__qualname__ or data["fields"].keys() != set(now.remembers):
             raise ValueError("it is of another make")
-        self._seen[said["number"]] = now
+        self._seen[data["number"]] = now
         for key in now.remembers:
-            setattr(now, key, self.put(getattr(now, key), said["fields"][key]))
+            setattr(now, key, self.put(getattr(now, key), data["fields"][key]))
 
-    def read(self, said: Any) -> Any:
-        match said:
+    def read(self, data: Any) -> Any:
+        match data:
             case None | bool() | int() | float() | str():
-                return said
+                return data
             case list():
-                return [self.read(one) for one in said]
+                return [self.read(one) for one in data]
             case {"tuple": list(each)}:
                 return tuple(self.read(one) for one in each)
             case {"set": list(each)}:
@@ -139,11 +139,11 @@ class Reader:
             case {"dict": list(pairs)}:
                 return {self.read(key): self.read(one) for key, one in pairs}
             case {"tensor": int(place)}:
-                return self._tensor(place, said)
+                return self._tensor(place, data)
             case {"array": int(place)}:
-                return self._tensor(place, said).numpy()
+                return self._tensor(place, data).numpy()
             case {"random": int(place)}:
-                return torch.Generator().set_state(self._tensor(place, said))
+                return torch.Generator().set_state(self._tensor(place, data))
             case {"again": int(number)}:
                 return self._seen[number]
             case {"memory": list(things), "number": int(number)}:
@@ -154,10 +154,10 @@ class Reader:
                 return self._made(self.kinds[name], named, number)
         raise ValueError("it holds something that no run remembers")
 
-    def _tensor(self, place: int, said: Mapping[str, Any]) -> Tensor:
+    def _tensor(self, place: int, data: Mapping[str, Any]) -> Tensor:
         if place not in self._tensors:
-            tensor, order = self.tensor_of(place), said.get("order")
-            tensor = tensor.to(self.device) if said.get("away") else tensor
+            tensor, order = self.tensor_of(place), data.get("order")
+            tensor = tensor.to(self.device) if data.get("away") else tensor
             self._tensors[place] = tensor if order is None else tensor.permute([order.index(dim) for dim in range(tensor.ndim)])
         return self._tensors[place]
 
@@ -166,8 +166,8 @@ class Reader:
         self._seen[number] = made
         if named.keys() != set(_attributes(made)):
             raise ValueError("it is of another make")
-        for key, said in named.items():
-            object.__setattr__(made, key, self.read(said))
+        for key, data in named.items():
+            object.__setattr__(made, key, self.read(data))
         return made
 
 

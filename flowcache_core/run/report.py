@@ -159,10 +159,10 @@ class RunReport:
 
     @property
     def chunk_steps(self) -> int:
-        return self.steps_told + self._idle
+        return self.steps_reported + self._idle
 
     @property
-    def steps_told(self) -> int:
+    def steps_reported(self) -> int:
         """Steps of chunks of which it is known what became of them; idle chunks of a bidirectional row are not among them."""
         return int((self.map != NOT_RUN).sum())
 
@@ -194,7 +194,7 @@ class RunReport:
     def pace(self, rows: int) -> str:
         """What skipping saved in the first `rows` rows, at the seconds that a computed token has taken in this run; "" where it saved nothing.
 
-        The seconds are those of the network, and of everything while a device has not said them.
+        The seconds are those of the network, and of everything while a device has not reported them.
         """
         skipped, took = self.tokens - self.tokens_computed, self.wall_s
         if not (rows and skipped and self.tokens_computed):

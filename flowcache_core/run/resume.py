@@ -1,6 +1,6 @@
 """A run that is saved every few chunks, between two rows, and goes on where an earlier run of the same film stood.
 
-What a run remembers is told in `remembered.py`, what a film depends on in `identity.py`, where states lie in `states.py`.
+What a run remembers is listed in `remembered.py`, what a film depends on in `identity.py`, where states lie in `states.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Remembers
-from ..sampling.loop import Course, NoStops, Stops
+from ..sampling.loop import Checkpoints, LoopState, NoCheckpoints
 from ..untrusted import short
 from .identity import film_of
 from .remembered import Reader, Writer, kinds_of
@@ -30,11 +30,11 @@ class Unreadable(ValueError):
     """A state that is whole, and yet not of such a run."""
 
 
-class Resumes(Stops, Protocol):
+class RunCheckpoints(Checkpoints, Protocol):
     """The same, as a run sees it that opens a session."""
 
     def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
-        """A session has been opened: puts it where the earlier run stood -> what there is to say. Raises Unreadable, as `begin` does."""
+        """A session has been opened: puts it where the earlier run stood -> what there is to say. Raises Unreadable, as `restore` does."""
         ...
 
     def refuse(self, why: Unreadable) -> None:
@@ -46,7 +46,7 @@ class Resumes(Stops, Protocol):
         ...
 
 
-class NotSaved(NoStops):
+class NoFileCheckpoints(NoCheckpoints):
     """A run that keeps nothing and begins at the beginning."""
 
     def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class NotSaved(NoStops):
     def finish(self) -> None: ...
 
 
-class Saved:
+class FileCheckpoints:
     """Of one run. `noise`: the latents that it is handed."""
 
     def __init__(self, states: States, run: Run, noise: Tensor) -> None:
@@ -65,7 +65,7 @@ class Saved:
         self.section: int | None = None
         self._kinds = kinds_of(run.policy, run.compressor.policy if run.compressor else None, run.solver, run.solver.skipping)
         self._finished_since, self._failed = 0, False
-        self._said: list[str] = []
+        self._notes: list[str] = []
         self._found = self._look()
         self._reader: Reader | None = None
         self._session: Session | SectionSession | None = None
@@ -75,9 +75,9 @@ class Saved:
         try:
             found = self.states.find(self.film)
         except (OSError, ValueError) as error:
-            self._said = [not_used(error)]
+            self._notes = [not_used(error)]
             return None
-        self._said = [] if found else [line for line in [self.states.nearest(self.film)] if line]
+        self._notes = [] if found else [line for line in [self.states.nearest(self.film)] if line]
         return found
 
     def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
@@ -85,33 +85,33 @@ class Saved:
         if self._found is not None:
             self._put(self._found, session=session)
             self.section = self._shown(self._found)
-            self._said = [_goes_on(self._found, made_with(self.run.place.device))]
+            self._notes = [_goes_on(self._found, made_with(self.run.place.device))]
         try:
             self.states.try_out(self.film)
         except OSError as error:
             self._failed = True
-            self._said.append(not_saved(error))
-        session.report.notes += tuple(self._said)
-        return tuple(self._said)
+            self._notes.append(not_saved(error))
+        session.report.notes += tuple(self._notes)
+        return tuple(self._notes)
 
-    def begin(self, course: Course) -> None:
+    def restore(self, loop: LoopState) -> None:
         if self._found is None:
             return
-        self._put(self._found, course=course, **self._observed())
-        rows = len((self.run.sections[course.section].schedule if self.run.sections else self.run.schedule).rows)
-        if not 0 <= course.row < rows:
-            raise Unreadable(f"it stands at row {course.row} of {rows}")
+        self._put(self._found, loop=loop, **self._observed())
+        rows = len((self.run.sections[loop.section].schedule if self.run.sections else self.run.schedule).rows)
+        if not 0 <= loop.row < rows:
+            raise Unreadable(f"it stands at row {loop.row} of {rows}")
         self._found = self._reader = None
 
-    def after(self, course: Course, finished: int) -> None:
+    def after_row(self, loop: LoopState, finished: int) -> None:
         self._finished_since += finished
         if self._finished_since >= self.states.every:
             self._finished_since = 0
-            self._save(course)
+            self._save(loop)
 
     def refuse(self, why: Unreadable) -> None:
         self._found = self._reader = self.section = None
-        self._said = [not_used(why)]
+        self._notes = [not_used(why)]
 
     def finish(self) -> None:
         self.states.drop(self.film)
@@ -128,19 +128,19 @@ class Saved:
             raise Unreadable(f"it does not fit this run ({type(error).__name__}: {short(error)})") from error
 
     def _shown(self, found: StateFile) -> int:
-        """In which the earlier run stood: walks of this section have to be there before the course is put in place."""
-        match found.tree["course"]:
+        """In which the earlier run stood: walks of this section have to be there before the loop is put in place."""
+        match found.tree["loop"]:
             case {"fields": {"section": int(section)}} if 0 <= section < max(len(self.run.sections), 1):
                 return section
         raise Unreadable("it does not say where in the film it stands")
 
-    def _save(self, course: Course) -> None:
+    def _save(self, loop: LoopState) -> None:
         assert self._session is not None
         report, began = self._session.report, time.perf_counter()
         try:
             writer = Writer(self._kinds)
-            tree = {name: writer.write(one, name) for name, one in {"session": self._session, "course": course, **self._observed()}.items()}
-            size = write_state(self.states.path(self.film), self._told(), tree, writer.tensors)
+            tree = {name: writer.write(one, name) for name, one in {"session": self._session, "loop": loop, **self._observed()}.items()}
+            size = write_state(self.states.path(self.film), self._metadata(), tree, writer.tensors)
         except (OSError, TypeError) as error:
             self._fail(error)
             return
@@ -151,7 +151,7 @@ class Saved:
         """The observer, where it remembers something."""
         return {"observer": self._observer} if isinstance(self._observer, Remembers) else {}
 
-    def _told(self) -> dict[str, object]:
+    def _metadata(self) -> dict[str, object]:
         assert self._session is not None
         done = sum(bool((row != 0).all()) for row in self._session.report.map)
         return {
@@ -162,14 +162,14 @@ class Saved:
         }
 
     def _fail(self, error: Exception) -> None:
-        """Said once; the next time it is tried again."""
+        """Reported once; the next time it is tried again."""
         if self._failed:
             return
         assert self._session is not None
         assert self._observer is not None
-        self._failed, said = True, (not_saved(error),)
-        self._session.report.notes += said
-        self._observer.begin(self._session.report, said)
+        self._failed, notes = True, (not_saved(error),)
+        self._session.report.notes += notes
+        self._observer.begin(self._session.report, notes)
 
 
 def made_with(device: torch.device) -> str:
@@ -178,6 +178,6 @@ def made_with(device: torch.device) -> str:
 
 
 def _goes_on(found: StateFile, now: str) -> str:
-    then = short(found.told.get("made with"))
+    then = short(found.metadata.get("made with"))
     rounding = "" if then == now else f"; that was {then} and this is {now}, so the last bits of what follows may differ"
-    return f"goes on from a saved state: {size_of(found.told)} were finished at {short(found.told.get('at'))}{rounding}"
+    return f"goes on from a saved state: {size_of(found.metadata)} were finished at {short(found.metadata.get('at'))}{rounding}"

@@ -32,7 +32,7 @@ from ..sampling.schedule import ChunkSchedule, Row, Section
 from ..sampling.solvers import Solver, UniPC
 from .footprint import Footprint, footprint
 from .report import RunReport
-from .resume import NotSaved, Resumes, Saved, Unreadable
+from .resume import FileCheckpoints, NoFileCheckpoints, RunCheckpoints, Unreadable
 from .sections import SectionSession, require_whole_rows
 from .session import Session, plan_of
 from .states import States
@@ -260,41 +260,41 @@ class Run:
         `states`: where the state of the run is written every few chunks, and looked for when it begins.
         """
         make = self._by_section if self.sections else self._by_chunk
-        resumes: Resumes = NotSaved() if states is None else Saved(states, self, x)
+        checkpoints: RunCheckpoints = NoFileCheckpoints() if states is None else FileCheckpoints(states, self, x)
         try:
-            latents, report = make(x, evaluate, observer or NoObserver(), resumes)
+            latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
         except Unreadable as why:
-            resumes.refuse(why)
-            latents, report = make(x, evaluate, observer or NoObserver(), resumes)
+            checkpoints.refuse(why)
+            latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
         self._require_complete(report)
-        resumes.finish()
+        checkpoints.finish()
         report.expected, report.pixels, report.rows = self.held, self.family.frames, len(self.rows)
         return latents, report
 
     def _require_complete(self, report: RunReport) -> None:
         """Raises RuntimeError for a run that ended without all of its steps, or without an evaluation: its film is not one."""
-        if report.steps_told != self.steps or not report.tokens_computed:
+        if report.steps_reported != self.steps or not report.tokens_computed:
             raise RuntimeError(
-                f"the run ended after {report.steps_told} of {self.steps} chunk-steps, with {report.tokens_computed} tokens computed: its latents "
-                "are no film. Something stands between the sampler and the network: bypass the nodes that patch the model"
+                f"the run ended after {report.steps_reported} of {self.steps} chunk-steps, with {report.tokens_computed} tokens computed: its "
+                "latents are no film. Something stands between the sampler and the network: bypass the nodes that patch the model"
             )
 
-    def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer, resumes: Resumes) -> tuple[Tensor, RunReport]:
+    def _by_chunk(self, x: Tensor, evaluate: Evaluate, observer: Observer, checkpoints: RunCheckpoints) -> tuple[Tensor, RunReport]:
         grid, noise = (x.shape[3], x.shape[4]), self.family.noise
         session = Session(
             self.adapter, self.schedule, self.sigmas, grid, x.shape[0], self.policy, self.fps, self.given.sigma, self.budget, noise.commit,
             self.plan, self.room,
         )  # fmt: skip
         with session:
-            observer.begin(session.report, (*session.forecast(x.device), *resumes.attach(session, observer)))
+            observer.begin(session.report, (*session.forecast(x.device), *checkpoints.attach(session, observer)))
             denoiser = ChunkDenoiser(session, self, evaluate, observer)
-            return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given, resumes), session.report
+            return sample_chunks(denoiser, x, self.schedule, self.sigmas, self.solver, self.given, checkpoints), session.report
 
-    def _by_section(self, x: Tensor, evaluate: Evaluate, observer: Observer, resumes: Resumes) -> tuple[Tensor, RunReport]:
+    def _by_section(self, x: Tensor, evaluate: Evaluate, observer: Observer, checkpoints: RunCheckpoints) -> tuple[Tensor, RunReport]:
         with SectionSession(self.adapter, self.sections, (x.shape[3], x.shape[4]), self.fps, self.policy) as session:
-            observer.begin(session.report, (*session.forecast(), *resumes.attach(session, observer)))
+            observer.begin(session.report, (*session.forecast(), *checkpoints.attach(session, observer)))
             denoiser = FilmDenoiser(session, evaluate, observer)
-            return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given, resumes), session.report
+            return sample_sections(denoiser, x, self.sections, self.sigmas, self.solver, self.given, checkpoints), session.report
 
 
 def through_session(session: Session | SectionSession, evaluate: Callable[[], Tensor]) -> Tensor:

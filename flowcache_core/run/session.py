@@ -141,8 +141,8 @@ class Session:
             if isinstance(self.policy, Forecasts):
                 self.report.notes += self.policy.findings(self.state.memory)
             if self._asides:
-                said = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
-                self.report.notes += (said,)
+                note = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
+                self.report.notes += (note,)
         finally:
             self.report.host_syncs += self._kv.syncs
             self.report.close()
@@ -328,14 +328,14 @@ class Session:
         self._kv.of(tuple(branch for branch in branches if branch not in self._alone))
 
     def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk) -> object:
-        told = self._guided or branches
-        if told not in self._text:
-            self._text[told] = self.adapter.text(context)
+        names = self._guided or branches
+        if names not in self._text:
+            self._text[names] = self.adapter.text(context)
         if not isinstance(self.adapter, ChunkTexts):
-            return self._text[told]
-        key = told, chunk.index
+            return self._text[names]
+        key = names, chunk.index
         if key not in self._chunk_text:
-            self._chunk_text[key] = self.adapter.text_of(self._text[told], chunk, self.schedule.chunks)
+            self._chunk_text[key] = self.adapter.text_of(self._text[names], chunk, self.schedule.chunks)
         return self._chunk_text[key]
 
     def time_changes(self, device: torch.device) -> list[float]:

@@ -32,16 +32,16 @@ TREE, SUM = "tree", "sha256"
 SUM_BYTES = 32
 TREE_BYTES = 1 << 28
 """Of the JSON beside the tensors: of an hour of film it takes some MB."""
-TOLD_BYTES = 1 << 20
+METADATA_BYTES = 1 << 20
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class StateFile:
-    """A whole state. `told`: what was told about it; `tree`: JSON values that name tensors by their place."""
+    """A whole state. `metadata`: which run it is of, and how far that is; `tree`: JSON values that name tensors by their place."""
 
     path: Path
-    told: dict[str, Any]
+    metadata: dict[str, Any]
     tree: Any
 
     @contextmanager
@@ -58,13 +58,13 @@ def _tensor(file: Any, place: int) -> Tensor:
         raise ValueError(short(error)) from None
 
 
-def write_state(path: Path, told: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor]) -> int:
+def write_state(path: Path, metadata: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor]) -> int:
     """-> bytes. Raises OSError where the system does not write it; what lay at `path` is then still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("xb") as file:
-            _write(file, told, tree, tensors)
+            _write(file, metadata, tree, tensors)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -77,11 +77,11 @@ def write_state(path: Path, told: Mapping[str, Any], tree: Any, tensors: Sequenc
     return size
 
 
-def _write(file: BinaryIO, told: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor]) -> None:
+def _write(file: BinaryIO, metadata: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor]) -> None:
     text = json.dumps(tree, separators=(",", ":")).encode()
     sizes = {**{str(k): (NAMES[t.dtype], list(t.shape), t.nbytes) for k, t in enumerate(tensors)},
              TREE: ("U8", [len(text)], len(text)), SUM: ("U8", [SUM_BYTES], SUM_BYTES)}  # fmt: skip
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "told": json.dumps(told)}}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "metadata": json.dumps(metadata)}}
     at = 0
     for key, (dtype, shape, size) in sizes.items():
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
@@ -118,16 +118,16 @@ def _sync_folder(folder: Path) -> None:
             os.close(place)
 
 
-def told_of(path: Path) -> dict[str, Any]:
-    """What was told about a state, without reading it. Raises ValueError, with the reason, for what is no state of this format."""
+def metadata_of(path: Path) -> dict[str, Any]:
+    """The metadata of a state, without reading the state. Raises ValueError, with the reason, for what is no state of this format."""
     with open_tensors(path) as file:
-        return _told(file.metadata() or {}, path.name)
+        return _metadata(file.metadata() or {}, path.name)
 
 
 def read_state(path: Path) -> StateFile:
     """Raises ValueError, with the reason, for what is no whole state of this format, and OSError."""
     with open_tensors(path) as file:
-        told, found = _told(file.metadata() or {}, path.name), entries(file, path.name)
+        metadata, found = _metadata(file.metadata() or {}, path.name), entries(file, path.name)
         if found.keys() != {*map(str, range(len(found) - 2)), TREE, SUM} or found[SUM] != ((SUM_BYTES,), torch.uint8):
             raise ValueError(f"{short(path.name)} holds other tensors than a state does")
         if found[TREE][1] != torch.uint8 or len(found[TREE][0]) != 1 or found[TREE][0][0] > TREE_BYTES:
@@ -137,19 +137,19 @@ def read_state(path: Path) -> StateFile:
             tree = parsed(bytes(file.get_tensor(TREE).numpy()).decode(), TREE_BYTES)
         except ValueError as error:
             raise ValueError(f"{short(path.name)} does not say what its tensors are ({short(error)})") from None
-    return StateFile(path, told, tree)
+    return StateFile(path, metadata, tree)
 
 
-def _told(said: Mapping[str, str], name: str) -> dict[str, Any]:
-    if said.get("format") != FORMAT:
-        raise ValueError(f"{short(name)} is no state of a run as this version writes it: its format is {short(said.get('format', 'not said'))}")
+def _metadata(header: Mapping[str, str], name: str) -> dict[str, Any]:
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{short(name)} is no state of a run as this version writes it: its format is {short(header.get('format', 'not said'))}")
     try:
-        told = parsed(said.get("told", ""), TOLD_BYTES)
+        metadata = parsed(header.get("metadata", ""), METADATA_BYTES)
     except ValueError as error:
         raise ValueError(f"{short(name)} does not say which run it is of ({short(error)})") from None
-    if not isinstance(told, dict):
+    if not isinstance(metadata, dict):
         raise ValueError(f"{short(name)} does not say which run it is of")
-    return told
+    return metadata
 
 
 def _check_sum(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The folder in which runs leave their state, and what is said of the states that lie there.
+"""The folder in which runs leave their state, and sentences about the states that lie there.
 
 A state lies under the digest of all that its film depends on: what is found under a film's digest is of this film. Two runs of one film
 write the same state, each in one step; whichever is found, the film comes out the same. States of other films are left alone, but for
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..untrusted import short
 from .identity import Film, differences, key_of
-from .state_file import PARTIAL, StateFile, read_state, told_of
+from .state_file import PARTIAL, StateFile, metadata_of, read_state
 
 SUFFIX = ".safetensors"
 STATE = re.compile(r"[0-9a-f]{16}\.safetensors")
@@ -51,28 +51,25 @@ class States:
         if not path.is_file():
             return None
         found = read_state(path)
-        if found.told.get("film") != film:
+        if found.metadata.get("film") != film:
             raise ValueError(f"{path.name} is of another film")
         return found
 
     def nearest(self, film: Film) -> str:
         """In a sentence, which of the films that were saved is nearest to this one, and how it differs; "" where there is none."""
-        others = [(differences(there, film), size_of(told)) for told, there in self._others()]
+        others = [(differences(there, film), size_of(metadata)) for metadata, there in self._others()]
         if not others:
             return ""
         named, size = min(others, key=lambda other: len(other[0]))
-        told = [*named[:TOLD], *([f"{len(named) - TOLD} settings more"] if len(named) > TOLD else [])]
-        return (
-            f"a state of {size} was saved of another film, which differs in {'; '.join(told)}. This film begins anew; with those settings that one "
-            "goes on"
-        )
+        listed = "; ".join([*named[:NAMED], *([f"{len(named) - NAMED} settings more"] if len(named) > NAMED else [])])
+        return f"a state of {size} was saved of another film, which differs in {listed}. This film begins anew; with those settings that one goes on"
 
     def _others(self) -> Iterator[tuple[Mapping[str, object], Film]]:
         for path in self._all():
             with suppress(OSError, ValueError):
-                match told := told_of(path):
+                match metadata := metadata_of(path):
                     case {"film": dict(there)}:
-                        yield told, {str(name): str(value) for name, value in there.items()}
+                        yield metadata, {str(name): str(value) for name, value in there.items()}
 
     def try_out(self, film: Film) -> None:
         """Raises OSError where no file can be made in the folder."""
@@ -103,13 +100,13 @@ class States:
         return []
 
 
-TOLD = 4
+NAMED = 4
 """Of the settings in which two films differ, those that are named."""
 
 
-def size_of(told: Mapping[str, object]) -> str:
+def size_of(metadata: Mapping[str, object]) -> str:
     """How much of a film is finished, in words."""
-    match told.get("chunks"):
+    match metadata.get("chunks"):
         case [int(done), int(chunks)]:
             return f"{done} of {chunks} chunks"
     return "some chunks"

@@ -50,7 +50,7 @@ class Denoiser(Protocol):
 
 
 @dataclass
-class Course:
+class LoopState:
     """Where a loop stands between two rows. `film`: latents [B, C, F, h, w]; `section` and `row`: those that come next; `walk_of`: by chunk."""
 
     film: Tensor
@@ -61,15 +61,15 @@ class Course:
     reached: int = 0
     """Latent frames from the first on of which any has moved; the others are as they were handed over."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("section", "row", "rng", "walk_of", "begun")
+    remembers: ClassVar[tuple[str, ...]] = ("section", "row", "rng", "walk_of", "moved")
 
     @property
-    def begun(self) -> Tensor:
+    def moved(self) -> Tensor:
         """Of the film, the frames that were reached; set, they are put in place."""
         return self.film[:, :, : self.reached]
 
-    @begun.setter
-    def begun(self, frames: Tensor) -> None:
+    @moved.setter
+    def moved(self, frames: Tensor) -> None:
         self.reached = frames.shape[2]
         self.film[:, :, : self.reached].copy_(frames)
 
@@ -80,7 +80,7 @@ class Course:
         return sum(chunk.step == chunk.steps - 1 for chunk in row.active)
 
 
-class Stops(Protocol):
+class Checkpoints(Protocol):
     """Who keeps what a run has reached, and puts a later run there."""
 
     @property
@@ -88,28 +88,28 @@ class Stops(Protocol):
         """Where the run goes on from an earlier one, the section in which that one stood, 0 where there are no sections; None at the beginning."""
         ...
 
-    def begin(self, course: Course) -> None:
-        """Before the first row: puts the course where the earlier run stood. Its walks are those of the section's beginning."""
+    def restore(self, state: LoopState) -> None:
+        """Before the first row: puts the loop where the earlier run stood. Its walks are those of the section's beginning."""
         ...
 
-    def after(self, course: Course, finished: int) -> None:
+    def after_row(self, state: LoopState, finished: int) -> None:
         """After every row but the last of the film. `finished`: chunks that came to their end in the row."""
         ...
 
 
-class NoStops:
+class NoCheckpoints:
     section = None
 
-    def begin(self, course: Course) -> None: ...
+    def restore(self, state: LoopState) -> None: ...
 
-    def after(self, course: Course, finished: int) -> None: ...
+    def after_row(self, state: LoopState, finished: int) -> None: ...
 
 
-NO_STOPS = NoStops()
+NO_CHECKPOINTS = NoCheckpoints()
 
 
 def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  given: GivenNoise = CLEAN, stops: Stops = NO_STOPS) -> Tensor:  # fmt: skip
+                  given: GivenNoise = CLEAN, checkpoints: Checkpoints = NO_CHECKPOINTS) -> Tensor:  # fmt: skip
     """Denoise a film [B, C, F, h, w] chunk by chunk; only active chunks run, and of their steps those of the plan.
 
     At the steps that the plan computes in part, velocity counts at the chosen cells alone; the others wait (`walk.py`).
@@ -119,18 +119,18 @@ def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas:
     schedule's prefix and suffix are taken from `noise` as they are, as finished latents, and never written; the network is
     shown the prefix once, as `given` has it.
     """
-    course = Course(noise.clone(), given.start())
-    x = course.film
-    if stops.section is None:
-        _show_prefix(run, x, schedule, given, course.rng)
+    state = LoopState(noise.clone(), given.start())
+    x = state.film
+    if checkpoints.section is None:
+        _show_prefix(run, x, schedule, given, state.rng)
     plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
-    course.walk_of = walks(schedule, plan, tuple(sigmas), solver, given.rng)
-    stops.begin(course)
-    for row in schedule.rows[course.row :]:
-        _go_through(run, x, schedule, row, plan, course.walk_of)
-        finished = course.passed(row)
-        if course.row < len(schedule.rows):
-            stops.after(course, finished)
+    state.walk_of = walks(schedule, plan, tuple(sigmas), solver, given.rng)
+    checkpoints.restore(state)
+    for row in schedule.rows[state.row :]:
+        _go_through(run, x, schedule, row, plan, state.walk_of)
+        finished = state.passed(row)
+        if state.row < len(schedule.rows):
+            checkpoints.after_row(state, finished)
     return x
 
 
@@ -239,22 +239,6 @@ class SectionDenoiser(Protocol):
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
 
 
-def sample_section(predict: PredictSection, noise: Tensor, schedule: ChunkSchedule, sigmas: Sequence[float], solver: Solver,
-                  note: Note = lambda chunk, clean, film: None, given: GivenNoise = CLEAN, rng: torch.Generator | None = None,
-                  plan: Plan | None = None) -> Tensor:  # fmt: skip
-    """The upstream way: every row of the `plan` (None: all) runs all chunks of the section, begun or not, and moves the active ones.
-
-    Frames of prefix and suffix are taken from `noise` and never written; in every row the network is shown the prefix with
-    fresh light noise, at that noise level, and the suffix clean.
-    """
-    x, levels, rng = noise.clone(), tuple(sigmas), rng or given.start()
-    plan = plan or Plan.full(schedule, together=True)
-    walk_of = walks(schedule, plan, levels, solver, given.rng)
-    for row in schedule.rows:
-        _go_through_section(predict, x, schedule, levels, row, plan, walk_of, note, given, rng)
-    return x
-
-
 def _go_through_section(predict: PredictSection, x: Tensor, schedule: ChunkSchedule, levels: tuple[float, ...], row: Row, plan: Plan,
                        walk_of: dict[int, Walk], note: Note, given: GivenNoise, rng: torch.Generator) -> None:  # fmt: skip
     """A row of a section, in place."""
@@ -288,19 +272,24 @@ def _shown(x: Tensor, schedule: ChunkSchedule, row: Row, level_of: tuple[float, 
 
 
 def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Section], sigmas: Sequence[float], solver: Solver,
-                   given: GivenNoise = CLEAN, stops: Stops = NO_STOPS) -> Tensor:  # fmt: skip
-    """A film of any length [B, C, F, h, w] as published: section after section, each given the last frames of the one before."""
-    levels, course = tuple(sigmas), Course(noise.clone(), given.start(), stops.section or 0)
-    film = course.film
+                   given: GivenNoise = CLEAN, checkpoints: Checkpoints = NO_CHECKPOINTS) -> Tensor:  # fmt: skip
+    """A film of any length [B, C, F, h, w] as published: section after section, each given the last frames of the one before.
+
+    Every row of the plan runs all chunks of the section, begun or not, and moves the active ones. Frames of prefix and suffix are taken
+    from `noise` and never written; in every row the network is shown the prefix with fresh light noise, at that noise level, and the
+    suffix clean.
+    """
+    levels, state = tuple(sigmas), LoopState(noise.clone(), given.start(), checkpoints.section or 0)
+    film = state.film
     plans = run.plans or run.settle(_section_seconds(run, film, sections[0], levels, given))
 
     def begin() -> None:
-        course.walk_of = walks(sections[course.section].schedule, plans[course.section], levels, solver, given.rng)
+        state.walk_of = walks(sections[state.section].schedule, plans[state.section], levels, solver, given.rng)
 
     begin()
-    stops.begin(course)
-    while course.section < len(sections):
-        section, plan = sections[course.section], plans[course.section]
+    checkpoints.restore(state)
+    while state.section < len(sections):
+        section, plan = sections[state.section], plans[state.section]
 
         def predict(part: Tensor, levels: tuple[float, ...], row: Row, section: Section = section) -> Tensor:
             return run.predict(part, levels, section.over_film(row))
@@ -310,15 +299,15 @@ def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Sect
             run.note(section.in_film(chunk), clean, film)
 
         x, rows = film[:, :, section.start : section.end].clone(), section.schedule.rows
-        for row in rows[course.row :]:
-            _go_through_section(predict, x, section.schedule, levels, row, plan, course.walk_of, note, given, course.rng)
-            finished = course.passed(row, section.start)
-            if course.row == len(rows):
-                course.section, course.row = course.section + 1, 0
-                if course.section == len(sections):
+        for row in rows[state.row :]:
+            _go_through_section(predict, x, section.schedule, levels, row, plan, state.walk_of, note, given, state.rng)
+            finished = state.passed(row, section.start)
+            if state.row == len(rows):
+                state.section, state.row = state.section + 1, 0
+                if state.section == len(sections):
                     break
                 begin()
-            stops.after(course, finished)
+            checkpoints.after_row(state, finished)
     return film
 
 

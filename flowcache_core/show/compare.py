@@ -37,12 +37,12 @@ class Spent:
         if not report.strip():
             return None
         try:
-            said = parsed(report)
+            values = parsed(report)
         except ValueError as error:
             raise ValueError(f"{which} is not the json of Cache Report: {error}") from None
-        if not isinstance(said, dict) or not all(_counts(said.get(key)) for key in ("wall_s", "tokens_computed")):
+        if not isinstance(values, dict) or not all(_counts(values.get(key)) for key in ("wall_s", "tokens_computed")):
             raise ValueError(f"{which} is not the json of Cache Report: it has no wall_s and tokens_computed above 0 ({short(report, 60)})")
-        return cls(float(said["wall_s"]), int(said["tokens_computed"]))
+        return cls(float(values["wall_s"]), int(values["tokens_computed"]))
 
 
 def _counts(value: Any) -> bool:

@@ -29,7 +29,7 @@ export async function open(browser, url, how = {}) {
   const page = await browser.newPage({ viewport: { width: 1800, height: 1200 } });
   page.faults = [];
   page.on("pageerror", (error) => /extensions\/flowcache\//.test(error.stack ?? "") && page.faults.push(String(error.stack)));
-  page.on("console", (said) => said.type() === "error" && /extensions\/flowcache\//.test(said.location()?.url ?? "") && page.faults.push(said.text()));
+  page.on("console", (message) => message.type() === "error" && /extensions\/flowcache\//.test(message.location()?.url ?? "") && page.faults.push(message.text()));
   await page.route(/\/settings(\/|$)/, async (route) => {
     if (route.request().method() !== "GET") return route.fulfill({ status: 200, body: "" });
     const answer = await route.fetch();
@@ -80,7 +80,7 @@ export function texts(page) {
     const out = {};
     for (const node of window.app.graph.nodes) {
       for (const { name, element } of node.widgets ?? []) {
-        if (!["said", "live_panel"].includes(name)) continue;
+        if (!["node_text", "live_panel"].includes(name)) continue;
         const box = element.getBoundingClientRect();
         const at = document.elementFromPoint(box.x + box.width / 2, box.y + Math.min(box.height / 2, 8));
         out[node.type] = { text: element.innerText, height: box.height, seen: element.contains(at) };

@@ -2,8 +2,8 @@
 // Shows on a node the text that it sent when it ran: what its settings come to, what was snapped or found, the report.
 import { onOutput } from "./outputs.js";
 
-/** Nodes that say something, and the least height of what they say, in pixels. */
-const SAYING = /** @type {Record<string, number>} */ ({
+/** Nodes that show a text, and its least height in pixels. */
+const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheChunkwise: 56,
   FlowCacheMotion: 56,
   FlowCachePolicy: 56,
@@ -14,7 +14,7 @@ const SAYING = /** @type {Record<string, number>} */ ({
   FlowCacheCompare: 110,
   FlowCacheSaveVideo: 40,
 });
-const WAITING = "What this comes to is said here when it has run.";
+const WAITING = "What this comes to appears here when it has run.";
 const STYLE =
   "box-sizing:border-box; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; user-select:text; padding:4px 6px; border-radius:4px; " +
   "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
@@ -27,15 +27,15 @@ const texts = new WeakMap();
  * @param {any} node
  */
 export function addText(node) {
-  const height = SAYING[node.comfyClass];
+  const height = TEXT_HEIGHT[node.comfyClass];
   if (!height) return;
   const text = document.createElement("div");
-  text.className = "flowcache-said";
+  text.className = "flowcache-node-text";
   text.setAttribute("role", "status");
   text.style.cssText = `min-height:${height}px; ${STYLE} opacity:0.6;`;
   text.textContent = WAITING;
   text.addEventListener("wheel", (event) => text.scrollHeight > text.clientHeight && event.stopPropagation(), { passive: true });
-  const widget = node.addDOMWidget("said", "flowcache_said", text, { serialize: false, hideOnZoom: false, getMinHeight: () => height });
+  const widget = node.addDOMWidget("node_text", "flowcache_node_text", text, { serialize: false, hideOnZoom: false, getMinHeight: () => height });
   widget.serialize = false;
   texts.set(node, text);
 }

@@ -6,5 +6,5 @@ from typing import Any
 
 from comfy_api.latest import io
 
-SAYS: dict[str, Any] = {"has_intermediate_output": True} if "has_intermediate_output" in io.Schema.__dataclass_fields__ else {}
+SHOWS_TEXT: dict[str, Any] = {"has_intermediate_output": True} if "has_intermediate_output" in io.Schema.__dataclass_fields__ else {}
 """For `io.Schema`; hosts that do not know it show the text of a kept result only on output nodes."""
