@@ -167,11 +167,10 @@ def job_of(graph: Graph) -> HostJob:
 
 
 @dataclass(frozen=True)
-class SkipLayers:
-    """Skip-layer guidance by hand: the conditional branch again, without some blocks, against its own history."""
+class OverGuided:
+    """Another way to combine the branches of `guided`."""
 
     guided: core.Guided
-    scale: float
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -180,6 +179,13 @@ class SkipLayers:
     @property
     def context(self) -> Tensor:
         return self.guided.context
+
+
+@dataclass(frozen=True)
+class SkipLayers(OverGuided):
+    """Skip-layer guidance by hand: the conditional branch again, without some blocks, against its own history."""
+
+    scale: float
 
     def __call__(self, turn: Turn, x: Tensor) -> Tensor:
         context, branches, network = self.context, self.branches, self.guided.bundle.network
@@ -192,19 +198,10 @@ class SkipLayers:
 
 
 @dataclass(frozen=True)
-class EarlyGuidance:
+class EarlyGuidance(OverGuided):
     """CFG at the first steps, the prompt alone at the others; commits are for both texts."""
 
-    guided: core.Guided
     last: float
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        return self.guided.branches
-
-    @property
-    def context(self) -> Tensor:
-        return self.guided.context
 
     def __call__(self, turn: Turn, x: Tensor) -> Tensor:
         if turn.committing or self.guided.levels[turn.step] > self.last:
