@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.show.plot import chunk_map, history_map
-from .mailbox import Mailbox
+from ..flowcache_core.show.report_file import KINDS, write_report
+from .mailbox import Kept, Mailbox
 from .sampler import Report
+
+NO_FILE = "none"
 
 
 class CacheReport(io.ComfyNode):
@@ -25,6 +30,10 @@ class CacheReport(io.ComfyNode):
             inputs=[
                 Report.Input("report", tooltip="The report output of AR Chunk Sampler."),
                 io.Latent.Input("latent", tooltip="The sampled latent: the report is of the run that made it."),
+                io.Combo.Input("save", options=[NO_FILE, *KINDS], default=NO_FILE, optional=True,
+                               tooltip="Also writes a file: json as the output json, csv with a line per chunk and step, png the map. none: no file."),
+                io.String.Input("filename_prefix", default="flowcache/report", optional=True, advanced=True,
+                                tooltip="For save: a folder and a name in the output folder, as in Save Image."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="What this node shows."),
@@ -32,15 +41,25 @@ class CacheReport(io.ComfyNode):
                 io.Image.Output(display_name="map", tooltip="A line per chunk, a column per step: computed, in part, reused or skipped."),
                 io.Image.Output(display_name="history", tooltip="Which places of the history KV Compressor kept."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
+    def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor], save: str = NO_FILE,
+                filename_prefix: str = "flowcache/report") -> io.NodeOutput:  # fmt: skip
         run = report.of(latent["samples"])
         done = run.report
         steps, history = (torch.from_numpy(np.asarray(draw(done), np.float32) / 255)[None] for draw in (chunk_map, history_map))
         text = done.text()
-        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(text).as_dict(), "flowcache": [json.dumps(run.panel)]}
+        file = "" if save == NO_FILE else f"\nwritten: {_write(run, save, filename_prefix)}"
+        shown = {**ui.PreviewImage(steps, cls=cls).as_dict(), **ui.PreviewText(text + file).as_dict(), "flowcache": [json.dumps(run.panel)]}
         if done.history.frames:
             shown["images"] = [*shown["images"], *ui.PreviewImage(history, cls=cls).as_dict()["images"]]
         return io.NodeOutput(text, json.dumps({**done.as_dict(), "run": run.number}), steps, history, ui=shown)
+
+
+def _write(run: Kept, kind: str, prefix: str) -> str:
+    """The report as a file of the output folder -> its name there."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    file = f"{name}_{counter:05}_.{kind}"
+    write_report(Path(folder) / file, run.report, run=run.number)
+    return str(Path(subfolder, file))

@@ -49,8 +49,10 @@ def test_demo_writes_films_a_map_and_a_report(cli: Cli, tmp_path: Path, capsys: 
     assert 0 < chunkwise["ssim"] <= 1
     assert chunkwise["tokens_computed"] <= chunkwise["tokens"] == uncached["tokens"]
 
-    names = {"uncached.mp4", "chunkwise.mp4", "side_by_side.mp4", "uncached_map.png", "chunkwise_map.png", "report.json"}
-    assert {p.name for p in out.iterdir()} == names
+    of_an_arm = {f"{arm}{kind}" for arm in ("uncached", "chunkwise") for kind in (".mp4", "_map.png", ".json", ".csv")}
+    assert {p.name for p in out.iterdir()} == {*of_an_arm, "side_by_side.mp4", "report.json"}
+    assert len((out / "chunkwise.csv").read_text().splitlines()) == 1 + 4
+    assert json.loads((out / "chunkwise.json").read_text())["tokens_computed"] == chunkwise["tokens_computed"]
     assert iio.imread(out / "uncached.mp4").shape == (9, 128, 128, 3)
     with Image.open(out / "chunkwise_map.png") as picture:
         assert picture.size[0] > 0

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from flowcache_core.run.report import RunReport
+from flowcache_core.run.report import CLOSENESS, RunReport
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.schedule import ChunkSchedule
@@ -136,7 +136,7 @@ def test_a_plot_of_a_single_point_is_drawn() -> None:
 def test_what_was_saved_is_what_the_skipped_tokens_would_have_taken(report: RunReport) -> None:
     report.close()
     report.clock.seconds.update(total=3.0, network=2.5)
-    assert report.pace(4) == "0.75 s per row, 1 s with all of it computed: 1.33x as fast, 1.0 s saved"
+    assert report.pace(4) == f"0.75 s per row, 1 s with all of it computed: 1.33x as fast, 1.0 s saved; {CLOSENESS}"
     report.rows = 4
     assert report.pace(4) in report.text()
     assert "host sync" not in report.text()

@@ -24,10 +24,10 @@ from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..run.generate import Job, decode, generate, generate_upstream
 from ..run.report import RunReport
 from ..run.states import States
-from ..show.film import frames_of, side_by_side, write_film, write_picture
+from ..show.film import frames_of, side_by_side, write_film
 from ..show.metrics import psnr, ssim
 from ..show.overlay import overlay
-from ..show.plot import chunk_map
+from ..show.report_file import write_report
 
 UPSTREAM = "upstream"
 OURS: dict[str, CachePolicy | None] = {"uncached": None, "chunkwise": Planned(), "motion": Multirate()}
@@ -74,7 +74,9 @@ def main(args: argparse.Namespace) -> None:
     for arm in arms:
         file = "_".join(arm.split())
         write_film(out / f"{file}.mp4", frames_of(films[arm]), job.fps)
-        write_picture(out / f"{file}_map.png", chunk_map(reports[arm]))
+        write_report(out / f"{file}_map.png", reports[arm])
+        for kind in ("json", "csv"):
+            write_report(out / f"{file}.{kind}", reports[arm])
         if arm != UPSTREAM and isinstance(policy_of(arm), TokenPolicy | PartPolicy):
             write_film(out / f"{file}_overlay.mp4", _tinted(films[arm], reports[arm]), job.fps)
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)

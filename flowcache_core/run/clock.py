@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+Place = tuple[int, int]
+"""A chunk and a step of it."""
 TICK = 1e-9
 """No total is shorter: ratios of totals have a value."""
 
 
 class Clock:
-    """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total"."""
+    """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total". `steps`: float32 [chunks, steps], of what was measured there."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("spent",)
+    remembers: ClassVar[tuple[str, ...]] = ("spent", "steps")
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: int = 0, steps: int = 0) -> None:
         self.seconds: dict[str, float] = {}
+        self.steps = np.zeros((chunks, steps), np.float32)
         self._started = time.perf_counter()
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: list[tuple[str, Sequence[Place], Any, Any]] = []
 
     @contextmanager
-    def measure(self, part: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of a block to `seconds[part]`. On CUDA it records events and waits for none of them."""
+    def measure(self, part: str, device: torch.device, at: Sequence[Place] = ()) -> Iterator[None]:
+        """Adds the time of a block to `seconds[part]`, and in equal parts to `steps` at these places. On CUDA it records events and waits for none."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
             end.record()
-            self._events.append((part, begin, end))
+            self._events.append((part, at, begin, end))
             return
         begin_at = time.perf_counter()
         yield
-        self._add(part, time.perf_counter() - begin_at)
+        self._add(part, at, time.perf_counter() - begin_at)
 
     def stop(self) -> None:
         """Reads the events of the device, which is the one wait."""
@@ -55,8 +59,8 @@ class Clock:
     def _read(self) -> None:
         if self._events:
             torch.cuda.synchronize()
-        for part, begin, end in self._events:
-            self._add(part, begin.elapsed_time(end) / 1000)
+        for part, at, begin, end in self._events:
+            self._add(part, at, begin.elapsed_time(end) / 1000)
         self._events.clear()
 
     @property
@@ -67,5 +71,7 @@ class Clock:
     def _since(self) -> float:
         return max(time.perf_counter() - self._started, TICK)
 
-    def _add(self, part: str, seconds: float) -> None:
+    def _add(self, part: str, at: Sequence[Place], seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + max(seconds, 0.0)
+        for place in at:
+            self.steps[place] += max(seconds, 0.0) / len(at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from .footprint import Footprint, readable
 from .history import HistoryLog
 
 NOT_RUN, REUSED, COMPUTED, REFRESHED = 0, 1, 2, 3
+CLOSENESS = "how close the film is, workflow prove_it or Compare Runs measures"
+"""Said wherever a speed is: it is nothing without closeness, which one run cannot know."""
 
 
 @dataclass(slots=True)
@@ -48,7 +51,8 @@ class RunReport:
     `close`, `visits` is int32 [frames, height, width] of tokens: at how many steps each token was computed, commits left out.
 
     `history`: what a budget left of it. `grid`: latent frames of the film, height and width of one in tokens. `rows`: of the sampling
-    loop, once all have run.
+    loop, once all have run; `row_of` is int32 [chunks, steps], in which of them, from 1, a chunk came to a step, `sigmas` the noise level of
+    every step and 0.
 
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
@@ -69,6 +73,8 @@ class RunReport:
         self._parts: Tensor | None = None
         """The visits of steps that ran in part, on the device of their tokens."""
         self.tokens = self.tokens_computed = self.rows = 0
+        self.row_of = np.zeros((chunks, steps), np.int32)
+        self.sigmas: tuple[float, ...] = ()
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = self._idle_skipped = 0
         self.plans: tuple[Plan, ...] = ()
         self.planned = np.zeros((chunks, steps), np.uint8)
@@ -77,7 +83,7 @@ class RunReport:
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
         self.saves = Saves()
-        self.clock = Clock()
+        self.clock = Clock(chunks, steps)
         self._closed = False
 
     def follows(self, plan: Plan, first: int = 0) -> None:
@@ -144,6 +150,13 @@ class RunReport:
         self.tokens += tokens
         self.tokens_computed += tokens if computed else 0
 
+    def went(self, rows: Sequence[Sequence[Chunk]], sigmas: tuple[float, ...]) -> None:
+        """All rows have run, with these chunks, at these noise levels."""
+        self.rows, self.sigmas = len(rows), sigmas
+        for number, chunks in enumerate(rows, 1):
+            for chunk in chunks:
+                self.row_of[chunk.index, chunk.step] = number
+
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)
 
@@ -181,6 +194,11 @@ class RunReport:
         return self.tokens_computed / self.tokens if self.tokens else 1.0
 
     @property
+    def skipped_nothing(self) -> bool:
+        """Whether steps were decided and all of their tokens ran."""
+        return self.steps_reported > 0 and self.tokens_computed == self.tokens
+
+    @property
     def wall_s(self) -> float:
         return self.clock.total
 
@@ -201,7 +219,8 @@ class RunReport:
             return ""
         saved = self.clock.seconds.get("network", took) / self.tokens_computed * skipped
         full = took + saved
-        return f"{took / rows:.2g} s per row, {full / rows:.2g} s with all of it computed: {full / took:.2f}x as fast, {saved:.1f} s saved"
+        fast = f"{took / rows:.2g} s per row, {full / rows:.2g} s with all of it computed: {full / took:.2f}x as fast, {saved:.1f} s saved"
+        return f"{fast}; {CLOSENESS}"
 
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""

@@ -268,7 +268,8 @@ class Run:
             latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
         self._require_complete(report)
         checkpoints.finish()
-        report.expected, report.pixels, report.rows = self.held, self.family.frames, len(self.rows)
+        report.expected, report.pixels = self.held, self.family.frames
+        report.went(self.rows, self.sigmas)
         return latents, report
 
     def _require_complete(self, report: RunReport) -> None:
@@ -397,7 +398,7 @@ class SectionTurn:
         return ()
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
-        return self.session.denoise(x, self.levels, context, branches)
+        return self.session.denoise(x, self.levels, context, branches, self.row.active)
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,13 @@ class SectionSession:
             self.report.follows(plan, section.index)
         return plans
 
-    def denoise(self, x: Tensor, sigmas: Sequence[float], context: Tensor, branches: Branches) -> Tensor:
-        """Velocity of a section. x: [len(branches) * films, C, F, h, w]; sigmas: the noise level of every latent frame."""
+    def denoise(self, x: Tensor, sigmas: Sequence[float], context: Tensor, branches: Branches, active: Sequence[Chunk] = ()) -> Tensor:
+        """Velocity of a section. x: [len(branches) * films, C, F, h, w]; sigmas: the noise level of every latent frame; `active`: who moves."""
         self.evaluations += 1
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
-        with self.report.clock.measure("network", x.device):
+        at = [(chunk.index, chunk.step) for chunk in active] if self.plans is not None else []
+        with self.report.clock.measure("network", x.device, at):
             return self.adapter.whole(x, sigmas, self._text[branches], self.fps)
 
 

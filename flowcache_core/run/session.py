@@ -24,6 +24,7 @@ from ..kv.layout import Capacity, Layout, capacity
 from ..models.adapter import Call, ChunkTexts, ModelAdapter, OwnTexts, Ranged, TimeSignature, reach_of, require_time, require_tokens
 from ..network import Attend
 from ..policies.always import Always
+from ..policies.forecast import nothing_skipped
 from ..policies.planned import forecast_plans
 from ..policies.protocol import (
     CachePolicy,
@@ -140,6 +141,8 @@ class Session:
         try:
             if isinstance(self.policy, Forecasts):
                 self.report.notes += self.policy.findings(self.state.memory)
+            if not isinstance(self.policy, Always) and self.report.skipped_nothing:
+                self.report.notes += (nothing_skipped(by_plan=isinstance(self.policy, PlanPolicy)),)
             if self._asides:
                 note = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
                 self.report.notes += (note,)
@@ -287,7 +290,8 @@ class Session:
         cached = tuple(branch for branch in branches if branch not in self._alone)
         history = self._kv.attention(cached, call.chunk, only, which.blocks is not None, which.aside)
         attend: Attend = history if cached == branches else BesideHistory(history, len(cached) * self.films)
-        with self.report.clock.measure("network", call.x.device):
+        timed_only = self.plan is None or call.chunk.committing
+        with self.report.clock.measure("network", call.x.device, () if timed_only else ((call.chunk.index, call.chunk.step),)):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
         self.report.kv_bytes(self._kv.bytes)
         return out
