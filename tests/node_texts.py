@@ -1,4 +1,4 @@
-"""What the nodes say of themselves, read from their schemas without a host; `python -m tests.node_texts` writes it to locales/en/nodeDefs.json.
+"""What nodes and page say in English, read from schemas and from web/strings.js without a host; `python -m tests.node_texts` writes locales/en.
 
 What the nodes import of the host is stood in for, so that only schemas can be read here: nothing runs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,8 +133,17 @@ def texts_of(schema: Schema) -> Texts:
     return {"display_name": schema.display_name, "description": schema.description, "inputs": inputs, "outputs": outputs}
 
 
-def english() -> Texts:
-    return {schema.node_id: texts_of(schema) for schema in schemas()}
+def english() -> dict[str, Texts]:
+    """By file of locales/en."""
+    return {"nodeDefs.json": {schema.node_id: texts_of(schema) for schema in schemas()}, "main.json": {"flowcache": page_texts()}}
+
+
+def page_texts() -> Texts:
+    """What web/strings.js names, by its names."""
+    source = (PACK / "web" / "strings.js").read_text(encoding="utf-8")
+    block = source.partition("const ENGLISH = {\n")[2].partition("\n};\n")[0]
+    found = [re.fullmatch(r'  (\w+): (".*"),', line) for line in block.split("\n")]
+    return {one[1]: json.loads(one[2]) for one in found if one}
 
 
 def read(language: str, file: str) -> Texts:
@@ -153,18 +163,18 @@ def apart(language: str, file: str) -> str:
     wanted, there = keys(read("en", file)), keys(read(language, file))
     missing = [f"{key}: {text}" for key, text in wanted.items() if key not in there]
     more = [key for key in there if key not in wanted]
-    said = [*(f"  is missing {one}" for one in missing), *(f"  is in no node {one}" for one in more)]
-    return "\n".join([f"locales/{language}/{file}:", *said]) if said else ""
+    lines = [*(f"  missing: {one}" for one in missing), *(f"  superfluous: {one}" for one in more)]
+    return "\n".join([f"locales/{language}/{file}:", *lines]) if lines else ""
 
 
 def main() -> None:
     """Writes the English texts, and says which of them other languages lack."""
-    text = json.dumps(english(), indent=2, ensure_ascii=False)
-    (LOCALES / "en" / "nodeDefs.json").write_text(text + "\n", encoding="utf-8")
+    for file, texts in english().items():
+        (LOCALES / "en" / file).write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for language in LANGUAGES[1:]:
         for file in FILES:
-            if said := apart(language, file):
-                print(said)
+            if text := apart(language, file):
+                print(text)
 
 
 if __name__ == "__main__":

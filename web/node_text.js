@@ -1,6 +1,7 @@
 // @ts-check
 // Shows on a node the text that it sent when it ran: what its settings come to, what was snapped or found, the report.
 import { onOutput } from "./outputs.js";
+import { STRINGS } from "./strings.js";
 
 /** Nodes that show a text, and its least height in pixels. */
 const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
@@ -14,7 +15,6 @@ const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheCompare: 110,
   FlowCacheSaveVideo: 40,
 });
-const WAITING = "What this comes to appears here when it has run.";
 const STYLE =
   "box-sizing:border-box; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; user-select:text; padding:4px 6px; border-radius:4px; " +
   "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
@@ -33,7 +33,7 @@ export function addText(node) {
   text.className = "flowcache-node-text";
   text.setAttribute("role", "status");
   text.style.cssText = `min-height:${height}px; ${STYLE} opacity:0.6;`;
-  text.textContent = WAITING;
+  text.textContent = STRINGS.textWaiting;
   text.addEventListener("wheel", (event) => text.scrollHeight > text.clientHeight && event.stopPropagation(), { passive: true });
   const widget = node.addDOMWidget("node_text", "flowcache_node_text", text, { serialize: false, hideOnZoom: false, getMinHeight: () => height });
   widget.serialize = false;

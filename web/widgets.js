@@ -1,6 +1,7 @@
 // @ts-check
 // Which widgets of a node are in sight, and in which order: what people turn stands first, and what a choice makes meaningless is hidden.
 // Values are saved in the order of the node's inputs, whatever the order on the page.
+import { STRINGS } from "./strings.js";
 
 /** @typedef {(name: string) => any} Values */
 /** @typedef {{first?: string[], shown?: Record<string, (value: Values) => boolean>, raised?: Record<string, (value: Values) => boolean>}} Rule */
@@ -113,8 +114,9 @@ function addMore(node) {
     name();
   };
   const more = node.addWidget("button", "more settings", null, toggle, { serialize: false, canvasOnly: true });
-  const name = () => (more.label = node.showAdvanced ? "fewer settings" : "more settings");
+  const name = () => (more.label = node.showAdvanced ? STRINGS.fewer : STRINGS.more);
   more.serialize = false;
+  name();
   after(node, "onConfigure", name);
 }
 
