@@ -7,12 +7,11 @@ import { nodeAt } from "./graph.js";
 import { LiveMap, PALETTES } from "./live_map.js";
 import { onOutput } from "./outputs.js";
 import { next } from "./run_state.js";
+import { STRINGS } from "./strings.js";
 
 const EVENT = "flowcache.steps";
 const NODE = "FlowCacheSampler";
 const HEIGHT = 150;
-const WAITING = "While it runs, the steps that are computed and those that are skipped appear here.";
-const KEPT = "The host kept the result of an earlier run, so nothing was sampled. Cache Report, where it is connected, shows that run.";
 const STYLE =
   `min-height:${HEIGHT}px; box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; ` +
   "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
@@ -55,7 +54,7 @@ export class Panel {
     /** @type {import("./run_state.js").State | null} */
     this.state = null;
     this.drawing = 0;
-    this.note = WAITING;
+    this.note = STRINGS.waiting;
     new ResizeObserver(() => this.draw()).observe(field);
     this.draw();
   }
@@ -92,7 +91,7 @@ export class Panel {
   paint() {
     const { state } = this;
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
-    this.headline.textContent = state ? [state.headline, state.stopped ? "stopped" : state.left].filter(Boolean).join(", ") : this.note;
+    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : this.note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);
@@ -113,8 +112,8 @@ function legend(state, palette) {
   const part = state.map.some((steps) => /[a-j]/.test(steps));
   const planned = state.plan.length > 0;
   /** @type {[string, string, number][]} */
-  const entries = [["computed", palette.computed, 9], [planned ? "skipped" : "reused", palette.reused, 3]];
-  if (part) entries.splice(1, 0, ["in part", palette.part, 6]);
+  const entries = [[STRINGS.computed, palette.computed, 9], [planned ? STRINGS.skipped : STRINGS.reused, palette.reused, 3]];
+  if (part) entries.splice(1, 0, [STRINGS.inPart, palette.part, 6]);
   return entries.map(([word, colour, tall]) => {
     const one = document.createElement("span");
     one.style.cssText = "display:flex; gap:4px; align-items:baseline;";
@@ -165,6 +164,6 @@ app.registerExtension({
     /** @type {string[]} */
     let kept = [];
     api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => (kept = detail?.nodes ?? []));
-    api.addEventListener("execution_success", () => kept.forEach((id) => panels.get(nodeAt(id))?.say(KEPT)));
+    api.addEventListener("execution_success", () => kept.forEach((id) => panels.get(nodeAt(id))?.say(STRINGS.kept)));
   },
 });

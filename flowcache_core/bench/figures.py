@@ -23,7 +23,9 @@ from . import frontier_tables, kv_tables, model, recall, seam
 from .frontier_tables import MAIN
 from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
-PAGES = ("README.md", "docs/measurements.md", "docs/gpu.md", "web/docs/FlowCacheChunkwise.md", "web/docs/FlowCacheMotion.md")
+HELP = ("Chunkwise", "Compare", "ConditionFrames", "KVCompressor", "LoadModel", "Motion", "Overlay", "Policy", "Report", "Sampler")
+"""Nodes of which something is measured."""
+PAGES = ("README.md", "docs/measurements.md", "docs/gpu.md", *(f"web/docs/FlowCache{node}.md" for node in HELP))
 CHART = "docs/frontier.png"
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

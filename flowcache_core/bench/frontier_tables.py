@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..policies.presets import PLANS
 from ..show.metrics import mean_and_error
 from .measured import data, origin, table
 
@@ -132,6 +133,39 @@ def settings() -> str:
     return table(["changed", "computed", "fewer steps", "Chunkwise Cache", "gain, to converged", "gain, to uncached", "nearer in"], lines)
 
 
+def presets() -> str:
+    """What each preset of Chunkwise Cache was measured to give, at the measured share that is nearest to its own."""
+    arms, lines = arms_at(usual()), []
+    for name, plan in PLANS.items():
+        row = arms[min(arms, key=lambda share: abs(share - plan.share))]["default"]
+        lines.append((f"`{name}`", f"{row['share_measured']:.0%}", f"{row['wall_ratio']:.2f}x", f"{row['psnr']:.1f} dB", f"{row['ssim']:.3f}"))
+    return table(["preset", "computed", "speed", "PSNR to uncached", "SSIM"], lines)
+
+
+def policies() -> str:
+    """All that decides what is computed, at the share of preset balanced, and fewer steps beside it: of the films that all were made for."""
+    arms = arms_at(usual())[PLANS["balanced"].share]
+    films = min(row["prompts"] for row in arms.values())
+    close = {arm: [mean_and_error([each[k] for each in row["each"][:films]])[0] for k in (0, 1)] for arm, row in arms.items()}
+    lines = [
+        (NAMES[arm], f"{uncached:.1f} dB", f"{converged:.1f} dB", f"{arms[arm]['wall_ratio']:.2f}x")
+        for arm, (uncached, converged) in sorted(close.items(), key=lambda one: -one[1][1])
+    ]
+    return table(["what decides", "PSNR to uncached", "PSNR to converged", "speed"], lines) + f"\nMeans of {films} films.\n"
+
+
+def staggers() -> str:
+    """How ar_step changes what a plan of the share of preset fast costs and gives."""
+    first, share, lines = usual()[0], PLANS["fast"].share, []
+    alike = [key for key in SETTING if key != "ar_step"]
+    for row in data(MAIN)["rows"]:
+        if row["arm"] == "default" and row["share"] == share and all(row[key] == first[key] for key in alike):
+            ar_step = row["steps"] if row["ar_step"] < 0 else row["ar_step"]
+            each = row["each"][0]
+            lines.append((ar_step, f"{row['wall_ratio']:.2f}x", f"{each[0]:.1f} dB", f"{each[1]:.1f} dB"))
+    return table(["ar_step", "speed", "PSNR to uncached", "PSNR to converged"], [(str(first), *rest) for first, *rest in sorted(lines)])
+
+
 def lines() -> dict[str, list[tuple[float, float]]]:
     """Name -> (share, PSNR to the converged film), of the arms through which all films went: means over other films are no comparison."""
     out: dict[str, list[tuple[float, float]]] = {}
@@ -146,6 +180,9 @@ def lines() -> dict[str, list[tuple[float, float]]]:
 FIGURES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "frontier-motion": motion,
+    "presets": presets,
+    "policies": policies,
+    "staggers": staggers,
     "frontier-bidirectional": lambda: frontier("bidirectional"),
     "frontier-arms": all_arms,
     "frontier-arms-bidirectional": all_arms_bidirectional,
