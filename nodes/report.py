@@ -31,7 +31,7 @@ class CacheReport(io.ComfyNode):
                 Report.Input("report", tooltip="The report output of AR Chunk Sampler."),
                 io.Latent.Input("latent", tooltip="The sampled latent: the report is of the run that made it."),
                 io.Combo.Input("save", options=[NO_FILE, *KINDS], default=NO_FILE, optional=True,
-                               tooltip="Also writes a file: json as the output json, csv with a line per chunk and step, png the map. none: no file."),
+                               tooltip="Also writes a file: json as the output json, csv a line per chunk and step, png the map. none: no file."),
                 io.String.Input("filename_prefix", default="flowcache/report", optional=True, advanced=True,
                                 tooltip="For save: a folder and a name in the output folder, as in Save Image."),
             ],

@@ -75,6 +75,17 @@ def test_the_report_tells_what_the_run_did(host: Host, graph: Graph) -> None:
     assert "computed 3 of 8 chunk-steps" in json.dumps(shown["text"])
 
 
+@pytest.mark.parametrize("kind", ["json", "csv", "png"])
+def test_the_report_is_written_where_the_host_writes(host: Host, graph: Graph, kind: str) -> None:
+    done = host.run(put(graph, "FlowCacheReport", save=kind, filename_prefix=f"reports/{kind}"))
+    assert done["status"]["status_str"] == "success", error_of(done)
+    (file,) = (host.base / "output" / "reports").glob(f"{kind}_*.{kind}")
+    assert file.name == f"{kind}_00001_.{kind}"
+    assert f"written: reports/{file.name}" in json.dumps(done["outputs"][node(graph, "FlowCacheReport")]["text"])
+    if kind == "csv":
+        assert len(file.read_text().splitlines()) == 1 + 4
+
+
 def test_the_same_seed_gives_the_same_latents_and_another_seed_others(host: Host, graph: Graph) -> None:
     first, other = host.latents(put(graph, "RandomNoise", noise_seed=5)), host.latents(put(graph, "RandomNoise", noise_seed=6))
     again = host.latents(put(put(graph, "RandomNoise", noise_seed=5), "FlowCacheLatent", snap="down"))

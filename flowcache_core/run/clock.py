@@ -17,7 +17,7 @@ TICK = 1e-9
 
 
 class Clock:
-    """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total". `steps`: float32 [chunks, steps], of what was measured there."""
+    """Starts when it is made; `stop` ends the total. `seconds`: by part, and "total". `steps`: float32 [chunks, steps], measured there."""
 
     remembers: ClassVar[tuple[str, ...]] = ("spent", "steps")
 
@@ -29,7 +29,7 @@ class Clock:
 
     @contextmanager
     def measure(self, part: str, device: torch.device, at: Sequence[Place] = ()) -> Iterator[None]:
-        """Adds the time of a block to `seconds[part]`, and in equal parts to `steps` at these places. On CUDA it records events and waits for none."""
+        """Adds the time of a block to `seconds[part]`, and in equal parts to `steps` at these places. On CUDA it records events and never waits."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
