@@ -54,6 +54,17 @@ def test_what_is_in_sight_belongs_to_a_node_inside(blueprint: dict[str, Any], in
             assert f"{kinds[node]}/inputs/{widget}/name" in texts
 
 
+def test_our_nodes_list_all_of_their_inputs(inside: dict[str, Any]) -> None:
+    """The page finds the value of a widget by its place among those that are listed."""
+    texts = read("en", "nodeDefs.json")
+    for node in inside["nodes"]:
+        if node["type"] in texts:
+            wanted, listed = list(texts[node["type"]]["inputs"]), [slot["name"] for slot in node["inputs"]]
+            widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+            assert sorted(listed) == sorted(wanted)
+            assert widgets == [name for name in wanted if name in widgets]
+
+
 def test_its_nodes_and_values_are_those_of_text_to_video(inside: dict[str, Any]) -> None:
     workflow = json.loads((PACK / "workflows" / "text_to_video.json").read_text(encoding="utf-8"))
     left_out = ("SaveVideo", "MarkdownNote")
