@@ -129,7 +129,7 @@ class ChunkSampler(comfy.samplers.Sampler):
 
         progress = Progress(x, run, self.node, callback, disable_pbar)
         try:
-            with progress.bar:
+            with progress:
                 samples, report = run.sample(x, evaluate, progress, self.states)
         finally:
             options.pop(TURN, None)

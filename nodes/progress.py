@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ def say(lines: Iterable[str]) -> None:
 
 
 class Progress:
-    """Bar, preview and live panel of one run."""
+    """Bar, preview and live panel of one run. Use it as a context manager: leaving it with an error tells the panel that the run was stopped."""
 
     remembers: ClassVar[tuple[str, ...]] = ("so_far",)
 
@@ -33,6 +34,14 @@ class Progress:
         self.shown, self.live = film.clone(), LivePanel(node, run)
         self.reached = 0
         self.bar = tqdm(total=self.total, disable=hide)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if error is not None:
+            self.live.stop()
 
     def begin(self, report: RunReport, notes: Iterable[str]) -> None:
         """What is known before the first step, onto console and page. A run that goes on has come some way already."""

@@ -96,6 +96,38 @@ def test_the_time_left_is_never_negative_and_the_map_goes_on(
     assert len(server.sent) >= 3, "the first two and the last are always sent"
 
 
+def test_a_page_that_was_loaded_during_a_run_is_told_all_of_it(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    latest, chunks = nodes("latest_runs"), 3
+    monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
+    item = (0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "mine"}}}, [], {})
+    server.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([item], []))  # type: ignore[attr-defined]
+    rows = tuple((SimpleNamespace(index=k, step=step),) for k in range(chunks) for step in range(4))
+    run = SimpleNamespace(steps=12, chunks=chunks, budget=None, rows=rows)
+    live, one = nodes("live").LivePanel("7", run), importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(chunks, 4)
+    live.show(one, 0)
+    for done, (chunk,) in enumerate(rows, 1):
+        one.map[chunk.index, chunk.step] = 2
+        live.show(one, done, chunk)
+    assert len(server.sent[-1]["map"]) == 1, "what is sent has what has changed"
+    (known,) = latest.LATEST.of("mine")
+    assert known["map"] == {"0": "2222", "1": "2222", "2": "2222"}
+    assert (known["whole"], known["number"], known["ended"]) == (True, server.sent[-1]["number"], False)
+    assert not latest.LATEST.of("another")
+    live.stop()
+    assert latest.LATEST.of("mine")[0]["stopped"]
+    live.end(one)
+    live.stop()
+    assert "stopped" not in latest.LATEST.of("mine")[0], "what has ended was not stopped"
+
+
+def test_of_few_runs_the_latest_is_kept(nodes: Callable[[str], Any], server: Server) -> None:
+    latest = nodes("latest_runs")
+    runs = latest.LatestRuns()
+    for n in range(2 * latest.KEPT):
+        runs.put({"workflow": "w", "node": str(n), "run": "r", "map": {}, "plan": None})
+    assert [message["node"] for message in runs.of("w")] == [str(n) for n in range(latest.KEPT, 2 * latest.KEPT)]
+
+
 class Closed:
     encoding = "utf-8"
 
