@@ -47,12 +47,3 @@ def open_route(server: Any) -> None:
     @server.routes.get(ROUTE)
     async def runs(request: Any) -> Any:
         return web.json_response(LATEST.of(request.rel_url.query.get("workflow")))
-
-
-def running_workflow(server: Any) -> str | None:
-    """The id of the workflow whose prompt the host is running; None for one that was queued without a page."""
-    queue = getattr(server, "prompt_queue", None)
-    for _, _, _, extra, *_ in [] if queue is None else queue.get_current_queue()[0]:
-        workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-        return workflow.get("id")  # type: ignore[no-any-return]
-    return None

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from server import PromptServer
 
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.report import COMPUTED, REFRESHED, RunReport
 from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.chunk import Chunk
-from .latest_runs import LATEST, running_workflow
+from .latest_runs import LATEST
+from .page import Page
 
 EVENT = "flowcache.steps"
 PAUSE_S = 0.1
@@ -31,10 +30,8 @@ class LivePanel:
     shown: the page rounds nothing.
     """
 
-    def __init__(self, node: str | None, run: Run) -> None:
-        self.node, self.name, self.number = node, uuid4().hex, 0
-        self.server = getattr(PromptServer, "instance", None) if node is not None else None
-        self.workflow = running_workflow(self.server) if self.server else None
+    def __init__(self, page: Page, run: Run) -> None:
+        self.page, self.name, self.number = page, uuid4().hex, 0
         self.total, self.budget = run.steps, run.budget.slots if run.budget else 0
         self._rows = {(chunk.index, chunk.step): n for n, row in enumerate(run.rows, 1) for chunk in row}
         self._row = 0
@@ -70,7 +67,7 @@ class LivePanel:
         self._shown, self.number = letters, self.number + 1
         chunks, steps = report.map.shape
         return {
-            "node": self.node, "workflow": self.workflow, "run": self.name, "number": self.number, "whole": whole,
+            "node": self.page.node, "workflow": self.page.workflow, "run": self.name, "number": self.number, "whole": whole,
             "chunks": chunks, "steps": steps, "map": changed,
             "plan": ["".join(map(str, row)) for row in report.planned] if whole and report.plans else None, "done": done, "total": self.total,
             "headline": self._headline(report, done), "pace": report.pace(self._row), "left": self._left(report, done),
@@ -94,14 +91,11 @@ class LivePanel:
         return {"memory": f"history: {tokens} of {self.budget} tokens per layer, {size}", "kept": tokens / max(self.budget, 1)}
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self.server is None:
+        if self.page.server is None:
             return
         self._last = message
         LATEST.put(message)
-        try:
-            self.server.send_sync(EVENT, message, self.server.client_id)
-        except Exception as gone:  # a page that cannot be reached ends no run
-            logging.debug(f"FlowCache: the live panel was not sent: {gone}")
+        self.page.send(EVENT, message)
 
 
 def letters_of(report: RunReport) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.host import NEEDS_HOST, PACK, Host
 
@@ -112,6 +114,18 @@ def test_a_workflow_of_before_there_were_presets_means_its_widgets(found: Found)
 
 def test_a_length_keeps_its_meaning_in_another_unit(found: Found) -> None:
     assert (found["seconds"], found["frames"]) == (2.38, 57)
+
+
+def test_a_film_is_shown_while_it_grows_and_is_the_same_film(found: Found, host: Host) -> None:
+    film, texts = found["film"], found["filmTexts"]
+    assert (found["unseen"], found["endFilm"]["end"]) == (0, "success")
+    assert sum(one["frames"] for one in film) == 21
+    assert [one["first"] for one in film] == [sum(one["frames"] for one in film[:n]) for n in range(len(film))]
+    assert len({one["run"] for one in film}) == 1
+    assert "film so far: 0.9 s" in texts["FlowCacheSampler"]["text"]
+    assert "21 frames were decoded and shown on the way" in texts["FlowCacheReport"]["text"]
+    without, shown = (load_file(path)["latent_tensor"] for path in sorted((host.base / "output" / "latents").glob("*.latent"))[-2:])
+    assert torch.equal(without, shown)
 
 
 def test_messages_in_no_order_and_of_no_node_change_nothing(found: Found) -> None:

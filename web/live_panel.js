@@ -1,13 +1,16 @@
 // @ts-check
 // One run to look at, under AR Chunk Sampler and in the sidebar: what is computed and reused, what that saves, and what a budget keeps. Shows
 // what the server says; computes nothing.
+import { Screen } from "./film.js";
 import { nodeAt } from "./graph.js";
 import { LiveMap, PALETTES } from "./live_map.js";
 import { Run, watch } from "./runs.js";
 import { STRINGS } from "./strings.js";
+import { after } from "./widgets.js";
 
 const NODE = "FlowCacheSampler";
 const HEIGHT = 150;
+const FILM_HEIGHT = 150;
 const STYLE =
   "box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; " +
   "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
@@ -47,6 +50,9 @@ export class Panel {
     this.canvas.style.cssText = "position:absolute; inset:0; width:100%; height:100%;";
     field.append(this.canvas);
     this.map = new LiveMap(this.canvas);
+    this.screen = new Screen();
+    this.root.append(this.screen.root);
+    this.height = height;
     this.run = new Run();
     this.drawing = 0;
     new ResizeObserver(() => this.draw()).observe(field);
@@ -56,7 +62,20 @@ export class Panel {
   /** @param {Run} run */
   look(run) {
     this.run = run;
+    this.screen.look(run.film);
     this.draw();
+  }
+
+  /** Whether there is to be room for a film. @param {boolean} whether */
+  expectFilm(whether) {
+    this.screen.expected = whether;
+    this.screen.look(this.run.film);
+    this.root.style.minHeight = `${this.least}px`;
+  }
+
+  /** Pixels of height. */
+  get least() {
+    return this.height + (this.screen.expected ? FILM_HEIGHT : 0);
   }
 
   /** At most once a frame. */
@@ -111,9 +130,16 @@ export function addPanel(node) {
   const widget = node.addDOMWidget("live_panel", "flowcache_live_panel", panel.root, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
+    getMinHeight: () => panel.least,
   });
   widget.serialize = false;
+  const expect = () => {
+    panel.expectFilm(node.inputs?.some((/** @type {any} */ input) => input.name === "vae" && input.link != null) ?? false);
+    const [, height] = node.computeSize();
+    if (node.size[1] < height) node.setSize([node.size[0], height]);
+  };
+  after(node, "onConnectionsChange", expect);
+  after(node, "onConfigure", expect);
   panels.set(node, panel);
 }
 

@@ -2,6 +2,7 @@
 // The latest run of every AR Chunk Sampler, as the server tells of it, and who looks at it. Draws nothing.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { Film } from "./film.js";
 import { nodeAt, rootGraph, walk } from "./graph.js";
 import { onOutput, onRestored } from "./outputs.js";
 import { next } from "./run_state.js";
@@ -11,14 +12,17 @@ import { STRINGS } from "./strings.js";
 /** @typedef {"notRun" | "running" | "stopped" | "finished"} Status */
 
 const EVENT = "flowcache.steps";
+const FILM = "flowcache.film";
 const NODE = "FlowCacheSampler";
-const REMEMBERED = 24; // runs of all workflows that were open
+const REMEMBERED = { runs: 24, films: 4 }; // of all workflows that were open
 
 /** One sampler's. */
 export class Run {
   constructor() {
     /** @type {import("./run_state.js").State | null} */
     this.state = null;
+    /** @type {Film | null} */
+    this.film = null;
     this.said = STRINGS.waiting; // where no run is shown
   }
 
@@ -59,7 +63,8 @@ function tell(path, workflow, change) {
   if (!change(run)) return;
   runs.delete(at);
   runs.set(at, run);
-  for (const old of [...runs.keys()].slice(0, -REMEMBERED)) runs.delete(old);
+  for (const old of [...runs.keys()].slice(0, -REMEMBERED.runs)) runs.delete(old);
+  for (const old of [...runs.values()].filter(({ film }) => film).slice(0, -REMEMBERED.films)) old.film = null;
   if (at === key(path, null)) notify(path, run);
 }
 
@@ -75,7 +80,18 @@ function show(message, workflow) {
     const state = next(run.state, message);
     if (state === run.state) return false;
     run.state = state;
+    if (run.film?.run !== state?.run) run.film = null;
     return true;
+  });
+}
+
+/** @param {import("./film.js").FilmMessage} message */
+function showFilm(message) {
+  if (!message?.run || (nodeAt(message.node)?.comfyClass !== NODE && message.workflow == null)) return;
+  tell(String(message.node), message.workflow, (run) => {
+    if (run.state && run.state.run !== message.run) return false;
+    if (run.film?.run !== message.run) run.film = new Film(message.run);
+    return run.film.add(message);
   });
 }
 
@@ -124,6 +140,7 @@ app.registerExtension({
   name: "flowcache.runs",
   setup() {
     api.addEventListener(EVENT, (/** @type {any} */ { detail }) => show(detail, detail?.workflow));
+    api.addEventListener(FILM, (/** @type {any} */ { detail }) => showFilm(detail));
     for (const end of ["execution_start", "execution_interrupted", "execution_error"]) api.addEventListener(end, stop);
     /** @type {string[]} */
     let kept = [];

@@ -11,7 +11,7 @@ import { STRINGS } from "./strings.js";
 
 const LOOKS_AGAIN_MS = 1000; // at which samplers there are: nobody tells of nodes that come, go and are named anew
 const MAP_LINE = 14; // pixels of a chunk
-const HEIGHT = { least: 150, most: 420, beside: 96 }; // of a panel, and of what it has beside the map
+const HEIGHT = { least: 150, most: 420, beside: 96, film: 220 }; // of a panel, of what it has beside the map, and of a film
 const LIST = "display:flex; flex-direction:column; gap:10px; padding:10px; height:100%; overflow-y:auto; box-sizing:border-box;";
 const TITLE =
   "display:flex; width:100%; gap:8px; align-items:baseline; padding:4px 2px; border:0; background:none; cursor:pointer; text-align:start; " +
@@ -42,7 +42,7 @@ class Entry {
   show(place, run) {
     this.place = place;
     const name = `${place.titles.join(" › ")} #${place.path}`;
-    const now = [name, run, run.state, run.status, run.said];
+    const now = [name, run, run.state, run.status, run.said, run.film, run.film?.end, run.film?.note];
     if (now.every((one, n) => one === this.shown[n])) return;
     this.shown = now;
     const [mark, title, status] = ["span", "strong", "span"].map((kind) => document.createElement(kind));
@@ -53,7 +53,8 @@ class Entry {
     status.textContent = STRINGS[run.status];
     this.button.replaceChildren(mark, title, status);
     const high = run.state ? HEIGHT.beside + run.state.chunks * MAP_LINE : HEIGHT.least;
-    this.panel.root.style.height = `${Math.min(HEIGHT.most, Math.max(HEIGHT.least, high))}px`;
+    const film = run.film ? HEIGHT.film : 0;
+    this.panel.root.style.height = `${Math.min(HEIGHT.most, Math.max(HEIGHT.least, high)) + film}px`;
     this.panel.look(run);
   }
 }

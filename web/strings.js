@@ -16,4 +16,7 @@ export const STRINGS = {
   notRun: "has not run",
   running: "running",
   finished: "finished",
+  filmWaiting: "The film appears here while it is made, chunk by chunk.",
+  filmHelp: "The film so far: click to hold it or to let it play",
+  filmSoFar: (/** @type {number} */ from, /** @type {number} */ to) => `film so far: ${from ? `${from.toFixed(1)} to ` : ""}${to.toFixed(1)} s`,
 };

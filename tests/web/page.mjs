@@ -74,6 +74,16 @@ export async function queue(page, seconds = 240) {
   return page.evaluate(() => window.flowcacheEnd);
 }
 
+/** As a user does who drags a link from the loader to the sampler. */
+export async function connectVae(page) {
+  await page.evaluate(() => {
+    const find = (type) => window.app.graph.nodes.find((one) => one.type === type);
+    const [loader, sampler] = [find("FlowCacheLoadModel"), find("FlowCacheSampler")];
+    const input = sampler.inputs.findIndex((one) => one.name === "vae");
+    loader.connect(loader.outputs.findIndex((one) => one.type === "VAE"), sampler, input);
+  });
+}
+
 /** By node type: the text that stands on the node, how many pixels high it is, and whether nothing lies over it. */
 export function texts(page) {
   return page.evaluate(() => {
