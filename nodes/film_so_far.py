@@ -32,11 +32,12 @@ class FilmSoFar:
     """One run's messages to the tab that queued it. `ready`: how many latent frames are finished, from the first on.
 
     A message has `frames` frames, the first of which is number `first` of the film, beside one another in the JPEG `picture`; or a `note` in place of
-    a film. `fps`: of the film; `run`: as in `LivePanel`; `hindrance`: why nothing can be decoded right now, "" where it can.
+    a film. `fps`: of the film; `run`: as in `LivePanel`; `hindrance`: why nothing can be decoded right now, "" where it can; `go_on`: raises where
+    the run was interrupted.
     """
 
-    def __init__(self, pieces: Pieces, page: Page, run: str, fps: int, hindrance: Callable[[], str]) -> None:
-        self.page, self.run, self.fps, self.hindrance = page, run, fps, hindrance
+    def __init__(self, pieces: Pieces, page: Page, run: str, fps: int, hindrance: Callable[[], str], go_on: Callable[[], None]) -> None:
+        self.page, self.run, self.fps, self.hindrance, self.go_on = page, run, fps, hindrance, go_on
         self.ready, self._frames, self._said = 0, 0, ""
         self._sent = time.perf_counter() - PAUSE_S
         self._pieces: Pieces | None = pieces
@@ -72,13 +73,14 @@ class FilmSoFar:
 
     def _decode(self, pieces: Pieces, film: torch.Tensor, report: RunReport) -> bool:
         """Whether there was a piece, and it could be decoded."""
-        if pieces.done >= self.ready or not self._may():
+        self.go_on()
+        if pieces.done >= self.ready:
             return False
         if film.device.type == "cuda":
             torch.cuda.synchronize(film.device)  # so that the seconds are those of the decoder
         began = time.perf_counter()
         try:
-            piece = pieces.next(film[:1], self.ready)
+            piece = pieces.next(film[:1], self.ready) if self._may() else None
             if piece is None:
                 return False
             self._show(frames_of(shrunk(piece[..., :3], SIDE).float().cpu()))

@@ -26,12 +26,8 @@ class Projector:
     def start(self, page: Page, run: str, film: torch.Size) -> FilmSoFar:
         """For latents of this shape [films, C, F, h, w]; of several films the first is shown."""
         shape = torch.Size((1, *film[1:]))
-
-        def hindrance() -> str:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            return lack_of_memory(self.vae, shape)
-
-        return FilmSoFar(decoder_of(self.vae, shape, self.clean), page, run, self.fps, hindrance)
+        pieces, go_on = decoder_of(self.vae, shape, self.clean), comfy.model_management.throw_exception_if_processing_interrupted
+        return FilmSoFar(pieces, page, run, self.fps, lambda: lack_of_memory(self.vae, shape), go_on)
 
 
 def lack_of_memory(vae: Any, shape: torch.Size) -> str:

@@ -146,8 +146,8 @@ def projecting(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.
     monkeypatch.setattr(module, "PAUSE_S", 0.0)
     server.sockets, server.sockets_metadata = {"page": None}, {"page": {"feature_flags": {"supports_preview_metadata": True}}}  # type: ignore[attr-defined]
 
-    def make(hindrance: Callable[[], str] = lambda: "", pieces: Any = None) -> Any:
-        so_far = module.FilmSoFar(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance)
+    def make(hindrance: Callable[[], str] = lambda: "", pieces: Any = None, go_on: Callable[[], None] = lambda: None) -> Any:
+        so_far = module.FilmSoFar(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
         so_far.ready = 2
         return so_far
 
@@ -227,16 +227,18 @@ def test_a_decoder_that_fails_ends_no_run_but_an_interrupt_does(projecting: Call
         def next(self, latents: torch.Tensor, ready: int) -> torch.Tensor | None:
             raise RuntimeError("16 channels were expected")
 
-    class Interrupting(Frames):
-        def next(self, latents: torch.Tensor, ready: int) -> torch.Tensor | None:
-            raise KeyboardInterrupt
+    class Interrupted(Exception):
+        """As older hosts have it."""
+
+    def interrupt() -> None:
+        raise Interrupted
 
     so_far = projecting(pieces=Failing())
     for _ in range(3):
         so_far.advance(FILM, report(nodes))
     assert [sent["note"] for sent in server.sent] == ["The film cannot be shown while it grows: 16 channels were expected"]
-    with pytest.raises(KeyboardInterrupt):
-        projecting(pieces=Interrupting()).advance(FILM, report(nodes))
+    with pytest.raises(Interrupted):
+        projecting(go_on=interrupt).advance(FILM, report(nodes))
 
 
 @pytest.mark.parametrize("fails", [False, True])

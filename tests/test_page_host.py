@@ -137,6 +137,15 @@ def test_a_sampler_in_a_subgraph_is_found(found: Found) -> None:
     assert found["inside"].startswith("a large run")
 
 
+def test_the_recorded_schemas_are_those_of_the_host(host: Host) -> None:
+    """Otherwise tests/web/recorded.json is to be written anew: tests/test_page.py says how."""
+    recorded = json.loads((PACK / "tests" / "web" / "recorded.json").read_text())["object_info"]
+    ours = {key: node for key, node in host.ask("/object_info").items() if key.startswith("FlowCache")}
+    assert {key for key in recorded if key.startswith("FlowCache")} == set(ours)
+    for key, node in ours.items():
+        assert {name: recorded[key][name] for name in ("input_order", "output")} == {name: node[name] for name in ("input_order", "output")}
+
+
 def test_every_input_and_output_says_what_it_is_for(host: Host) -> None:
     ours = {key: node for key, node in host.ask("/object_info").items() if key.startswith("FlowCache")}
     assert len(ours) >= 10

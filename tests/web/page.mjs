@@ -27,6 +27,7 @@ export async function launch() {
 /** A page at `url` that is ready; settings are shown to the page only, nothing is stored on the host. */
 export async function open(browser, url, how = {}) {
   const page = await browser.newPage({ viewport: { width: 1800, height: 1200 } });
+  page.setDefaultTimeout(120_000); // a machine may be busy
   page.faults = [];
   page.on("pageerror", (error) => /extensions\/flowcache\//.test(error.stack ?? "") && page.faults.push(String(error.stack)));
   page.on("console", (message) => message.type() === "error" && /extensions\/flowcache\//.test(message.location()?.url ?? "") && page.faults.push(message.text()));
