@@ -38,7 +38,7 @@ class FilmSoFar:
 
     def __init__(self, pieces: Pieces, page: Page, run: str, fps: int, hindrance: Callable[[], str], go_on: Callable[[], None]) -> None:
         self.page, self.run, self.fps, self.hindrance, self.go_on = page, run, fps, hindrance, go_on
-        self.ready, self._frames, self._said = 0, 0, ""
+        self.ready, self._frames, self._noted = 0, 0, ""
         self._sent = time.perf_counter() - PAUSE_S
         self._pieces: Pieces | None = pieces
 
@@ -101,8 +101,8 @@ class FilmSoFar:
 
     def _say(self, note: str) -> None:
         """Once."""
-        if note != self._said:
-            self._said = note
+        if note != self._noted:
+            self._noted = note
             self._send(frames=0, picture="", note=note)
 
     def _send(self, **more: Any) -> None:

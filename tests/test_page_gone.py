@@ -212,7 +212,7 @@ def test_nothing_is_decoded_where_nobody_looks(who: str, projecting: Callable[..
     assert (pieces.done, one.shown.as_dict(), server.sent) == (0, {}, [])
 
 
-def test_what_hinders_is_said_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+def test_what_hinders_is_told_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
     hindrances = iter(["that needs 2 GiB of free memory, and 1 GiB are free"] * 3 + [""] * 9)
     so_far, one = projecting(lambda: next(hindrances)), report(nodes)
     for _ in range(5):

@@ -1,6 +1,6 @@
 // @ts-check
 // One run to look at, under AR Chunk Sampler and in the sidebar: what is computed and reused, what that saves, and what a budget keeps. Shows
-// what the server says; computes nothing.
+// what the server sends; computes nothing.
 import { Screen } from "./film.js";
 import { nodeAt } from "./graph.js";
 import { LiveMap, PALETTES } from "./live_map.js";
@@ -87,9 +87,9 @@ export class Panel {
   }
 
   paint() {
-    const { state, said } = this.run;
+    const { state, note } = this.run;
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
-    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : said;
+    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);

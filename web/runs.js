@@ -23,7 +23,7 @@ export class Run {
     this.state = null;
     /** @type {Film | null} */
     this.film = null;
-    this.said = STRINGS.waiting; // where no run is shown
+    this.note = STRINGS.waiting; // where no run is shown
   }
 
   /** @returns {Status} */
@@ -38,7 +38,7 @@ const runs = new Map();
 /** @type {Set<(path: string, run: Run) => void>} */
 const watchers = new Set();
 
-/** @param {string} path @param {string | null | undefined} workflow of the open one where it is not said */
+/** @param {string} path @param {string | null | undefined} workflow of the open one where it is not given */
 const key = (path, workflow) => `${workflow ?? rootGraph()?.id} ${path}`;
 
 /**
@@ -124,7 +124,7 @@ async function nothingSampled(ids) {
   await restore();
   for (const id of mine) {
     tell(id, null, (run) => {
-      run.said = STRINGS.kept;
+      run.note = STRINGS.kept;
       return !run.state;
     });
   }

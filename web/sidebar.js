@@ -42,7 +42,7 @@ class Entry {
   show(place, run) {
     this.place = place;
     const name = `${place.titles.join(" › ")} #${place.path}`;
-    const now = [name, run, run.state, run.status, run.said, run.film, run.film?.end, run.film?.note];
+    const now = [name, run, run.state, run.status, run.note, run.film, run.film?.end, run.film?.note];
     if (now.every((one, n) => one === this.shown[n])) return;
     this.shown = now;
     const [mark, title, status] = ["span", "strong", "span"].map((kind) => document.createElement(kind));
@@ -92,9 +92,9 @@ class List {
 }
 
 function nothing() {
-  const said = document.createElement("p");
-  said.textContent = STRINGS.noSamplers;
-  return said;
+  const text = document.createElement("p");
+  text.textContent = STRINGS.noSamplers;
+  return text;
 }
 
 /** @type {List | null} */

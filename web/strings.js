@@ -1,5 +1,5 @@
 // @ts-check
-// What the page says itself, in one place. Sentences about a run come from the server, ready to be shown.
+// The texts of the page itself, in one place. Sentences about a run come from the server, ready to be shown.
 
 export const STRINGS = {
   waiting: "While it runs, the steps that are computed and those that are skipped appear here.",

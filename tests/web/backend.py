@@ -3,7 +3,7 @@
     python tests/web/backend.py RECORDED.json
 
 Needs aiohttp and comfyui-frontend-package. Prints its URL, and runs until its input ends. A prompt is answered with the recorded run, under the
-prompt's and the workflow's own ids. `POST /test/next` says how the next one goes, `POST /test/send` sends any message to every page.
+prompt's and the workflow's own ids. `POST /test/next` tells how the next one goes, `POST /test/send` sends any message to every page.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ try {
   const types = new Set(workflow.nodes.map((node) => node.type));
   const all = await (await fetch(`${url}/object_info`)).json();
   const schemas = Object.entries(all).filter(([name]) => types.has(name) || name.startsWith("FlowCache"));
-  const object_info = Object.fromEntries(schemas.map(([name, node]) => [name, name.startsWith("FlowCache") ? node : bare(node)]));
+  const object_info = Object.fromEntries(schemas.map(([name, node]) => [name, name.startsWith("FlowCache") ? { ...node, python_module: "custom_nodes.flowcache" } : bare(node)]));
   const [{ outputs }] = Object.values(await (await fetch(`${url}/history?max_items=1`)).json());
   const kept = events.filter(([kind]) => KEPT.test(kind));
   const line = ([kind, data]) => "\n  " + JSON.stringify([kind, data]);

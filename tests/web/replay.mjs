@@ -37,8 +37,8 @@ function drawn(page) {
 
 function steps(node, run, number, more = {}) {
   const map = { 0: "2100", 1: "0000" };
-  const said = { headline: `message ${number} of ${run}`, pace: "", left: "5 s left", note: "", memory: "", kept: null };
-  const message = { node, run, number, whole: true, chunks: 2, steps: 4, map, plan: null, done: number, total: 8, ...said, ended: false, ...more };
+  const texts = { headline: `message ${number} of ${run}`, pace: "", left: "5 s left", note: "", memory: "", kept: null };
+  const message = { node, run, number, whole: true, chunks: 2, steps: 4, map, plan: null, done: number, total: 8, ...texts, ended: false, ...more };
   return ["flowcache.steps", message];
 }
 
