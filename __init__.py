@@ -6,12 +6,14 @@ WEB_DIRECTORY = "./web"
 async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     """The host's entry point (ComfyUI V3 extension API)."""
     from comfy_api.latest import ComfyExtension
+    from server import PromptServer
 
     from .nodes.chunkwise import ChunkwiseCache
     from .nodes.compare import CompareRuns
     from .nodes.frames_in import ARVideoFramesIn
     from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
+    from .nodes.latest_runs import open_route
     from .nodes.load_model import LoadARVideoModel
     from .nodes.motion import MotionCache, RefreshOverlay
     from .nodes.policy import CachePolicyByName
@@ -20,6 +22,10 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.save_video import SaveARVideo
 
     class FlowCache(ComfyExtension):
+        async def on_load(self):  # type: ignore[no-untyped-def]
+            if (server := getattr(PromptServer, "instance", None)) is not None:
+                open_route(server)
+
         async def get_node_list(self):  # type: ignore[no-untyped-def]
             inputs = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn]
             caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]

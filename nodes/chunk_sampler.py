@@ -25,6 +25,7 @@ from .host_network import TURN
 from .mailbox import Mailbox
 from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
+from .projector import Projector
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
 from .states import NamedTurn, named_conds, states_of
 
@@ -68,6 +69,8 @@ class ChunkSampler(comfy.samplers.Sampler):
     overlap_history: int = 17
     addnoise_condition: int = 20
     save_every: int = 0
+    vae: Any = None
+    """Shows the film while it grows; None: it is not shown."""
     run: Run | None = None
     """The run that this sampler was settled for, once the host has begun it."""
     states: States | None = None
@@ -127,9 +130,13 @@ class ChunkSampler(comfy.samplers.Sampler):
             write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
             return out
 
-        progress = Progress(x, run, self.node, callback, disable_pbar)
+        def clean(part: torch.Tensor) -> torch.Tensor:
+            return model.process_latent_out(model.model_sampling.inverse_noise_scaling(sigmas[-1], part).float())
+
+        projector = None if self.vae is None else Projector(self.vae, clean, self.fps)
+        progress = Progress(x, run, self.node, callback, disable_pbar, projector)
         try:
-            with progress.bar:
+            with progress:
                 samples, report = run.sample(x, evaluate, progress, self.states)
         finally:
             options.pop(TURN, None)

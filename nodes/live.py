@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from server import PromptServer
 
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.report import COMPUTED, REFRESHED, RunReport
 from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.chunk import Chunk
+from .latest_runs import LATEST
+from .page import Page
 
 EVENT = "flowcache.steps"
 PAUSE_S = 0.1
@@ -26,16 +26,18 @@ class LivePanel:
 
     `run` and `number` say in which order they belong. `map` has, by the number of a chunk, a letter per step: 0 has not run, 1 reused or skipped,
     2 computed, a to j computed in part, by tenths of its tokens. `plan` has a string per chunk and a 1 where the plan computes; None where it is
-    as it was. `kept` is the share of the budget that history takes. Sentences are ready to be shown: the page rounds nothing.
+    as it was. `kept` is the share of the budget that history takes. `workflow` is the id of the one that was queued. Sentences are ready to be
+    shown: the page rounds nothing.
     """
 
-    def __init__(self, node: str | None, run: Run) -> None:
-        self.node, self.name, self.number = node, uuid4().hex, 0
+    def __init__(self, page: Page, run: Run) -> None:
+        self.page, self.name, self.number = page, uuid4().hex, 0
         self.total, self.budget = run.steps, run.budget.slots if run.budget else 0
         self._rows = {(chunk.index, chunk.step): n for n, row in enumerate(run.rows, 1) for chunk in row}
         self._row = 0
         self._sent = time.perf_counter()
         self._shown: list[str] = []
+        self._last: dict[str, Any] = {}
 
     def show(self, report: RunReport, done: int, chunk: Chunk | None = None) -> None:
         """`chunk`: the one whose step is done; None before the first."""
@@ -53,6 +55,11 @@ class LivePanel:
         self._send(message)
         return message
 
+    def stop(self) -> None:
+        """An error or an interrupt has ended the run; the page that watched it has been told so by the host."""
+        if self._last and not self._last["ended"]:
+            LATEST.put({**self._last, "stopped": True, "left": ""})
+
     def message(self, report: RunReport, done: int) -> dict[str, Any]:
         letters = letters_of(report)
         whole = not done or self.number % WHOLE_EVERY == 0 or not self._shown
@@ -60,7 +67,8 @@ class LivePanel:
         self._shown, self.number = letters, self.number + 1
         chunks, steps = report.map.shape
         return {
-            "node": self.node, "run": self.name, "number": self.number, "whole": whole, "chunks": chunks, "steps": steps, "map": changed,
+            "node": self.page.node, "workflow": self.page.workflow, "run": self.name, "number": self.number, "whole": whole,
+            "chunks": chunks, "steps": steps, "map": changed,
             "plan": ["".join(map(str, row)) for row in report.planned] if whole and report.plans else None, "done": done, "total": self.total,
             "headline": self._headline(report, done), "pace": report.pace(self._row), "left": self._left(report, done),
             "note": report.notes[0] if report.notes else "", **self._memory(report), "ended": False,
@@ -83,13 +91,11 @@ class LivePanel:
         return {"memory": f"history: {tokens} of {self.budget} tokens per layer, {size}", "kept": tokens / max(self.budget, 1)}
 
     def _send(self, message: dict[str, Any]) -> None:
-        server = getattr(PromptServer, "instance", None)
-        if server is None or self.node is None:
+        if self.page.server is None:
             return
-        try:
-            server.send_sync(EVENT, message, server.client_id)
-        except Exception as gone:  # a page that cannot be reached ends no run
-            logging.debug(f"FlowCache: the live panel was not sent: {gone}")
+        self._last = message
+        LATEST.put(message)
+        self.page.send(EVENT, message)
 
 
 def letters_of(report: RunReport) -> list[str]:

@@ -1,11 +1,12 @@
-"""What is seen of a run while it goes on: console, bar, preview and live panel. It decides nothing."""
+"""What is seen of a run while it goes on: console, bar, preview, live panel and the film so far. It decides nothing."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -14,6 +15,11 @@ from ..flowcache_core.run.report import NOT_RUN, RunReport
 from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.chunk import Chunk
 from .live import LivePanel
+from .page import Page
+
+if TYPE_CHECKING:
+    from .film_so_far import FilmSoFar
+    from .projector import Projector
 
 
 def say(lines: Iterable[str]) -> None:
@@ -24,15 +30,30 @@ def say(lines: Iterable[str]) -> None:
 
 
 class Progress:
-    """Bar, preview and live panel of one run."""
+    """Bar, preview, live panel and film so far of one run.
+
+    Use it as a context manager: leaving it with an error tells the panel that the run was stopped. With a `projector` the film is shown as it grows.
+    """
 
     remembers: ClassVar[tuple[str, ...]] = ("so_far",)
 
-    def __init__(self, film: torch.Tensor, run: Run, node: str | None, callback: Any, hide: bool) -> None:
+    def __init__(self, film: torch.Tensor, run: Run, node: str | None, callback: Any, hide: bool, projector: Projector | None = None) -> None:
         self.total, self.chunks, self.callback, self.at = run.steps, run.chunks, callback, 0
-        self.shown, self.live = film.clone(), LivePanel(node, run)
+        page = Page(node)
+        self.shown, self.live = film.clone(), LivePanel(page, run)
+        self.film = projector.start(page, self.live.name, film.shape) if projector else None
         self.reached = 0
         self.bar = tqdm(total=self.total, disable=hide)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.film is not None:
+            self.film.close()
+        if error is not None:
+            self.live.stop()
 
     def begin(self, report: RunReport, notes: Iterable[str]) -> None:
         """What is known before the first step, onto console and page. A run that goes on has come some way already."""
@@ -62,6 +83,16 @@ class Progress:
         last = self.at == self.total
         if self.callback is not None and (last or clean is not None):
             self.callback(self.at - 1, self.shown if last else clean, film, self.total)
+        if self.film is not None:
+            self._grow(self.film, report, chunk, film)
+
+    def _grow(self, so_far: FilmSoFar, report: RunReport, chunk: Chunk, film: torch.Tensor) -> None:
+        if chunk.step == chunk.steps - 1:
+            so_far.ready = chunk.start + chunk.frames
+        if self.at == self.total:
+            so_far.finish(film, report)
+        else:
+            so_far.advance(film, report)
 
     def end(self, report: RunReport) -> dict[str, Any]:
         """What the panel shows from now on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..flowcache_core.sampling.solvers import SOLVERS
@@ -42,6 +44,9 @@ class ARChunkSampler(io.ComfyNode):
                 io.Int.Input("save_every", default=0, min=0, max=100000, optional=True, advanced=True,
                              tooltip="After so many finished chunks the state of the run is saved in output/flowcache_states. Stopped by whatever, "
                                      "the same film goes on from there when it is queued again. A state takes as much room as the KV cache. 0: off."),
+                io.Vae.Input("vae", optional=True,
+                             tooltip="Decodes finished chunks while the next ones run: the film so far plays under this node, in the page that "
+                                     "queued it. The film stays the same; the run takes longer by the time of decoding, which the report tells."),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -52,8 +57,8 @@ class ARChunkSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str, attention: str = AUTO, window_frames: int = 0,
-                overlap_history: int = 17, addnoise_condition: int = 20, save_every: int = 0) -> io.NodeOutput:  # fmt: skip
+                overlap_history: int = 17, addnoise_condition: int = 20, save_every: int = 0, vae: Any = None) -> io.NodeOutput:  # fmt: skip
         mailbox = Mailbox()
         sampler = ChunkSampler(solver, ar_step, chunk_frames, window, int(fps), mailbox, cls.hidden.unique_id,
-                               attention, window_frames, overlap_history, addnoise_condition, save_every)  # fmt: skip
+                               attention, window_frames, overlap_history, addnoise_condition, save_every, vae)  # fmt: skip
         return io.NodeOutput(sampler, mailbox)

@@ -9,7 +9,7 @@ import comfy.ldm.wan.vae
 import comfy.model_management
 import torch
 
-from ..flowcache_core.show.pieces import AFTER, BEFORE, TAKE, in_succession, overlapping
+from ..flowcache_core.show.pieces import AFTER, BEFORE, TAKE, Decode, InSuccession, Overlapping, Pieces, all_of
 
 OVERLAPS = (f"this VAE keeps nothing from piece to piece, so the film was decoded in pieces of {TAKE} latent frames, each with {BEFORE} before and "
             f"{AFTER} after it: at the joints it may differ a little from a film decoded whole")  # fmt: skip
@@ -22,9 +22,15 @@ def is_carried(vae: Any) -> bool:
 
 def pieces_of(vae: Any, samples: torch.Tensor) -> Iterator[torch.Tensor]:
     """Latents [1, C, F, h, w] of one film -> its frames in pieces [T, H, W, 3] in 0..1."""
-    if is_carried(vae):
-        return _carried(vae, samples)
-    return overlapping(lambda piece: vae.decode(piece)[0], samples, frames_by(vae))
+    return all_of(decoder_of(vae, samples.shape), samples)
+
+
+def decoder_of(vae: Any, shape: torch.Size, made: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents) -> Pieces:
+    """For latents of this shape, of one film. `made`: what the VAE takes of them."""
+    if not is_carried(vae):
+        return Overlapping(lambda piece: vae.decode(made(piece))[0], frames_by(vae))
+    step = _carried(vae, shape)
+    return InSuccession(lambda piece: step(made(piece)))
 
 
 def frames_by(vae: Any) -> Callable[[int], int]:
@@ -33,17 +39,18 @@ def frames_by(vae: Any) -> Callable[[int], int]:
     return in_time if callable(in_time) else lambda latents: latents * in_time
 
 
-def _carried(vae: Any, samples: torch.Tensor) -> Iterator[torch.Tensor]:
+def _carried(vae: Any, shape: torch.Size) -> Decode:
     """The host's own way through the Wan 2.1 VAE, in the same pieces and on the same device, without joining them."""
     host, model = comfy.model_management, vae.first_stage_model
-    host.load_models_gpu([vae.patcher], memory_required=vae.memory_used_decode(samples.shape, vae.vae_dtype), force_full_load=vae.disable_offload)
-    memory = [None] * comfy.ldm.wan.vae.count_cache_layers(model.decoder) if samples.shape[2] > 1 else None
+    memory = [None] * comfy.ldm.wan.vae.count_cache_layers(model.decoder) if shape[2] > 1 else None
 
     def step(piece: torch.Tensor) -> torch.Tensor:
-        out = model.decoder(piece, feat_cache=memory, feat_idx=[0])
+        host.load_models_gpu([vae.patcher], memory_required=vae.memory_used_decode(shape, vae.vae_dtype), force_full_load=vae.disable_offload)
+        latents = model.conv2(piece.to(device=vae.device, dtype=vae.vae_dtype))
+        out = model.decoder(latents, feat_cache=memory, feat_idx=[0])
         film = torch.cat(out, 2) if isinstance(out, list) else out  # older hosts return the film itself
         film = film.to(device=vae.output_device, dtype=vae.vae_output_dtype(), copy=True)
         vae.process_output(film)
         return film[0].movedim(0, -1)
 
-    return in_succession(step, model.conv2(samples.to(device=vae.device, dtype=vae.vae_dtype)))
+    return step

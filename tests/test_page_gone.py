@@ -6,13 +6,19 @@ import importlib
 import importlib.util
 import re
 import sys
+import weakref
+from base64 import b64decode
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PACK = "flowcache_as_the_host_has_it"
@@ -63,7 +69,7 @@ def report(nodes: Callable[[str], Any], steps: int = 4) -> Any:
 @pytest.mark.parametrize("gone", [RuntimeError("Event loop is closed"), ConnectionResetError(), AttributeError("loop")])
 def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Callable[[str], Any], server: Server) -> None:
     server.gone = gone
-    live = nodes("live").LivePanel("7", RUN)
+    live = nodes("live").LivePanel(nodes("page").Page("7"), RUN)
     for done in range(5):
         live.show(report(nodes), done)
     server.gone = None
@@ -73,9 +79,9 @@ def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Calla
 
 def test_without_a_page_or_a_server_nothing_is_sent(nodes: Callable[[str], Any], server: Server) -> None:
     live = nodes("live")
-    live.LivePanel(None, RUN).show(report(nodes), 0)
+    live.LivePanel(nodes("page").Page(None), RUN).show(report(nodes), 0)
     sys.modules["server"].PromptServer.instance = None  # type: ignore[attr-defined]
-    live.LivePanel("7", RUN).show(report(nodes), 0)
+    live.LivePanel(nodes("page").Page("7"), RUN).show(report(nodes), 0)
     assert not server.sent
 
 
@@ -88,12 +94,185 @@ def test_the_time_left_is_never_negative_and_the_map_goes_on(
     calls = iter([*times, *[times[-1]] * 50])
     module = nodes("live")
     monkeypatch.setattr("time.perf_counter", lambda: next(calls))
-    live, one = module.LivePanel("7", RUN), report(nodes)
+    live, one = module.LivePanel(nodes("page").Page("7"), RUN), report(nodes)
     for done in range(5):
         live.show(one, done)
     assert all(re.fullmatch(r"|\d+ s left|\d+ min \d+ s left", sent["left"]) for sent in server.sent)
     assert server.sent[-1]["left"] == "0 s left"
     assert len(server.sent) >= 3, "the first two and the last are always sent"
+
+
+def test_a_page_that_was_loaded_during_a_run_is_told_all_of_it(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    latest, chunks = nodes("latest_runs"), 3
+    monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
+    item = (0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "mine"}}}, [], {})
+    server.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([item], []))  # type: ignore[attr-defined]
+    rows = tuple((SimpleNamespace(index=k, step=step),) for k in range(chunks) for step in range(4))
+    run = SimpleNamespace(steps=12, chunks=chunks, budget=None, rows=rows)
+    live = nodes("live").LivePanel(nodes("page").Page("7"), run)
+    one = importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(chunks, 4)
+    live.show(one, 0)
+    for done, (chunk,) in enumerate(rows, 1):
+        one.map[chunk.index, chunk.step] = 2
+        live.show(one, done, chunk)
+    assert len(server.sent[-1]["map"]) == 1, "what is sent has what has changed"
+    (known,) = latest.LATEST.of("mine")
+    assert known["map"] == {"0": "2222", "1": "2222", "2": "2222"}
+    assert (known["whole"], known["number"], known["ended"]) == (True, server.sent[-1]["number"], False)
+    assert not latest.LATEST.of("another")
+    live.stop()
+    assert latest.LATEST.of("mine")[0]["stopped"]
+    live.end(one)
+    live.stop()
+    assert "stopped" not in latest.LATEST.of("mine")[0], "what has ended was not stopped"
+
+
+class Frames:
+    """A decoder of four grey frames per latent frame, as bright as it; `done` as in `Pieces`."""
+
+    done = 0
+
+    def next(self, latents: torch.Tensor, ready: int) -> torch.Tensor | None:
+        if self.done >= ready:
+            return None
+        self.done += 1
+        return latents[0, 0, self.done - 1, 0, 0].expand(4, 40, 64, 3)
+
+
+@pytest.fixture
+def projecting(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A film of six latent frames, of which two are finished, before a page that can show it."""
+    module = nodes("film_so_far")
+    monkeypatch.setattr(module, "PAUSE_S", 0.0)
+    server.sockets, server.sockets_metadata = {"page": None}, {"page": {"feature_flags": {"supports_preview_metadata": True}}}  # type: ignore[attr-defined]
+
+    def make(hindrance: Callable[[], str] = lambda: "", pieces: Any = None, go_on: Callable[[], None] = lambda: None) -> Any:
+        so_far = module.FilmSoFar(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
+        so_far.ready = 2
+        return so_far
+
+    return make
+
+
+FILM = torch.linspace(0, 1, 6).view(1, 1, 6, 1, 1)
+
+
+def test_finished_frames_are_sent_piece_by_piece_and_counted(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    so_far, one = projecting(), report(nodes)
+    for _ in range(4):
+        so_far.advance(FILM, one)
+    assert [(sent["first"], sent["frames"], sent["fps"], sent["run"]) for sent in server.sent] == [(0, 4, 24, "run"), (4, 4, 24, "run")]
+    picture = np.asarray(Image.open(BytesIO(b64decode(server.sent[1]["picture"]))))
+    assert picture.shape == (40, 4 * 64, 3)
+    assert abs(int(picture.mean()) - round(0.2 * 255)) <= 1
+    so_far.ready = 6
+    so_far.finish(FILM, one)
+    assert [sent["first"] for sent in server.sent] == [0, 4, 8, 12, 16, 20]
+    assert (one.shown.frames, one.host_syncs) == (24, 6)
+    assert one.shown.seconds > 0
+
+
+def test_a_film_whose_chunks_end_together_is_not_decoded_twice(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    so_far = projecting()
+    so_far.finish(FILM, report(nodes))
+    assert not server.sent
+
+
+def test_no_more_than_ten_messages_a_second(
+    projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, slept = [100.0], []
+    monkeypatch.setattr(nodes("film_so_far"), "PAUSE_S", 0.1)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), now.__setitem__(0, now[0] + seconds)))
+    so_far, one = projecting(), report(nodes)
+    for _ in range(30):
+        now[0] += 0.02
+        so_far.advance(FILM, one)
+    assert len(server.sent) == 2
+    so_far.ready = 6
+    so_far.finish(FILM, one)
+    assert len(server.sent) == 6
+    assert sum(slept) >= 0.3
+
+
+@pytest.mark.parametrize("who", ["nobody", "a script", "a page that was closed"])
+def test_nothing_is_decoded_where_nobody_looks(who: str, projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    match who:
+        case "nobody":
+            server.client_id = None  # type: ignore[assignment]
+        case "a script":
+            server.sockets_metadata = {"page": {"feature_flags": {}}}  # type: ignore[attr-defined]
+        case _:
+            server.sockets = {}  # type: ignore[attr-defined]
+    pieces = Frames()
+    so_far, one = projecting(pieces=pieces), report(nodes)
+    so_far.advance(FILM, one)
+    so_far.finish(FILM, one)
+    assert (pieces.done, one.shown.as_dict(), server.sent) == (0, {}, [])
+
+
+def test_what_hinders_is_told_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    hindrances = iter(["that needs 2 GiB of free memory, and 1 GiB are free"] * 3 + [""] * 9)
+    so_far, one = projecting(lambda: next(hindrances)), report(nodes)
+    for _ in range(5):
+        so_far.advance(FILM, one)
+    note, *frames = server.sent
+    assert note["note"] == "The film is not shown while it grows: that needs 2 GiB of free memory, and 1 GiB are free"
+    assert [sent["first"] for sent in frames] == [0, 4]
+
+
+def test_a_decoder_that_fails_ends_no_run_but_an_interrupt_does(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    class Failing(Frames):
+        def next(self, latents: torch.Tensor, ready: int) -> torch.Tensor | None:
+            raise RuntimeError("16 channels were expected")
+
+    class Interrupted(Exception):
+        """As older hosts have it."""
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    so_far = projecting(pieces=Failing())
+    for _ in range(3):
+        so_far.advance(FILM, report(nodes))
+    assert [sent["note"] for sent in server.sent] == ["The film cannot be shown while it grows: 16 channels were expected"]
+    with pytest.raises(Interrupted):
+        projecting(go_on=interrupt).advance(FILM, report(nodes))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_kept_of_a_film_when_its_run_is_over(fails: bool, projecting: Callable[..., Any], nodes: Callable[[str], Any]) -> None:
+    pieces = Frames()
+    so_far, alive = projecting(pieces=pieces), weakref.ref(pieces)
+    projector = SimpleNamespace(start=lambda page, run, shape: so_far)
+    progress = nodes("progress").Progress(FILM.clone(), RUN, "7", None, True, projector)
+    del pieces
+    with suppress(KeyboardInterrupt), progress:
+        progress.step(report(nodes), SimpleNamespace(index=0, step=0, steps=4, start=0, frames=3), FILM[:, :, :3], FILM)
+        if fails:
+            raise KeyboardInterrupt
+    assert alive() is None
+    assert progress.live.name in {message["run"] for message in nodes("latest_runs").LATEST.of(None)}
+    assert [message.get("stopped", False) for message in nodes("latest_runs").LATEST.of(None)] == [fails]
+
+
+def test_a_picture_has_its_most_bytes(nodes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    film = importlib.import_module(f"{PACK}.flowcache_core.show.film")
+    noise, most = np.random.default_rng(0).integers(0, 256, (32, 192, 320, 3), np.uint8), nodes("film_so_far").AT_MOST
+    assert 0 < len(film.strip_of(noise[:12], most)) <= most
+    assert len(film.strip_of(noise[:12], 10 * most)) > most, "the first try is of better quality"
+    assert film.strip_of(noise, 1000) is None
+    assert film.shrunk(torch.zeros(2, 480, 832, 3), 320).shape == (2, 3, 185, 320)
+    assert film.shrunk(torch.zeros(2, 48, 32, 3), 320).shape == (2, 3, 48, 32)
+
+
+def test_of_few_runs_the_latest_is_kept(nodes: Callable[[str], Any], server: Server) -> None:
+    latest = nodes("latest_runs")
+    runs = latest.LatestRuns()
+    for n in range(2 * latest.KEPT):
+        runs.put({"workflow": "w", "node": str(n), "run": "r", "map": {}, "plan": None})
+    assert [message["node"] for message in runs.of("w")] == [str(n) for n in range(latest.KEPT, 2 * latest.KEPT)]
 
 
 class Closed:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.host import NEEDS_HOST, PACK, Host
 
@@ -114,6 +116,18 @@ def test_a_length_keeps_its_meaning_in_another_unit(found: Found) -> None:
     assert (found["seconds"], found["frames"]) == (2.38, 57)
 
 
+def test_a_film_is_shown_while_it_grows_and_is_the_same_film(found: Found, host: Host) -> None:
+    film, texts = found["film"], found["filmTexts"]
+    assert (found["unseen"], found["endFilm"]["end"]) == (0, "success")
+    assert sum(one["frames"] for one in film) == 21
+    assert [one["first"] for one in film] == [sum(one["frames"] for one in film[:n]) for n in range(len(film))]
+    assert len({one["run"] for one in film}) == 1
+    assert "film so far: 0.9 s" in texts["FlowCacheSampler"]["text"]
+    assert "21 frames were decoded and shown on the way" in texts["FlowCacheReport"]["text"]
+    without, shown = (load_file(path)["latent_tensor"] for path in sorted((host.base / "output" / "latents").glob("*.latent"))[-2:])
+    assert torch.equal(without, shown)
+
+
 def test_messages_in_no_order_and_of_no_node_change_nothing(found: Found) -> None:
     assert found["order"].startswith("message 5, 5 s left")
     assert found["stopped"].startswith("message 5, stopped")
@@ -121,6 +135,15 @@ def test_messages_in_no_order_and_of_no_node_change_nothing(found: Found) -> Non
 
 def test_a_sampler_in_a_subgraph_is_found(found: Found) -> None:
     assert found["inside"].startswith("a large run")
+
+
+def test_the_recorded_schemas_are_those_of_the_host(host: Host) -> None:
+    """Otherwise tests/web/recorded.json is to be written anew: tests/test_page.py says how."""
+    recorded = json.loads((PACK / "tests" / "web" / "recorded.json").read_text())["object_info"]
+    ours = {key: node for key, node in host.ask("/object_info").items() if key.startswith("FlowCache")}
+    assert {key for key in recorded if key.startswith("FlowCache")} == set(ours)
+    for key, node in ours.items():
+        assert {name: recorded[key][name] for name in ("input_order", "output")} == {name: node[name] for name in ("input_order", "output")}
 
 
 def test_every_input_and_output_says_what_it_is_for(host: Host) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.wan_vae import Past, WanVAE
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
-from flowcache_core.show.pieces import AFTER, BEFORE, TAKE, in_succession, overlapping
+from flowcache_core.show.pieces import AFTER, BEFORE, TAKE, InSuccession, Overlapping, Pieces, in_succession, overlapping
 from tests.test_memory import Ledger
 
 
@@ -56,6 +56,31 @@ def test_the_pieces_are_the_film_decoded_whole(vae: WanVAE, latents: Tensor, fra
 
 def test_the_pieces_follow_one_another_from_a_single_frame_on(vae: WanVAE, latents: Tensor) -> None:
     assert [len(piece) for piece in in_succession(carrying(vae), latents[:, :, :6])] == [1, 8, 8, 4]
+
+
+def grown(pieces: Pieces, latents: Tensor, chunk: int) -> Tensor:
+    """The film as it is decoded chunk by chunk while the rest of it is still noise."""
+    out, total = [], latents.shape[2]
+    for ready in [*range(chunk, total, chunk), total]:
+        growing = latents.clone()
+        growing[:, :, ready:] = float("nan")
+        while (piece := pieces.next(growing, ready)) is not None:
+            out.append(piece)
+    assert pieces.done == total
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_a_film_that_grows_chunk_by_chunk_is_the_film_decoded_whole(vae: WanVAE, latents: Tensor, chunk: int) -> None:
+    torch.testing.assert_close(grown(InSuccession(carrying(vae)), latents, chunk), film(vae.decode(latents)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 11])
+def test_a_film_that_grows_in_overlapping_pieces_is_nearly_exact(vae: WanVAE, latents: Tensor, chunk: int) -> None:
+    pieces = grown(Overlapping(lambda z: film(vae.decode(z)), wan), latents, chunk)
+    whole = film(vae.decode(latents))
+    assert pieces.shape == whole.shape
+    assert float((pieces - whole).abs().mean()) < 0.01
 
 
 @pytest.mark.parametrize("frames", [1, 3, TAKE, TAKE + 1, 2 * TAKE + 3])

@@ -147,3 +147,15 @@ def test_after_the_run_nothing_lies_ahead(report: RunReport) -> None:
     report.notes = ("2 of 4 chunk-steps will be computed",)
     assert report.text().endswith("\n2 of 4 chunk-steps were to be computed")
     assert report.as_dict()["notes"] == ["2 of 4 chunk-steps will be computed"]
+
+
+def test_a_film_that_was_shown_on_the_way_is_told_of_and_slows_no_row(report: RunReport) -> None:
+    report.close()
+    report.clock.seconds.update(total=3.0, network=2.5)
+    pace = report.pace(4)
+    report.clock.seconds.update(total=5.0)
+    report.shown.add(9, 1.5)
+    report.shown.add(12, 0.5)
+    assert report.pace(4) == pace
+    assert "\n21 frames were decoded and shown on the way: 2.00 s of the whole, not of a row" in report.text()
+    assert (report.as_dict()["shown"], RunReport(1, 1).as_dict()["shown"]) == ({"frames": 21, "seconds": 2.0}, {})

@@ -38,7 +38,8 @@ export class LiveMap {
     /** @type {ImageData | null} */
     this.cells = null;
     this.palette = PALETTES.dark;
-    this.run = "";
+    /** @type {string[]} what each line was drawn from */
+    this.lines = [];
   }
 
   /** @param {State} state @param {Palette} palette */
@@ -55,8 +56,7 @@ export class LiveMap {
     const line = Math.min(14, height / state.chunks);
     if (line >= LEAST && width / state.steps >= 2) this.shapes(pen, state, palette, width, line);
     else this.pixels(pen, state, palette, width, line * state.chunks);
-    state.changed.clear();
-    Object.assign(this, { palette, run: state.run });
+    this.palette = palette;
   }
 
   /** @param {CanvasRenderingContext2D} pen @param {State} state @param {Palette} palette @param {number} width @param {number} line */
@@ -82,17 +82,19 @@ export class LiveMap {
   /** @param {CanvasRenderingContext2D} pen @param {State} state @param {Palette} palette @param {number} width @param {number} height */
   pixels(pen, state, palette, width, height) {
     const { small } = this;
-    const anew = !this.cells || small.width !== state.steps || small.height !== state.chunks || this.palette !== palette || this.run !== state.run;
+    const anew = !this.cells || small.width !== state.steps || small.height !== state.chunks || this.palette !== palette;
     const dots = small.getContext("2d");
     if (!dots) return;
     if (anew) Object.assign(small, { width: state.steps, height: state.chunks });
-    if (anew) this.cells = dots.createImageData(state.steps, state.chunks);
+    if (anew) Object.assign(this, { cells: dots.createImageData(state.steps, state.chunks), lines: [] });
     const cells = /** @type {ImageData} */ (this.cells);
     const colours = new Uint32Array(cells.data.buffer);
     const shades = Object.fromEntries(Object.entries(palette).map(([name, hex]) => [name, packed(hex)]));
-    for (const k of anew ? state.map.keys() : state.changed) {
-      const [steps, plan] = [state.map[k], state.plan[k]];
-      for (let j = 0; j < state.steps; j++) colours[k * state.steps + j] = shades[kind(steps[j] ?? "0", plan?.[j] === "1")];
+    for (let k = 0; k < state.chunks; k++) {
+      const [steps, plan] = [state.map[k], state.plan[k] ?? ""];
+      if (this.lines[k] === steps + plan) continue;
+      this.lines[k] = steps + plan;
+      for (let j = 0; j < state.steps; j++) colours[k * state.steps + j] = shades[kind(steps[j] ?? "0", plan[j] === "1")];
     }
     dots.putImageData(cells, 0, 0);
     pen.imageSmoothingEnabled = height < state.chunks;

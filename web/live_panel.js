@@ -1,25 +1,22 @@
 // @ts-check
-// Under AR Chunk Sampler: what the running sampler computes and reuses, what that saves, and what a budget keeps. Shows what the server says;
-// computes nothing.
-import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+// One run to look at, under AR Chunk Sampler and in the sidebar: what is computed and reused, what that saves, and what a budget keeps. Shows
+// what the server sends; computes nothing.
+import { Screen } from "./film.js";
 import { nodeAt } from "./graph.js";
 import { LiveMap, PALETTES } from "./live_map.js";
-import { onOutput } from "./outputs.js";
-import { next } from "./run_state.js";
+import { Run, watch } from "./runs.js";
 import { STRINGS } from "./strings.js";
+import { after } from "./widgets.js";
 
-const EVENT = "flowcache.steps";
 const NODE = "FlowCacheSampler";
 const HEIGHT = 150;
+const FILM_HEIGHT = 150;
 const STYLE =
-  `min-height:${HEIGHT}px; box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; ` +
+  "box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; " +
   "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
 
 /** @type {WeakMap<object, Panel>} */
 const panels = new WeakMap();
-/** @type {Set<WeakRef<Panel>>} */
-const all = new Set();
 
 /** @param {HTMLElement} parent @param {string} name @param {string} style */
 function add(parent, name, style = "") {
@@ -36,12 +33,14 @@ function isLight(element) {
   return 0.299 * red + 0.587 * green + 0.114 * blue < 128;
 }
 
+/** A place where a run is looked at. */
 export class Panel {
-  constructor() {
+  /** @param {number} height in pixels, at least */
+  constructor(height = HEIGHT) {
     this.root = document.createElement("div");
     this.root.className = "flowcache-panel";
     this.root.setAttribute("role", "status");
-    this.root.style.cssText = STYLE;
+    this.root.style.cssText = `min-height:${height}px; ${STYLE}`;
     this.headline = add(this.root, "headline");
     this.pace = add(this.root, "pace");
     this.memory = add(this.root, "memory", "position:relative; padding:0 3px;");
@@ -51,33 +50,32 @@ export class Panel {
     this.canvas.style.cssText = "position:absolute; inset:0; width:100%; height:100%;";
     field.append(this.canvas);
     this.map = new LiveMap(this.canvas);
-    /** @type {import("./run_state.js").State | null} */
-    this.state = null;
+    this.screen = new Screen();
+    this.root.append(this.screen.root);
+    this.height = height;
+    this.run = new Run();
     this.drawing = 0;
-    this.note = STRINGS.waiting;
     new ResizeObserver(() => this.draw()).observe(field);
     this.draw();
   }
 
-  /** @param {import("./run_state.js").Message} message */
-  show(message) {
-    const state = next(this.state, message);
-    if (state === this.state) return;
-    this.state = state;
+  /** @param {Run} run */
+  look(run) {
+    this.run = run;
+    this.screen.look(run.film);
     this.draw();
   }
 
-  /** Says something where no run is shown. @param {string} text */
-  say(text) {
-    this.note = text;
-    if (!this.state) this.draw();
+  /** Whether there is to be room for a film. @param {boolean} whether */
+  expectFilm(whether) {
+    this.screen.expected = whether;
+    this.screen.look(this.run.film);
+    this.root.style.minHeight = `${this.least}px`;
   }
 
-  /** The host has ended what was running. */
-  stop() {
-    if (!this.state || this.state.ended) return;
-    this.state.stopped = true;
-    this.draw();
+  /** Pixels of height. */
+  get least() {
+    return this.height + (this.screen.expected ? FILM_HEIGHT : 0);
   }
 
   /** At most once a frame. */
@@ -89,13 +87,14 @@ export class Panel {
   }
 
   paint() {
-    const { state } = this;
+    const { state, note } = this.run;
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
-    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : this.note;
+    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);
     this.legend.replaceChildren(...(state ? legend(state, palette) : []));
+    this.canvas.hidden = !state;
     if (state) this.map.draw(state, palette);
   }
 }
@@ -131,39 +130,17 @@ export function addPanel(node) {
   const widget = node.addDOMWidget("live_panel", "flowcache_live_panel", panel.root, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
+    getMinHeight: () => panel.least,
   });
   widget.serialize = false;
+  const expect = () => {
+    panel.expectFilm(node.inputs?.some((/** @type {any} */ input) => input.name === "vae" && input.link != null) ?? false);
+    const [, height] = node.computeSize();
+    if (node.size[1] < height) node.setSize([node.size[0], height]);
+  };
+  after(node, "onConnectionsChange", expect);
+  after(node, "onConfigure", expect);
   panels.set(node, panel);
-  all.add(new WeakRef(panel));
 }
 
-function everyPanel() {
-  const there = [];
-  for (const one of all) {
-    const panel = one.deref();
-    if (panel) there.push(panel);
-    else all.delete(one);
-  }
-  return there;
-}
-
-// Cache Report brings the end of the run that it tells of
-onOutput((_node, output) => {
-  for (const written of output.flowcache ?? []) {
-    const message = JSON.parse(written);
-    panels.get(nodeAt(message?.node))?.show(message);
-  }
-});
-
-app.registerExtension({
-  name: "flowcache.livePanel",
-  setup() {
-    api.addEventListener(EVENT, (/** @type {any} */ { detail }) => panels.get(nodeAt(detail?.node))?.show(detail));
-    for (const end of ["execution_interrupted", "execution_error"]) api.addEventListener(end, () => everyPanel().forEach((panel) => panel.stop()));
-    /** @type {string[]} */
-    let kept = [];
-    api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => (kept = detail?.nodes ?? []));
-    api.addEventListener("execution_success", () => kept.forEach((id) => panels.get(nodeAt(id))?.say(STRINGS.kept)));
-  },
-});
+watch((path, run) => panels.get(nodeAt(path))?.look(run));

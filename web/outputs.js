@@ -12,12 +12,19 @@ const LOOKED_THROUGH = 20; // of the host's latest runs
 
 /** @type {Listener[]} */
 const listeners = [];
+/** @type {(() => void)[]} */
+const afterwards = [];
 /** Nodes that something was shown on since they were made. */
 const told = new WeakSet();
 
 /** @param {Listener} listener called with every output of a node of this pack */
 export function onOutput(listener) {
   listeners.push(listener);
+}
+
+/** @param {() => void} listener called when a workflow was opened and what is in the history has been shown */
+export function onRestored(listener) {
+  afterwards.push(listener);
 }
 
 /** @param {any} node @param {Output | null | undefined} output */
@@ -68,5 +75,6 @@ app.registerExtension({
     } catch (error) {
       console.debug("FlowCache: the host's history cannot be read, so earlier texts are not shown again", error);
     }
+    for (const listener of afterwards) listener();
   },
 });

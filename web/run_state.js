@@ -4,10 +4,11 @@
 /**
  * A message of the server. `map` has for every chunk, by its number, a letter per step: 0 has not run, 1 reused or skipped, 2 computed, a to j
  * computed in part, the more of its tokens the later the letter. A `whole` message has all chunks, others those that have changed.
- * @typedef {{run: string, number: number, whole: boolean, chunks: number, steps: number, map: Record<string, string>, plan: string[] | null,
- *   done: number, total: number, headline: string, pace: string, left: string, note: string, memory: string, kept: number | null,
- *   ended: boolean}} Message
- * @typedef {Omit<Message, "map" | "whole" | "plan"> & {map: string[], plan: string[], changed: Set<number>, stopped: boolean}} State
+ * `node` is the sampler's id in the execution, `workflow` the id of the workflow that it is in, where the server knows it.
+ * @typedef {{node: string, workflow?: string | null, run: string, number: number, whole: boolean, chunks: number, steps: number,
+ *   map: Record<string, string>, plan: string[] | null, done: number, total: number, headline: string, pace: string, left: string, note: string,
+ *   memory: string, kept: number | null, ended: boolean, stopped?: boolean}} Message
+ * @typedef {Omit<Message, "map" | "whole" | "plan" | "stopped"> & {map: string[], plan: string[], stopped: boolean}} State
  */
 
 /**
@@ -21,12 +22,6 @@ export function next(state, message) {
   const same = state?.run === message.run && state.chunks === message.chunks && state.steps === message.steps;
   if (same && (state.ended || message.number <= state.number)) return state;
   const map = same ? state.map : Array(message.chunks).fill("0".repeat(message.steps));
-  const changed = same ? state.changed : new Set(map.keys());
-  for (const [chunk, steps] of Object.entries(message.map)) {
-    if (!(Number(chunk) < message.chunks)) continue;
-    map[Number(chunk)] = String(steps);
-    changed.add(Number(chunk));
-  }
-  if (message.plan) for (let chunk = 0; chunk < message.chunks; chunk++) changed.add(chunk);
-  return { ...message, map, changed, plan: message.plan ?? (same ? state.plan : []), stopped: false };
+  for (const [chunk, steps] of Object.entries(message.map)) if (Number(chunk) < message.chunks) map[Number(chunk)] = String(steps);
+  return { ...message, map, plan: message.plan ?? (same ? state.plan : []), stopped: message.stopped ?? false };
 }

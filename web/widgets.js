@@ -124,7 +124,7 @@ function addMore(node) {
  * Calls `then` after a method that the host calls, with the same arguments.
  * @param {any} owner @param {string} name @param {(...given: any[]) => void} then
  */
-function after(owner, name, then) {
+export function after(owner, name, then) {
   const before = owner[name];
   owner[name] = function (/** @type {any[]} */ ...given) {
     const out = before?.apply(this, given);

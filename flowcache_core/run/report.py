@@ -14,7 +14,7 @@ from ..sampling.chunk import Chunk
 from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.plan import Plan
 from ..sampling.schedule import Row
-from .clock import Clock
+from .clock import TICK, Clock
 from .footprint import Footprint, readable
 from .history import HistoryLog
 
@@ -44,6 +44,25 @@ class Saves:
         return {"count": self.count, "seconds": round(self.seconds, 3), "bytes": self.bytes} if self.count else {}
 
 
+@dataclass(slots=True)
+class Shown:
+    """Frames of the film that were decoded and shown while the run went on, and how long that took in all."""
+
+    frames: int = 0
+    seconds: float = 0.0
+
+    def add(self, frames: int, seconds: float) -> None:
+        self.frames, self.seconds = self.frames + frames, self.seconds + max(seconds, 0.0)
+
+    def line(self) -> str:
+        """In one sentence; "" where nothing was shown."""
+        return f"{self.frames} frames were decoded and shown on the way: {self.seconds:.2f} s of the whole, not of a row" if self.frames else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; {} where nothing was shown."""
+        return {"frames": self.frames, "seconds": round(self.seconds, 3)} if self.frames else {}
+
+
 class RunReport:
     """Filled while a run goes on. `map` is uint8 [chunks, steps] of NOT_RUN, REUSED, COMPUTED, REFRESHED (some tokens of it).
 
@@ -56,7 +75,7 @@ class RunReport:
 
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
-    on from; a run that went on has counts of the whole film, and saves of its own.
+    on from; a run that went on has counts of the whole film, and saves of its own. `shown`: of the film on the way.
     """
 
     remembers: ClassVar[tuple[str, ...]] = (
@@ -82,7 +101,7 @@ class RunReport:
         self.notes: tuple[str, ...] = ()
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
-        self.saves = Saves()
+        self.saves, self.shown = Saves(), Shown()
         self.clock = Clock(chunks, steps)
         self._closed = False
 
@@ -212,9 +231,9 @@ class RunReport:
     def pace(self, rows: int) -> str:
         """What skipping saved in the first `rows` rows, at the seconds that a computed token has taken in this run; "" where it saved nothing.
 
-        The seconds are those of the network, and of everything while a device has not reported them.
+        The seconds are those of the network, and of everything while a device has not reported them. Those of `shown` are left out.
         """
-        skipped, took = self.tokens - self.tokens_computed, self.wall_s
+        skipped, took = self.tokens - self.tokens_computed, max(self.wall_s - self.shown.seconds, TICK)
         if not (rows and skipped and self.tokens_computed):
             return ""
         saved = self.clock.seconds.get("network", took) / self.tokens_computed * skipped
@@ -225,7 +244,7 @@ class RunReport:
     def text(self) -> str:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
         expected = self.expected.sentence() if self.expected else ""
-        lines = expected, self.summary(), self.pace(self.rows), self.history.line(), self.saves.line(), *map(_past, self.notes)
+        lines = expected, self.summary(), self.pace(self.rows), self.history.line(), self.saves.line(), self.shown.line(), *map(_past, self.notes)
         return "\n".join(filter(None, lines))
 
     def as_dict(self) -> dict[str, Any]:
@@ -255,6 +274,7 @@ class RunReport:
             "notes": list(self.notes),
             "history": self.history.as_dict(),
             "saves": self.saves.as_dict(),
+            "shown": self.shown.as_dict(),
         }
 
     def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..files import whole
 from .plot import INK, PAPER, font
+
+QUALITIES = (80, 50, 20)
+"""Of a JPEG, the first that is small enough."""
 
 
 def frames_of(film: Tensor) -> np.ndarray:
@@ -33,6 +38,25 @@ def write_picture(path: Path, picture: Image.Image, **more: Any) -> None:
     """Whole or not at all; `more`: as `Image.save` takes it."""
     with whole(path) as partial:
         picture.save(partial, **more)
+
+
+def shrunk(film: Tensor, side: int) -> Tensor:
+    """[T, H, W, 3] -> [T, 3, h, w], neither height nor width above `side`; smaller films stay as they are."""
+    pictures = film.movedim(-1, 1)
+    scale = min(1.0, side / max(pictures.shape[2:]))
+    height, width = (max(1, round(length * scale)) for length in pictures.shape[2:])
+    return pictures if scale == 1 else interpolate(pictures.float(), (height, width), mode="area")
+
+
+def strip_of(frames: np.ndarray, most: int) -> bytes | None:
+    """uint8 [T, H, W, 3] -> the frames beside one another, from left to right, as a JPEG of at most so many bytes; None where there is none."""
+    picture = Image.fromarray(np.concatenate(list(frames), 1))
+    for quality in QUALITIES:
+        file = BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        if file.tell() <= most:
+            return file.getvalue()
+    return None
 
 
 def side_by_side(films: Mapping[str, np.ndarray], scale: int = 2) -> np.ndarray:

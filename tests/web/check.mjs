@@ -1,6 +1,6 @@
 // What tests/test_page_host.py asserts about, as one line of JSON: check.mjs URL WORKFLOW.json canvas|vue
 import fs from "node:fs";
-import { drawn, fit, inSight, launch, load, open, queue, ready, settledTexts, turn } from "./page.mjs";
+import { connectVae, drawn, fit, inSight, launch, load, open, queue, ready, settledTexts, turn } from "./page.mjs";
 
 const [url, file, renderer] = process.argv.slice(2);
 const vue = renderer === "vue";
@@ -32,6 +32,7 @@ try {
   await load(page, workflow);
   found.endAgain = await queue(page);
   found.kept = await settledTexts(page);
+  await film(page);
   await events(page);
   found.faults.push(...page.faults);
 } finally {
@@ -72,6 +73,24 @@ async function length(page) {
   found.seconds = await value();
   await turn(page, "FlowCacheLatent", "unit", "frames");
   found.frames = await value();
+}
+
+/** The same film, saved, without the VAE at the sampler and with it: then it is shown while it grows. */
+async function film(page) {
+  await page.evaluate(() => {
+    const { graph, api } = window.app;
+    const save = window.LiteGraph.createNode("SaveLatent");
+    graph.add(save);
+    graph.nodes.find((one) => one.type === "SamplerCustomAdvanced").connect(0, save, 0);
+    window.flowcacheFilm = [];
+    api.addEventListener("flowcache.film", ({ detail }) => window.flowcacheFilm.push(detail));
+  });
+  await queue(page);
+  found.unseen = await page.evaluate(() => window.flowcacheFilm.length);
+  await connectVae(page);
+  found.endFilm = await queue(page);
+  found.film = await page.evaluate(() => window.flowcacheFilm.map(({ picture, ...rest }) => ({ ...rest, size: picture.length })));
+  found.filmTexts = await settledTexts(page);
 }
 
 /** Messages that come in no order, name no node, or are none; then a large run, in a subgraph. */

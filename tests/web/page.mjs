@@ -27,6 +27,7 @@ export async function launch() {
 /** A page at `url` that is ready; settings are shown to the page only, nothing is stored on the host. */
 export async function open(browser, url, how = {}) {
   const page = await browser.newPage({ viewport: { width: 1800, height: 1200 } });
+  page.setDefaultTimeout(120_000); // a machine may be busy
   page.faults = [];
   page.on("pageerror", (error) => /extensions\/flowcache\//.test(error.stack ?? "") && page.faults.push(String(error.stack)));
   page.on("console", (message) => message.type() === "error" && /extensions\/flowcache\//.test(message.location()?.url ?? "") && page.faults.push(message.text()));
@@ -72,6 +73,16 @@ export async function queue(page, seconds = 240) {
   await page.waitForFunction(() => window.flowcacheEnd, null, { timeout: seconds * 1000, polling: 100 });
   await page.waitForTimeout(700);
   return page.evaluate(() => window.flowcacheEnd);
+}
+
+/** As a user does who drags a link from the loader to the sampler. */
+export async function connectVae(page) {
+  await page.evaluate(() => {
+    const find = (type) => window.app.graph.nodes.find((one) => one.type === type);
+    const [loader, sampler] = [find("FlowCacheLoadModel"), find("FlowCacheSampler")];
+    const input = sampler.inputs.findIndex((one) => one.name === "vae");
+    loader.connect(loader.outputs.findIndex((one) => one.type === "VAE"), sampler, input);
+  });
 }
 
 /** By node type: the text that stands on the node, how many pixels high it is, and whether nothing lies over it. */
