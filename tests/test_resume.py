@@ -198,7 +198,7 @@ def test_two_films_of_two_branches(apart: bool, setup: Callable[..., Setup], tmp
 def test_with_frames_that_are_given(setup: Callable[..., Setup], tmp_path: Path) -> None:
     film = replace(LONG, frames=15, prefix=4, suffix=1)
     report = goes_on(setup(film, Chunkwise(0.5, 2), given=GivenNoise(20, 5)), tmp_path / "states")
-    assert "of 4 chunks were finished" in report.notes[-1]
+    assert any("of 4 chunks were finished" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("policy", [None, Planned(share=0.6)], ids=["every row", "plan"])

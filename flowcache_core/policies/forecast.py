@@ -30,10 +30,8 @@ def expected_steps(rule: Chunkwise, outlook: Outlook) -> tuple[str, ...]:
     return (f"at least {least} of {total} chunk-steps will be computed; how many more shows as the latents drift",)
 
 
-def nothing_skipped(by_plan: bool) -> str:
-    """What is said of a finished run that computed every step although it had a policy, and what would change that."""
-    if by_plan:
-        return "nothing was skipped, so no time was saved: the plan computes every step; give it a smaller share"
+def nothing_skipped() -> str:
+    """What is said of a finished run in which a threshold let every step be computed, and what would change that; a plan says so before."""
     return (
         "nothing was skipped, so no time was saved: at every step at which a chunk may be skipped it had drifted past the threshold; raise the "
         "threshold, or use a preset that plans, such as balanced"

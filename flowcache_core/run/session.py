@@ -141,8 +141,8 @@ class Session:
         try:
             if isinstance(self.policy, Forecasts):
                 self.report.notes += self.policy.findings(self.state.memory)
-            if not isinstance(self.policy, Always) and self.report.skipped_nothing:
-                self.report.notes += (nothing_skipped(by_plan=isinstance(self.policy, PlanPolicy)),)
+            if not isinstance(self.policy, Always | PlanPolicy) and self.report.skipped_nothing:
+                self.report.notes += (nothing_skipped(),)
             if self._asides:
                 note = f"guidance asked for {self._asides} evaluations beside those of the steps; they are in the times, not in the counts"
                 self.report.notes += (note,)
