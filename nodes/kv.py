@@ -55,8 +55,14 @@ class KVCompressor(io.ComfyNode):
             description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
             "model loader and the guider, before or behind the cache nodes. Works with ComfyUI's own causal models and Sampler AR Video too.",
             search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction", "self-forcing", "causal-forcing"],
-            inputs=[io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes; or of any loader, where "
-                                   "it is a causal one of ComfyUI's own (Self-Forcing, Causal-Forcing)."), *_inputs()],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes; or of any loader, where "
+                    "it is a causal one of ComfyUI's own (Self-Forcing, Causal-Forcing).",
+                ),
+                *_inputs(),
+            ],
             outputs=[io.Model.Output(tooltip="The MODEL with this budget: for the guider and the scheduler, or for a cache node.")],
         )
 

@@ -120,9 +120,9 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     film = settled(guider, noise, sampler, sigmas, denoise_mask)
     for sentence in film.forecast():
         logging.info(f"FlowCache: {KV_NODE}: {sentence}")
-    run, options = NativeRun(film), guider.model_options
+    run, options = NativeRun(film, dtype_of(guider.model_patcher)), guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    for kind, wrapper in ((KINDS.PREPARE_SAMPLING, run.prepare), (KINDS.APPLY_MODEL, run.evaluate)):
+    for kind, wrapper in ((KINDS.PREPARE_SAMPLING, run.prepare), (KINDS.SAMPLER_SAMPLE, run.sample), (KINDS.APPLY_MODEL, run.evaluate)):
         comfy.patcher_extension.add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
     try:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
@@ -159,36 +159,33 @@ def dtype_of(model: Any) -> torch.dtype:
 
 
 class NativeRun:
-    """One run: its KV cache, and the keys and values of its texts."""
+    """One run, computed in `dtype`: its KV cache, and the keys and values of its texts."""
 
-    def __init__(self, film: SequentialFilm) -> None:
-        self.film, self.cache = film, SequentialCache(film, plain)
+    def __init__(self, film: SequentialFilm, dtype: torch.dtype) -> None:
+        self.film, self.dtype, self.cache = film, dtype, SequentialCache(film, plain)
         self._texts: dict[Branches, list[dict[str, Any]]] = {}
 
     def prepare(self, executor, model, *args, **kwargs):  # type: ignore[no-untyped-def]
         """The host's PREPARE_SAMPLING: what the run will hold is part of its estimate, of one chunk at a time."""
-        with self._expected(model.model):
-            return executor(model, *args, **kwargs)
-
-    @contextmanager
-    def _expected(self, base: Any) -> Iterator[None]:
-        estimate, own = base.memory_required, vars(base).get("memory_required")
+        estimate = model.model.memory_required
 
         def memory_required(input_shape: Any, cond_shapes: Any = {}) -> Any:  # noqa: B006 (the host's signature)
             batch, channels, frames, *rest = input_shape
             return estimate([batch, channels, min(frames, self.film.longest), *rest], cond_shapes=cond_shapes) + self.film.held
 
-        base.memory_required = memory_required
-        try:
-            yield
-        finally:
-            del base.memory_required
-            if own is not None:
-                base.memory_required = own
+        with _meanwhile(model.model, "memory_required", memory_required):
+            return executor(model, *args, **kwargs)
+
+    def sample(self, executor, guider, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """The host's SAMPLER_SAMPLE: its sampler brings a start image into the dtype of the weights, which may be one that nobody computes in."""
+        with _meanwhile(guider.inner_model, "get_dtype", lambda: self.dtype):
+            return executor(guider, *args, **kwargs)
 
     def evaluate(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **conds):  # type: ignore[no-untyped-def]  # noqa: B006
         """The host's APPLY_MODEL, for some branches side by side: x [branches * films, C, F, h, w] at the noise level t of all of them."""
-        state = transformer_options["ar_state"]
+        state = transformer_options.get("ar_state")
+        if state is None:
+            raise ValueError(f"{KV_NODE}: the network was evaluated outside of {SAMPLER}: bypass the nodes that call it by themselves")
         self._begin(state, x, t)
         branches = tuple(transformer_options["uuids"])
         call, caches = self.cache.attention(branches), state["kv_caches"]
@@ -219,6 +216,19 @@ class NativeRun:
         self._texts.clear()
 
 
+@contextmanager
+def _meanwhile(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object, for a while."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
+
+
 def require_native(model: Any) -> None:
     """Raises ValueError for the first thing on a MODEL that cannot work with this node, and says from where it comes."""
     if why := next(_unserved(model), None):
@@ -230,8 +240,9 @@ def _unserved(model: Any) -> Iterator[str]:
     yield from (f"{key} skips steps without knowing of chunks, so they cannot work together" for key in CACHES if key in keys)
     if COMPILE in keys or any(map(is_compiled, (model.model.diffusion_model, *model.object_patches.values()))):
         yield "the model goes through torch.compile (TorchCompileModel and its like), which would not see the KV cache of a run"
+    places = [CACHES_MADE, *map(attention_of, range(len(model.model.diffusion_model.blocks)))]
     for name, patch in model.object_patches.items():
-        if name.startswith("diffusion_model") and not _ours(patch) and (name == CACHES_MADE or "attn" in name or name.endswith("forward_block")):
+        if not _ours(patch) and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield f"{name} of the network was replaced by {made_by(patch)}"
     if model.model_options.get("context_handler") is not None:
         yield MODEL["context_handler"].split(":")[0]

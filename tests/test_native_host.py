@@ -51,7 +51,8 @@ class RandomModel(Node):
             net = comfy.ldm.wan.model.WanModel(
                 model_type="t2v", dim=WIDTH, ffn_dim=WIDTH, num_heads=WIDTH // 128, num_layers=LAYERS, in_dim=16, out_dim=16, text_dim=4096,
                 dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
-        sd = {k: torch.randn(v.shape, generator=generator) * (0.2 if v.ndim == 1 else v[0].numel() ** -0.5) for k, v in net.state_dict().items()}
+        scale = lambda k, v: 1.5 if "norm" in k else 0.2 if v.ndim == 1 else v[0].numel() ** -0.5
+        sd = {k: torch.randn(v.shape, generator=generator) * scale(k, v) for k, v in net.state_dict().items()}
         if weights != "float32":
             sd = {k: v.to(torch.float8_e4m3fn).float() for k, v in sd.items()}
         options = {"dtype": torch.float8_e4m3fn if weights == "fp8" else torch.float32}
@@ -160,7 +161,6 @@ comfy.model_management.load_models_gpu = counted_load
 
 def alive():
     """Bytes of keys and values: tensors of four dimensions whose last is a head's channels, in any dtype, views not counted."""
-    gc.collect()
     found = {}
     for one in gc.get_objects():
         if torch.is_tensor(one) and one.ndim == 4 and one.shape[-1] == 128 and type(one) is torch.Tensor:
@@ -182,8 +182,9 @@ class Watched(Node):
             try:
                 return executor(*args, **kwargs)
             finally:
+                gc.collect()
                 seen["behind"], seen["estimate"] = alive(), ESTIMATES[-1]
-                seen["patched"] = executor.class_obj.model_options is not before or "memory_required" in vars(model.model)
+                seen["patched"] = executor.class_obj.model_options is not before or {"memory_required", "get_dtype"} & set(vars(model.model)) != set()
                 with open(os.path.join(folder_paths.get_output_directory(), name), "w") as file:
                     json.dump(seen, file)
 
@@ -192,7 +193,8 @@ class Watched(Node):
             if seen["calls"] == fault:
                 raise comfy.model_management.InterruptProcessingException() if kind == "interrupt" else RuntimeError("a fault on purpose")
             out = executor(*args, **kwargs)
-            seen["most"] = max(seen["most"], alive())
+            if seen["calls"] in (2, 20):
+                seen["most"] = max(seen["most"], alive())
             return out
 
         model.add_wrapper_with_key(KINDS.OUTER_SAMPLE, "watched", outer)
@@ -263,6 +265,7 @@ def film(*chain: Chain, frames: int = FRAMES, block: int = 3, cfg: float = 1.0, 
     graph["guider"] = {"class_type": "CFGGuider", "inputs": guided}
     taken = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]}
     graph["out"] = {"class_type": "SamplerCustomAdvanced", "inputs": taken}
+    graph["end"] = {"class_type": "SaveLatent", "inputs": {"samples": ["out", 0], "filename_prefix": "end"}}
     return graph
 
 
@@ -288,6 +291,11 @@ def watched(name: str, fault: int = 0, kind: str = "") -> Chain:
 def seen(host: Host, name: str) -> dict[str, Any]:
     written: dict[str, Any] = json.loads(Path(host.base, "output", name).read_text())
     return written
+
+
+def fails(host: Host, graph: Graph) -> None:
+    """While it runs: it was not refused as a graph."""
+    assert "execution_error" in [kind for kind, _ in host.run(graph)["status"]["messages"]]
 
 
 def start(side: int = SIDE) -> Chain:
@@ -327,9 +335,9 @@ def test_a_budget_is_the_same_tokens_gathered_from_a_whole_cache_bit_for_bit(hos
 
 
 def test_beyond_the_trained_length_the_sink_counts_as_just_within_it(host: Host) -> None:
-    kept, far = host.latents(film(kv(**SEVEN), frames=27)), {"frames": 27}
-    torch.testing.assert_close(kept, host.latents(film(gathered(18), **far)), rtol=1e-3, atol=1e-3)
-    assert (kept - host.latents(film(gathered(), **far)))[:, :, 21:].abs().max() > 0.01
+    kept, turned, as_ever = (host.latents(film(one, frames=27)) for one in (kv(**SEVEN), gathered(18), gathered()))
+    assert torch.equal(kept[:, :, :21], turned[:, :, :21])
+    assert 0 < 50 * (kept - turned).abs().max() < (kept - as_ever).abs().max()
 
 
 @pytest.mark.parametrize("texts", [(8, 12), (8, 8)], ids=["one after the other", "side by side"])
@@ -344,19 +352,19 @@ def test_guidance_is_two_runs_combined(host: Host, texts: tuple[int, int], setti
 
 
 def test_without_the_node_guidance_fails(host: Host) -> None:
-    assert host.run(film(cfg=3.0, texts=(8, 8)))["status"]["status_str"] == "error"
+    fails(host, film(cfg=3.0, texts=(8, 8)))
 
 
 @pytest.mark.parametrize("dtype", ["as computed", "int8"])
 def test_a_longer_film_needs_no_more_and_the_host_is_told_before(host: Host, dtype: str) -> None:
     taken = {}
-    for frames in (21, 61):
+    for frames in (21, 33):
         host.latents(film(watched(f"{dtype}{frames}"), kv(**SEVEN, dtype=dtype), frames=frames))
         taken[frames] = seen(host, f"{dtype}{frames}")
     planned = settled(21, dtype=dtype)
-    assert taken[21]["most"] == taken[61]["most"] <= planned.kv
-    assert taken[21]["estimate"] == taken[61]["estimate"] > planned.held
-    assert taken[61]["behind"] == 0
+    assert taken[21]["most"] == taken[33]["most"] <= planned.kv
+    assert taken[21]["estimate"] == taken[33]["estimate"] > planned.held
+    assert taken[33]["behind"] == 0
     if dtype == "as computed":
         assert taken[21]["most"] == planned.budget.cache_bytes(planned.sizes, 1, 4)
         assert f"the KV cache took {readable(taken[21]['most'])} at its peak" in host.log.read_text()
@@ -397,7 +405,8 @@ def test_salience_asks_for_a_head_of_this_size(host: Host) -> None:
 
 def test_weights_in_fp8_are_their_rounded_values(host: Host) -> None:
     assert torch.equal(host.latents(film(kv(), weights="fp8")), host.latents(film(weights="rounded")))
-    assert host.run(film(weights="fp8"))["status"]["status_str"] == "error", "the host alone cannot"
+    assert torch.equal(host.latents(film(start(), kv(), weights="fp8", frames=4)), host.latents(film(start(), weights="rounded", frames=4)))
+    fails(host, film(weights="fp8"))
 
 
 @pytest.mark.parametrize("kind", ["error", "interrupt"])
