@@ -452,7 +452,7 @@ EASY: Chain = ("EasyCache", {"reuse_threshold": 0.2, "start_percent": 0.0, "end_
         (film(("Skipping", {}), kv()), "an evaluation was left out by a node that skips steps"),
         (film(kv(), ("OtherAttention", {})), r"diffusion_model\.blocks\.1\.self_attn\.forward of the network was replaced by OtherAttention"),
         (film(start(), kv(), batch=2), "one film at a time from a start image, not 2: set batch_size to 1"),
-        (film(kv(), cfg=3.0, block=30, frames=4), "history needs 31"),
+        (film(kv(**SEVEN), block=9), "is 7.0 latent frames, but history needs 10"),
         (
             {**film(kv()), "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}},
             "works with Sampler AR Video on this model",
