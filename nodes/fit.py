@@ -14,11 +14,11 @@ from .host_model import HostModel
 from .other_nodes import require_served
 
 
-def require_ours(model: Any, node: str) -> HostModel:
-    """The HostModel in a MODEL. Raises ValueError that names what was connected instead."""
+def require_ours(model: Any, node: str, others: str = "") -> HostModel:
+    """The HostModel in a MODEL. Raises ValueError that names what was connected instead; `others`: what else the node serves."""
     inner = getattr(model, "model", model)
     if not isinstance(inner, HostModel):
-        raise ValueError(f"{node} cannot serve a {type(inner).__name__} model: load it with the Load AR Video Model node ({titles()})")
+        raise ValueError(f"{node} cannot serve a {type(inner).__name__} model: load it with the Load AR Video Model node ({titles()}){others}")
     _require_fitting_lora(model, inner, node)
     require_served(model, node)
     return inner

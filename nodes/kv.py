@@ -15,6 +15,7 @@ from ..flowcache_core.kv.scores import KV_POLICIES
 from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
 from .fit import require_ours
+from .native_kv import NATIVE, is_native, network_of, planned, with_native
 from .settings_on_model import KV_NODE, with_compressor
 from .shown_text import SHOWS_TEXT
 
@@ -52,21 +53,32 @@ class KVCompressor(io.ComfyNode):
             category="FlowCache",
             **SHOWS_TEXT,
             description="Keeps the history of a film, its cached keys and values, within a budget, whatever the film's length. Goes between the "
-            "model loader and the guider, before or behind the cache nodes.",
-            search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction"],
-            inputs=[io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes."), *_inputs()],
+            "model loader and the guider, before or behind the cache nodes. Works with ComfyUI's own causal models and Sampler AR Video too.",
+            search_aliases=["kv cache", "flowcache", "long video", "memory", "eviction", "self-forcing", "causal-forcing"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes; or of any loader, where "
+                    "it is a causal one of ComfyUI's own (Self-Forcing, Causal-Forcing).",
+                ),
+                *_inputs(),
+            ],
             outputs=[io.Model.Output(tooltip="The MODEL with this budget: for the guider and the scheduler, or for a cache node.")],
         )
 
     @classmethod
     def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, **settings: Any) -> io.NodeOutput:
-        adapter = require_ours(model, NODE).adapter()
+        native = is_native(model)
+        adapter = network_of(model) if native else require_ours(model, NODE, NATIVE).adapter()
         head = "" if salience_head == BUNDLED else folder_paths.get_full_path_or_raise(HEADS, salience_head)
         score = policy_named(policy, policy_settings, head)
         if isinstance(score, LearntKVPolicy):
             score.check_network(adapter.layers, adapter.width)
         compressor = Compressor(score, **settings)
-        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(_summary(compressor, policy_settings.strip())))
+        text = _summary(compressor, policy_settings.strip())
+        if native:
+            return io.NodeOutput(with_native(model, compressor), ui=ui.PreviewText("\n".join([text, *planned(network_of(model), compressor)])))
+        return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(text))
 
 
 def _summary(compressor: Compressor, settings: str) -> str:

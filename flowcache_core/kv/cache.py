@@ -26,6 +26,8 @@ from .layout import Capacity, Layout, Range
 from .waiting import Waiting
 
 Branches = tuple[Hashable, ...]
+Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention over all that is given, as `kernels.attention.attention` has it."""
 Seen = Callable[[Chunk, Hashable], int | None]
 """How many chunks, itself included, a branch of a chunk sees at this step; None: as many as the schedule allows."""
 T = TypeVar("T")
@@ -159,15 +161,16 @@ class CachedAttention:
     refreshed tokens meet the fresh slots and the old ones of their own chunk. With a `keeper` and the `chunk`, slots beyond
     the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the slots
     of its other tokens are written too, as they would be by now. With `ranges`, one per branch, each branch sees no more than its own.
-    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone.
+    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone. `plain`: what attends, in
+    place of `attention`, where all that is seen lies within the horizon and counts once.
     """
 
     def __init__(self, cache: KVCache, batch: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
                  keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None,
-                 ranges: tuple[Range | None, ...] = (), aside: bool = False) -> None:  # fmt: skip
+                 ranges: tuple[Range | None, ...] = (), aside: bool = False, plain: Plain | None = None) -> None:  # fmt: skip
         self.cache, self.batch, self.first, self.end, self.ranges, self.aside = cache, batch, first, end, ranges, aside
         self.at = slice(start, end) if tokens is None or waiting else tokens + start
-        self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
+        self.keeper, self.chunk, self.waiting, self.plain = keeper, chunk, waiting, plain or attention
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         keys, values = self._beside(layer, k, v) if self.aside else self._written(layer, k, v)
@@ -194,8 +197,10 @@ class CachedAttention:
     def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         firsts = [self.first if one is None else one.first for one in self.ranges for _ in range(self.cache.sizes.films)]
         if not firsts:
-            return attention(q, keys, values)
-        return _grouped(firsts, q, lambda first, mine: attention(q[mine], keys[mine, :, first - self.first :], values[mine, :, first - self.first :]))
+            return self.plain(q, keys, values)
+        return _grouped(
+            firsts, q, lambda first, mine: self.plain(q[mine], keys[mine, :, first - self.first :], values[mine, :, first - self.first :])
+        )
 
     def _bounded(self, keeper: Keeper, chunk: Chunk, layer: int, q: Tensor, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
         films = self.cache.sizes.films
@@ -215,7 +220,7 @@ class CachedAttention:
         is fewer to turn, and it is thrown away after the call. What stands for others counts that many times.
         """
         if not segments and not keeper.middle.weight:
-            return attention(q, keys[:, :, first:], values[:, :, first:])
+            return self.plain(q, keys[:, :, first:], values[:, :, first:])
         far = segments[-1][1] if segments else first
         pieces = [(q, keys[:, :, far:], far, keys.shape[2])]
         if segments:
@@ -266,10 +271,10 @@ class KVStore:
     remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "_waiting", "_written")
 
     def __init__(self, sizes: KVSizes, layout: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
-                 waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None) -> None:  # fmt: skip
+                 waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None, plain: Plain | None = None) -> None:  # fmt: skip
         """`waits`: whether tokens of a chunk may wait while others of it are computed; `seen`: for a network that lets some steps
-        or branches see fewer chunks than the schedule allows."""
-        self.sizes, self.layout, self.keeper, self.waits, self.seen = sizes, layout, keeper, waits, seen
+        or branches see fewer chunks than the schedule allows; `plain`: as in `CachedAttention`."""
+        self.sizes, self.layout, self.keeper, self.waits, self.seen, self.plain = sizes, layout, keeper, waits, seen, plain
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
         self._waiting: dict[tuple[int, Branches], Waiting] = {}
@@ -304,7 +309,7 @@ class KVStore:
         if self.waits(chunk.index) and not (chunk.committing or replaced or aside):
             waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
-        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges, aside)
+        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges, aside, self.plain)
 
     def _require_history(self, branches: Branches, chunk: Chunk, ranges: tuple[Range | None, ...]) -> None:
         """Notes that the branches ran for the chunk. Raises ValueError for one that did not run for an earlier chunk that it sees."""
