@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..flowcache_core.show.plot import chunk_map, history_map
 from .mailbox import Mailbox
 from .sampler import Report
+from .within import within_schema
 
 
 class CacheReport(io.ComfyNode):
@@ -35,6 +36,7 @@ class CacheReport(io.ComfyNode):
         )
 
     @classmethod
+    @within_schema
     def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor]) -> io.NodeOutput:
         run = report.of(latent["samples"])
         done = run.report
