@@ -18,6 +18,7 @@ from .fit import require_ours
 from .native_kv import NATIVE, is_native, network_of, planned, with_native
 from .settings_on_model import KV_NODE, with_compressor
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = KV_NODE
 DEFAULT = Even.name
@@ -67,6 +68,7 @@ class KVCompressor(io.ComfyNode):
         )
 
     @classmethod
+    @within_schema
     def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, **settings: Any) -> io.NodeOutput:
         native = is_native(model)
         adapter = network_of(model) if native else require_ours(model, NODE, NATIVE).adapter()
