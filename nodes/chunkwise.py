@@ -18,6 +18,7 @@ from ..flowcache_core.settings import described
 from .fit import require_ours
 from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = CHUNKWISE_NODE
 DEFAULT = "balanced"
@@ -81,6 +82,7 @@ class ChunkwiseCache(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
                 target_seconds: float = 60.0, plan: str = "", **settings: Any) -> io.NodeOutput:  # fmt: skip
         inner = require_ours(model, NODE)

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.show.compare import Spent, closeness, difference_film
+from .within import within_schema
 
 
 class CompareRuns(io.ComfyNode):
@@ -38,6 +39,7 @@ class CompareRuns(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, film: torch.Tensor, reference: torch.Tensor, name: str, difference: float,
                 film_report: str = "", reference_report: str = "") -> io.NodeOutput:  # fmt: skip
         runs = Spent.of(film_report, "film_report"), Spent.of(reference_report, "reference_report")

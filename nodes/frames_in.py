@@ -13,6 +13,7 @@ from ..flowcache_core.sampling.frames import Frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule
 from .fit import require_ours
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = "AR Video Frames In"
 
@@ -44,6 +45,7 @@ class ARVideoFramesIn(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, model, vae, latent, start=None, end=None, start_latent=None, history=0) -> io.NodeOutput:  # type: ignore[no-untyped-def]
         mine = require_ours(model, NODE)
         layout, pixels = mine.layout, mine.family.frames

@@ -17,6 +17,7 @@ from .chunkwise import widgets
 from .fit import require_ours
 from .settings_on_model import KV_NODE, with_compressor
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = KV_NODE
 DEFAULT = Even.name
@@ -59,6 +60,7 @@ class KVCompressor(io.ComfyNode):
         )
 
     @classmethod
+    @within_schema
     def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, **settings: Any) -> io.NodeOutput:
         adapter = require_ours(model, NODE).adapter()
         head = "" if salience_head == BUNDLED else folder_paths.get_full_path_or_raise(HEADS, salience_head)

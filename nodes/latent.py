@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
+from ..flowcache_core.run.footprint import readable
 from .fit import require_ours
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 LONG = 10
 """From so many windows on a film is called long."""
+COPIES = 3
+"""Of a film's latents that a run holds at the least: what it is given, the noise, and the film."""
 
 
 class EmptyARVideoLatent(io.ComfyNode):
@@ -40,6 +46,7 @@ class EmptyARVideoLatent(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, model, width, height, length, unit, snap, batch_size) -> io.NodeOutput:  # type: ignore[no-untyped-def]
         mine = require_ours(model, "Empty AR Video Latent")
         layout, pixels, latent = mine.layout, mine.family.frames, mine.family.latents
@@ -63,5 +70,17 @@ class EmptyARVideoLatent(io.ComfyNode):
             text += f"; a long film: the model sees {seen} frames ({seen / layout.fps:.2f} s) at once, and this is {frames / seen:.0f} times as long"
             text += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
-        samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+        samples = torch.zeros(_within_memory(shape), device=comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(text).as_dict(), "fps": [layout.fps]})
+
+
+def _within_memory(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape itself. Raises ValueError for latents of float32 that cannot be sampled on this machine, whatever the model."""
+    bytes_needed = COPIES * 4 * math.prod(shape)
+    there = comfy.model_management.get_total_memory(comfy.model_management.intermediate_device())
+    if bytes_needed > there:
+        raise ValueError(
+            f"Empty AR Video Latent: latents of shape {shape} and their noise take {readable(bytes_needed)}, and this machine has "
+            f"{readable(there)} of memory: make the film shorter or smaller, or set unit to frames if length counts frames"
+        )
+    return shape

@@ -18,6 +18,7 @@ from ..flowcache_core.models.family import AUTO, Family
 from .bundled_clip import bundled_clip
 from .model_files import choices, path_of
 from .patcher import load
+from .within import within_schema
 
 
 def bundled() -> dict[str, Family]:
@@ -63,6 +64,7 @@ class LoadARVideoModel(io.ComfyNode):
         )
 
     @classmethod
+    @within_schema
     def execute(cls, model_name: str, family: str = AUTO) -> io.NodeOutput:
         if model_name not in bundled():
             model = load(path_of(model_name), model_name, family)

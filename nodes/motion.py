@@ -21,6 +21,7 @@ from .mailbox import Mailbox
 from .sampler import Report
 from .settings_on_model import MOTION_NODE, policy_of, with_policy
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = MOTION_NODE
 CUSTOM, PLAN = "custom", "turbo"
@@ -55,6 +56,7 @@ class MotionCache(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, model: Any, preset: str, **settings: Any) -> io.NodeOutput:
         host = require_ours(model, NODE)
         before = policy_of(model.model_options)
@@ -115,6 +117,7 @@ class RefreshOverlay(io.ComfyNode):
         )
 
     @classmethod
+    @within_schema
     def execute(cls, report: Mailbox, images: torch.Tensor, opacity: float) -> io.NodeOutput:
         if report.report is None or report.report.visits is None:
             raise ValueError("this sampler has not run yet: connect images to the film decoded from its latents")

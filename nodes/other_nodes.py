@@ -116,6 +116,9 @@ def require_plain_texts(guider: Any, node: str) -> None:
     some = (one for many in guider.conds.values() for one in many)
     if found := next((key for one in some for key in ON_TEXTS if one.get(key) is not None), None):
         raise ValueError(f"{node}: {ON_TEXTS[found]}; bypass that node")
+    for text in (one["cross_attn"] for many in guider.conds.values() for one in many if one.get("cross_attn") is not None):
+        if text.ndim != 3 or not text.numel():
+            raise ValueError(f"{node} was given a text of shape {tuple(text.shape)}, and needs films x words x channels: use a CLIP Text Encode node")
 
 
 def made_by(thing: Any, whole: bool = False) -> str:

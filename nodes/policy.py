@@ -13,6 +13,7 @@ from ..flowcache_core.policies.planned import Planned
 from .fit import require_network, require_ours
 from .settings_on_model import POLICY_NODE, policy_node, with_policy
 from .shown_text import SHOWS_TEXT
+from .within import within_schema
 
 NODE = POLICY_NODE
 
@@ -40,6 +41,7 @@ class CachePolicyByName(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, model: Any, policy: str, settings: str) -> io.NodeOutput:
         host = require_ours(model, NODE)
         if other := policy_node(model.model_options):

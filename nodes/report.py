@@ -14,6 +14,7 @@ from ..flowcache_core.show.plot import chunk_map, history_map
 from ..flowcache_core.show.report_file import KINDS, write_report
 from .mailbox import Kept, Mailbox
 from .sampler import Report
+from .within import within_schema
 
 NO_FILE = "none"
 
@@ -44,6 +45,7 @@ class CacheReport(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, report: Mailbox, latent: dict[str, torch.Tensor], save: str = NO_FILE,
                 filename_prefix: str = "flowcache/report") -> io.NodeOutput:  # fmt: skip
         run = report.of(latent["samples"])

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..flowcache_core.sampling.solvers import SOLVERS
 from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler
 from .mailbox import Mailbox
+from .within import within_schema
 
 Report = io.Custom("FLOWCACHE_REPORT")
 
@@ -56,6 +57,7 @@ class ARChunkSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @within_schema
     def execute(cls, solver: str, ar_step: int, chunk_frames: int, window: int, fps: str, attention: str = AUTO, window_frames: int = 0,
                 overlap_history: int = 17, addnoise_condition: int = 20, save_every: int = 0, vae: Any = None) -> io.NodeOutput:  # fmt: skip
         mailbox = Mailbox()

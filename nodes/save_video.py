@@ -19,6 +19,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..flowcache_core.show.film import frames_of
 from ..flowcache_core.show.film_file import FilmFile
 from .vae_pieces import OVERLAPS, frames_by, is_carried, pieces_of
+from .within import within_schema
 
 NODE = "Save AR Video"
 IMAGES_AT_ONCE = 16
@@ -63,6 +64,7 @@ class SaveARVideo(io.ComfyNode):
         return _wrong(*(one is not ABSENT for one in (samples, vae, images))) or True
 
     @classmethod
+    @within_schema
     def execute(cls, filename_prefix: str, fps: float, crf: int, images_out: bool, samples: dict[str, torch.Tensor] | None = None,
                 vae: Any = None, images: torch.Tensor | None = None, report: str = "") -> io.NodeOutput:  # fmt: skip
         if wrong := _wrong(*(one is not None for one in (samples, vae, images))):

@@ -7,8 +7,8 @@ from its seed, kind and number alone, so that what fails can be made again: `--k
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import random
 import signal
 import struct
 import sys
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save, save_file
 
@@ -29,6 +30,7 @@ from flowcache_core.kv.named import policy_named as kv_named
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
 from flowcache_core.models.checkpoint import load_network_file
+from flowcache_core.models.magi_text import ROWS, read_special_tokens
 from flowcache_core.models.shards import open_checkpoint, read
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.policies import POLICIES
@@ -38,54 +40,14 @@ from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.training.loop import load_saved
 from flowcache_core.training.salience import _begun, _lines
 from flowcache_core.training.salience_clips import read_embeddings
+from tests.fuzz_states import HostileStates
+from tests.fuzz_values import KEYS, NUMBERS, TEXTS, Random, damaged, text, value
 
 MOST_S, STUCK_S = 2.0, 20
 """Seconds of computing that an input may take, and seconds after which it counts as stuck."""
 LONGEST = 1500
 """Characters of a sentence."""
 INDEX = "model.safetensors.index.json"
-NUMBERS = (0, 1, -1, 2, 7, 255, 2**16, 2**31, 2**53, 2**62, 2**63, 2**64 - 1, 10**30, 0.5, 1e308, float("nan"), float("inf"))
-TEXTS = ("", "x", "\0", "\ud800", "..", "/", "\n", "\u202e", "../out.safetensors", "/etc/passwd", "out.safetensors", "a.safetensors", "b.safetensors",
-         "link.safetensors", "model-00001-of-00002.safetensors", "C:\\x.safetensors", "//host/x.safetensors", "x" * 300)  # fmt: skip
-KEYS = ("x", "y", "weight_map", "patch_embedding.weight", "blocks.0.modulation", "head.head.weight", "__metadata__", "scaled_fp8", "plan", "format")
-Random = random.Random
-
-
-def value(rng: Random, depth: int = 3) -> Any:
-    """Any JSON value."""
-    kind = rng.randrange(8 if depth else 5)
-    if kind < 2:
-        return rng.choice(NUMBERS)
-    if kind < 4:
-        return rng.choice((*TEXTS, *KEYS))
-    if kind == 4:
-        return rng.choice((None, True, False))
-    if kind == 5:
-        return [value(rng, depth - 1) for _ in range(rng.randrange(4))]
-    return {rng.choice((*KEYS, *TEXTS)): value(rng, depth - 1) for _ in range(rng.randrange(4))}
-
-
-def damaged(rng: Random, data: bytes) -> bytes:
-    """A few bytes changed, cut out, put in or repeated; sometimes none."""
-    out = bytearray(data)
-    for _ in range(rng.choice((0, 1, 1, 2, 5))):
-        at = rng.randrange(len(out) + 1)
-        match rng.randrange(5):
-            case 0 if at < len(out):
-                out[at] = rng.randrange(256)
-            case 1:
-                out[at:at] = rng.randbytes(rng.randrange(9))
-            case 2:
-                del out[at : at + rng.choice((1, 8, 1000))]
-            case 3:
-                out[at:at] = out[at : at + rng.choice((1, 16, 64))]
-            case _:
-                del out[at:]
-    return bytes(out)
-
-
-def text(values: Any) -> bytes:
-    return json.dumps(values).encode("utf-8", "surrogatepass")
 
 
 def with_header(header: bytes, data: bytes, length: int | None = None) -> bytes:
@@ -118,6 +80,13 @@ def small_head(folder: Path) -> bytes:
     return data
 
 
+def small_special() -> bytes:
+    file = io.BytesIO()
+    one = np.ones((1, 2), np.float16)
+    np.savez_compressed(file, caption_token=one, logo_token=one, other_tokens=np.ones((ROWS, 2), np.float16))
+    return file.getvalue()
+
+
 class Inputs:
     """The kinds of input. Each takes its random numbers and a folder of its own, and yields calls that have to be answered."""
 
@@ -130,6 +99,8 @@ class Inputs:
         self.saved.unlink()
         self.plan = Plan.full(ChunkSchedule(9, 3, 6, 2)).as_dict()
         save_file({"z": torch.zeros(2)}, base / "out.safetensors")
+        self.special = small_special()
+        self.states = HostileStates(base / "states")
 
     def header(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
         """Headers made of odd values."""
@@ -210,13 +181,22 @@ class Inputs:
         yield lambda: policy_named(name, said)
         yield lambda: kv_named(name, said)
 
+    def learned(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
+        """The special tokens of MAGI-1, as a file of NumPy arrays that was whole."""
+        (folder / "special_tokens.npz").write_bytes(damaged(rng, self.special))
+        yield lambda: read_special_tokens(folder / "special_tokens.npz")
+
+    def resumed(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
+        """The state of a run that was stopped, in place of which anything may lie."""
+        return self.states.of(rng, folder)
+
 
 def checked(plan: Plan | tuple[Plan, ...]) -> object:
     """A plan that could be read meets the run that it is for, and another."""
     return [one.check(ChunkSchedule(9, 3, 6, 2)) for one in (plan if isinstance(plan, tuple) else (plan,))]
 
 
-KINDS = ("header", "weights", "head_file", "index", "shards", "plans", "prompts", "work", "settings")
+KINDS = ("header", "weights", "head_file", "index", "shards", "plans", "prompts", "work", "settings", "learned", "resumed")
 
 
 class Stuck(Exception):

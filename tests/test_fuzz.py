@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
 from flowcache_core.bench.frontier import Kept
 from flowcache_core.policies.named import policy_named
+from flowcache_core.run.remembered import fits
 from tests.fuzz import KINDS, OPENED, Inputs, one
+from tests.fuzz_states import LONG, Parts, Setup
 
 INPUTS = 1000
 
@@ -36,7 +40,70 @@ def test_what_is_opened_outside_a_folder_is_noticed(base: Path) -> None:
         (base / "out.safetensors").read_bytes()
 
 
+def test_a_state_that_is_whole_is_used(inputs: Inputs, tmp_path: Path) -> None:
+    for setup, (name, data) in zip(inputs.states.setups, inputs.states.saved, strict=True):
+        tmp_path.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(Parts.of(data).whole())
+        film, report = setup.make(tmp_path, every=LONG)
+        assert any(note.startswith("goes on from a saved state") for note in report.notes)
+        assert torch.equal(film, setup.whole)
+
+
 # what was found
+
+
+def refused(setup: Setup, name: str, parts: Parts, folder: Path) -> str:
+    """What is said of a state that is not used, and the film is made all the same."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(parts.whole())
+    film, report = setup.make(folder, every=LONG)
+    assert torch.equal(film, setup.whole)
+    (said,) = [note for note in report.notes if "cannot be used" in note]
+    return said
+
+
+def test_a_state_whose_values_are_of_other_types_is_not_used(inputs: Inputs, tmp_path: Path) -> None:
+    """Each had the right checksum, and ended the run later with an error of Python."""
+    for way, value in ((("session", "state", "edges"), {"dict": [[0, 1]]}),
+                       (("session", "_kv", "keeper"), 5), (("session", "_kv", "_written"), [])):  # fmt: skip
+        name, data = inputs.states.saved[0]
+        parts = Parts.of(data)
+        *path, last = way
+        holder = parts.tree
+        for key in path:
+            holder = holder[key]["fields"]
+        holder[last] = value
+        assert "it does not fit this run" in refused(inputs.states.setups[0], name, parts, tmp_path)
+
+
+def test_a_state_that_lacks_a_chunk_is_not_used(inputs: Inputs, tmp_path: Path) -> None:
+    name, data = inputs.states.saved[0]
+    parts = Parts.of(data)
+    parts.tree["loop"]["fields"]["walk_of"] = {"dict": []}
+    assert "it does not say how chunk 3 goes on" in refused(inputs.states.setups[0], name, parts, tmp_path)
+
+
+def test_a_state_with_a_plan_of_another_run_is_not_used(inputs: Inputs, tmp_path: Path) -> None:
+    name, data = inputs.states.saved[1]
+    parts = Parts.of(data)
+    parts.tree["session"]["fields"]["plan"]["fields"]["computed"] = {"tuple": [{"tuple": [0, 7]}]}
+    assert "the plan is for 1 chunks of 3 steps" in refused(inputs.states.setups[1], name, parts, tmp_path)
+
+
+def test_values_are_held_against_types_as_annotations_write_them() -> None:
+    assert fits([(1, 2.5)], list[tuple[int, float]])
+    assert fits({"a": None}, dict[str, int | None])
+    assert fits((1, 2, 3), tuple[int, ...])
+    for value, kind in (
+        ([1], list[str]),
+        ((1,), tuple[int, int]),
+        (True, int),
+        (True, float),
+        ({1: 2}, dict[str, int]),
+        (1, Literal["a"]),
+        (2, str | None),
+    ):
+        assert not fits(value, kind)
 
 
 def test_films_of_a_bench_that_are_no_text_are_made_again(tmp_path: Path) -> None:

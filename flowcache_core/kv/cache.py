@@ -264,6 +264,9 @@ class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
     remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "_waiting", "_written")
+    _waiting: dict[tuple[int, Branches], Waiting]
+    _written: dict[Hashable, set[int]]
+    """By branch, the chunks of which it has keys and values."""
 
     def __init__(self, sizes: KVSizes, layout: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
                  waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None) -> None:  # fmt: skip
@@ -272,9 +275,8 @@ class KVStore:
         self.sizes, self.layout, self.keeper, self.waits, self.seen = sizes, layout, keeper, waits, seen
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self._caches: list[KVCache] = []
-        self._waiting: dict[tuple[int, Branches], Waiting] = {}
-        self._written: dict[Hashable, set[int]] = {}
-        """By branch, the chunks of which it has keys and values."""
+        self._waiting = {}
+        self._written = {}
 
     @property
     def bytes(self) -> int:

@@ -74,6 +74,7 @@ class Keeper:
     """Of one run. `films`: of a batch; `grid`: height and width of a frame in tokens."""
 
     remembers: ClassVar[tuple[str, ...]] = ("middle", "_kept", "_shared")
+    _kept: dict[Hashable, list[Kept]]
 
     def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary) -> None:
         self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary
@@ -81,7 +82,7 @@ class Keeper:
         self._ends = torch.tensor([sum(schedule.span(k)) * self.frame_tokens for k in range(schedule.chunks)])
         self.middle = Middle()
         """Slots of history that stand for others, the same in all layers and branches."""
-        self._kept: dict[Hashable, list[Kept]] = {}
+        self._kept = {}
         self._shared = RunMemory()
         self._segments: dict[tuple[int, Hashable, int], list[list[Segment]]] = {}
         self._lengths: dict[tuple[Segment, ...], Tensor] = {}

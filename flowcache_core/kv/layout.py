@@ -35,12 +35,13 @@ class Layout:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("kept", "spans")
+    spans: dict[int, tuple[int, int]]
+    """First slot and number of slots of every chunk that lies there whole."""
 
     def __init__(self, schedule: ChunkSchedule, frame_tokens: int, budget: int | None = None, reach: Reach | None = None) -> None:
         self.schedule, self.frame_tokens, self.budget, self.reach = schedule, frame_tokens, budget, reach
         self.kept = 0
-        self.spans: dict[int, tuple[int, int]] = {}
-        """First slot and number of slots of every chunk that lies there whole."""
+        self.spans = {}
 
     @property
     def total(self) -> int:

@@ -109,11 +109,13 @@ class RunState:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("memory", "_chunks", "edges")
+    _chunks: dict[int, ChunkState]
+    edges: dict[int, Tensor]
 
     def __init__(self) -> None:
-        self._chunks: dict[int, ChunkState] = {}
+        self._chunks = {}
         self.memory = RunMemory()
-        self.edges: dict[int, Tensor] = {}
+        self.edges = {}
 
     def of(self, index: int) -> ChunkState:
         return self._chunks.setdefault(index, ChunkState(run=self.memory))

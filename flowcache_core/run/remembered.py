@@ -8,9 +8,11 @@ of the kinds that are allowed. Anything else is refused, when it is written and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -122,7 +124,7 @@ class Reader:
             raise ValueError("it is of another make")
         self._seen[data["number"]] = now
         for key in now.remembers:
-            setattr(now, key, self.put(getattr(now, key), data["fields"][key]))
+            setattr(now, key, _fitting(now, key, self.put(getattr(now, key), data["fields"][key])))
 
     def read(self, data: Any) -> Any:
         match data:
@@ -167,17 +169,51 @@ class Reader:
         if named.keys() != set(_attributes(made)):
             raise ValueError("it is of another make")
         for key, data in named.items():
-            object.__setattr__(made, key, self.read(data))
+            object.__setattr__(made, key, _fitting(made, key, self.read(data)))
         return made
 
 
 def _alike(now: object, made: object) -> bool:
-    """Whether one value can take the place of the other: of one type, and arrays of one size; anything for nothing."""
+    """Whether one value can take the place of the other: of one type, and arrays of one size; numbers or a plan for nothing."""
     if now is None or made is None:
-        return now is None or isinstance(now, Tensor | np.ndarray | Plan)
+        return isinstance(made if now is None else now, Tensor | np.ndarray | Plan | tuple | None)
     if isinstance(now, np.ndarray) and isinstance(made, np.ndarray):
         return now.shape == made.shape and now.dtype == made.dtype
+    if isinstance(now, Tensor) and isinstance(made, Tensor) and now.numel():
+        return now.dtype == made.dtype and now.ndim == made.ndim
     return type(now) is type(made)
+
+
+def _fitting(owner: object, name: str, value: Any) -> Any:
+    """The value itself. Raises ValueError where the owner's class says that the attribute is of another type."""
+    if not fits(value, _types_of(cast(Hashable, type(owner))).get(name, Any)):
+        raise ValueError(f"{name} of {type(owner).__qualname__} is of another type")
+    return value
+
+
+@cache
+def _types_of(kind: Hashable) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(cast(type, kind)).items() if get_origin(hint) is not ClassVar}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, with all that its lists, tuples, sets and dicts hold, is of a type as annotations write it."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple and args[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
+    if origin in (list, tuple, set):
+        return isinstance(value, origin) and all(fits(one, args[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(key, args[0]) and fits(one, args[1]) for key, one in value.items())
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if kind is int:
+        return type(value) is int
+    return kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or isinstance(value, kind)
 
 
 def _attributes(value: Any) -> Iterable[str]:

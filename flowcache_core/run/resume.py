@@ -84,6 +84,7 @@ class FileCheckpoints:
         self._session, self._observer = session, observer
         if self._found is not None:
             self._put(self._found, session=session)
+            self._require_plans(session)
             self.section = self._shown(self._found)
             self._notes = [_goes_on(self._found, made_with(self.run.place.device))]
         try:
@@ -98,9 +99,11 @@ class FileCheckpoints:
         if self._found is None:
             return
         self._put(self._found, loop=loop, **self._observed())
-        rows = len((self.run.sections[loop.section].schedule if self.run.sections else self.run.schedule).rows)
-        if not 0 <= loop.row < rows:
-            raise Unreadable(f"it stands at row {loop.row} of {rows}")
+        rows = (self.run.sections[loop.section].schedule if self.run.sections else self.run.schedule).rows
+        if not 0 <= loop.row < len(rows):
+            raise Unreadable(f"it stands at row {loop.row} of {len(rows)}")
+        if missing := {chunk.index for row in rows[loop.row :] for chunk in row.active} - loop.walk_of.keys():
+            raise Unreadable(f"it does not say how chunk {min(missing) + 1} goes on")
         self._found = self._reader = None
 
     def after_row(self, loop: LoopState, finished: int) -> None:
@@ -126,6 +129,17 @@ class FileCheckpoints:
                     reader.put(one, found.tree[name])
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise Unreadable(f"it does not fit this run ({type(error).__name__}: {short(error)})") from error
+
+    def _require_plans(self, session: Session | SectionSession) -> None:
+        plans = session.plans or () if isinstance(session, SectionSession) else (session.plan,)
+        schedules = [one.schedule for one in self.run.sections] or [self.run.schedule]
+        try:
+            for plan, schedule in zip(plans, schedules, strict=True):
+                if plan is None:
+                    raise Unreadable("it has no plan")
+                plan.check(schedule)
+        except ValueError as error:
+            raise Unreadable(f"it does not fit this run ({short(error)})") from error
 
     def _shown(self, found: StateFile) -> int:
         """In which the earlier run stood: walks of this section have to be there before the loop is put in place."""

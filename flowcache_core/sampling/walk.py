@@ -78,12 +78,13 @@ class CellWalk:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("histories", "clean")
+    clean: list[Tensor]
+    """The clean latents of every cell's last two computed steps, the latest last."""
 
     def __init__(self, order: int, levels: tuple[float, ...]) -> None:
         self.order, self.levels = order, levels
         self.histories = Histories()
-        self.clean: list[Tensor] = []
-        """The clean latents of every cell's last two computed steps, the latest last."""
+        self.clean = []
 
     def arrive(self, x: Tensor, step: int) -> Tensor:
         return self._across(x, self.clean[-self.order :], step, corrected=False) if self.clean else x

@@ -1,0 +1,92 @@
+"""What a node is given, held against its own schema before it runs: the host checks what is typed, not what comes by a link."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..flowcache_core.untrusted import short
+from .mailbox import Mailbox
+
+
+def within_schema(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """For the `execute` of a node. It then raises ValueError, with the way out, for an input that the schema does not allow."""
+
+    @functools.wraps(execute)
+    def checked(cls: Any, **inputs: Any) -> io.NodeOutput:
+        schema = cls.define_schema()
+        rules = {one.id: one for one in schema.inputs}
+        for name, value in inputs.items():
+            if why := _wrong(rules, name, value):
+                raise ValueError(f"{schema.display_name} {why}")
+        return execute(cls, **inputs)
+
+    return checked
+
+
+def _wrong(rules: Mapping[str, Any], name: str, value: Any) -> str:
+    """What is wrong with an input, as the end of a sentence; "" where nothing is."""
+    if name not in rules:
+        return f"has no input {short(name)}: take what is connected to it away, or load the workflow anew"
+    rule = rules[name]
+    if value is None and rule.optional and rule.get_io_type() in THINGS:
+        return ""
+    wanted = _wanted(rule, value)
+    return f"was given {name} {_told(value)}: {wanted}" if wanted else ""
+
+
+def _wanted(rule: Any, value: Any) -> str:
+    """What an input needs, where the value is something else."""
+    match rule.get_io_type():
+        case "INT" | "FLOAT" as kind:
+            number = isinstance(value, Integral if kind == "INT" else Real) and not isinstance(value, bool)
+            low, high = (-math.inf if rule.min is None else rule.min), (math.inf if rule.max is None else rule.max)
+            return "" if number and math.isfinite(value) and low <= value <= high else f"it has to be a {NUMBERS[kind]} from {low} to {high}"
+        case "BOOLEAN":
+            return "" if isinstance(value, bool | int) else "it has to be true or false"
+        case "STRING":
+            return "" if isinstance(value, str) else "it has to be a text"
+        case "COMBO":
+            return "" if str(value) in map(str, rule.options) else f"choose one of {short(', '.join(map(str, rule.options)), 300)}"
+        case kind if kind in THINGS:
+            fits, needs = THINGS[kind]
+            return "" if fits(value) else f"it has to be {needs}"
+    return ""
+
+
+def _told(value: Any) -> str:
+    """A value in few words."""
+    if isinstance(value, torch.Tensor):
+        return f"of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, str | int | float):
+        return short(repr(value))
+    return f"of type {short(type(value).__name__)}"
+
+
+def _is_latent(value: Any) -> bool:
+    samples = value.get("samples") if isinstance(value, dict) else None
+    return getattr(samples, "is_nested", False) or (isinstance(samples, torch.Tensor) and samples.is_floating_point() and samples.numel() > 0)
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 4 and value.numel() > 0 and value.shape[3] >= 3
+
+
+def _is_vae(value: Any) -> bool:
+    return hasattr(value, "encode") and hasattr(value, "decode")
+
+
+NUMBERS = {"INT": "whole number", "FLOAT": "number"}
+THINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "LATENT": (_is_latent, "a latent with samples in it, such as that of Empty AR Video Latent or of a sampler"),
+    "IMAGE": (_is_images, "one image or more in colour, frames x height x width x 3"),
+    "VAE": (_is_vae, "a VAE, such as that of Load AR Video Model or Load VAE"),
+    "FLOWCACHE_REPORT": (lambda value: isinstance(value, Mailbox), "the report output of AR Chunk Sampler"),
+}
+"""By the host's type: whether a value is one, and what is needed."""

@@ -1,0 +1,52 @@
+"""A thousand prompts for every node of ours, with anything in its inputs: each ends in success or in a sentence. And small films of any settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.host import NEEDS_HOST, Host
+from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, ours, prompt_of
+
+pytestmark = [*NEEDS_HOST, pytest.mark.slow]
+PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in (("PROMPTS", 1000), ("FILMS", 100), ("SEED", 1)))
+"""Of every node; in all."""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    base = tmp_path_factory.mktemp("comfy")
+    (base / "custom_nodes" / "odd").mkdir(parents=True)
+    (base / "custom_nodes" / "odd" / "__init__.py").write_text(ODD)
+    with Host(base) as running:
+        yield running
+
+
+def test_any_inputs_of_a_node_end_in_success_or_in_a_sentence(host: Host) -> None:
+    found = [fault for node in ours(host) for fault in faults(host, node)]
+    assert not found, f"{len(found)} findings\n" + "\n\n".join(found)
+
+
+def faults(host: Host, node: Node) -> Iterator[str]:
+    """The node as it was asked, and how it ended."""
+    ends = {"refused": 0, "success": 0, "error": 0}
+    for graph, done in answers(host, (prompt_of(SEED, node, number) for number in range(PROMPTS))):
+        ends["refused" if done is None else done["status"]["status_str"]] += 1
+        if done is not None and (fault := fault_of(done)):
+            yield f"{json.dumps(graph['node'])}\n{fault}"
+    print(node.name, ends)
+    assert ends["success"], "some are sound, so that what comes after reading is met too"
+
+
+def test_small_films_of_any_settings_end_in_success_or_in_a_sentence(host: Host) -> None:
+    nodes, found, succeeded = ours(host), [], 0
+    for graph, done in answers(host, (film_of(SEED, nodes, number) for number in range(FILMS))):
+        assert done is not None, json.dumps(graph)
+        succeeded += done["status"]["status_str"] == "success"
+        if fault := fault_of(done):
+            found.append(f"{json.dumps(graph)}\n{fault}")
+    assert not found, f"{len(found)} findings\n" + "\n\n".join(found)
+    assert succeeded
