@@ -1,4 +1,4 @@
-"""Saved states of runs, damaged at random, for `tests.fuzz`: whatever lies in the place of a state, the film is made."""
+"""Saved states of runs, damaged at random, for `tests.fuzz`: the film is made, whatever was damaged. Of crafted ones the reading is tested."""
 
 from __future__ import annotations
 
@@ -177,13 +177,14 @@ def reshaped(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def hostile(rng: Random, data: bytes) -> bytes:
-    parts = Parts.of(data)
-    match rng.randrange(8):
+def hostile(rng: Random, data: bytes) -> tuple[bytes, bool]:
+    """-> a state, and whether it is crafted: with other values or tensors under a checksum that is right."""
+    parts, kind = Parts.of(data), rng.randrange(8)
+    match kind:
         case 0:
-            return damaged(rng, data)
+            return damaged(rng, data), False
         case 1:
-            return signed(damaged(rng, text(parts.header)).decode("utf-8", "replace"), parts.tensors)
+            return signed(damaged(rng, text(parts.header)).decode("utf-8", "replace"), parts.tensors), True
         case 2:
             parts.header = reshaped(rng, parts.header)
         case 3:
@@ -193,7 +194,7 @@ def hostile(rng: Random, data: bytes) -> bytes:
             parts.header["__metadata__"]["metadata"] = json.dumps(changed(rng, said))
         case _:
             parts.tree = changed(rng, parts.tree)
-    return parts.whole()
+    return parts.whole(), kind not in (3, 4)
 
 
 class HostileStates:
@@ -208,12 +209,19 @@ class HostileStates:
         number = rng.randrange(len(self.setups))
         setup, (name, data) = self.setups[number], self.saved[number]
         path, other = folder / name, folder / "0123456789abcdef.safetensors"
-        path.write_bytes(hostile(rng, data))
+        state, crafted = hostile(rng, data)
+        path.write_bytes(state)
         if rng.random() < 0.1:
             other.symlink_to(rng.choice((name, other.name, "nowhere", "..")))
         yield lambda: metadata_of(path)
         yield lambda: read_state(path)
-        yield lambda: film_all_the_same(setup, folder)
+        yield lambda: begun(setup, folder) if crafted else film_all_the_same(setup, folder)
+
+
+def begun(setup: Setup, folder: Path) -> None:
+    """The state is put in place or refused, and the run comes to its first evaluation."""
+    with suppress(Stopped):
+        setup.make(folder, evaluations=0, every=LONG)
 
 
 def film_all_the_same(setup: Setup, folder: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 from flowcache_core.bench.frontier import Kept
 from flowcache_core.policies.named import policy_named
 from flowcache_core.run.remembered import fits
+from flowcache_core.sampling.plan import Plan
+from flowcache_core.sampling.schedule import ChunkSchedule
 from tests.fuzz import KINDS, OPENED, Inputs, one
 from tests.fuzz_states import LONG, Parts, Setup
 
@@ -81,6 +83,18 @@ def test_a_state_that_lacks_a_chunk_is_not_used(inputs: Inputs, tmp_path: Path) 
     parts = Parts.of(data)
     parts.tree["loop"]["fields"]["walk_of"] = {"dict": []}
     assert "it does not say how chunk 3 goes on" in refused(inputs.states.setups[0], name, parts, tmp_path)
+
+
+def test_a_state_without_its_loop_is_not_used(inputs: Inputs, tmp_path: Path) -> None:
+    name, data = inputs.states.saved[0]
+    parts = Parts.of(data)
+    del parts.tree["loop"]
+    assert "it does not say where in the film it stands" in refused(inputs.states.setups[0], name, parts, tmp_path)
+
+
+def test_a_plan_that_lists_too_few_chunks_in_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="a list per chunk"):
+        Plan(3, ((0, 1, 2),) * 3, partial=((),)).check(ChunkSchedule(9, 3, 3, 3))
 
 
 def test_a_state_with_a_plan_of_another_run_is_not_used(inputs: Inputs, tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ class FileCheckpoints:
 
     def _shown(self, found: StateFile) -> int:
         """In which the earlier run stood: walks of this section have to be there before the loop is put in place."""
-        match found.tree["loop"]:
-            case {"fields": {"section": int(section)}} if 0 <= section < max(len(self.run.sections), 1):
+        match found.tree:
+            case {"loop": {"fields": {"section": int(section)}}} if 0 <= section < max(len(self.run.sections), 1):
                 return section
         raise Unreadable("it does not say where in the film it stands")
 

@@ -92,7 +92,7 @@ class Plan:
         return self
 
     def _check_partial(self) -> None:
-        if not any(self.partial):
+        if not any(self.partial) and len(self.partial) in (0, len(self.computed)):
             return
         if self.together:
             raise ValueError("the plan computes steps in part, which bidirectional attention cannot: use block-causal attention")
