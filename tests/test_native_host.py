@@ -489,7 +489,8 @@ def test_a_text_that_does_not_count_at_the_end_of_a_block_is_told(host: Host) ->
 
 
 def test_the_node_says_what_is_planned(host: Host) -> None:
-    text = said(host, film(kv(**SEVEN)), KIND)
+    text = said(host, film(kv(budget=2.0, policy="even")), KIND)
+    assert "history is kept to 2 seconds" in text
     assert re.search(r"under Sampler AR Video with 3 frames per block, at 832 x 480 in 16 bits: a KV cache of at most [0-9.]+ MiB", text)
     for frames in (21, 241):
         assert readable(frames * 30 * 52 * 2 * LAYERS * WIDTH * 2) in text
