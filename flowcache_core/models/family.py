@@ -68,6 +68,8 @@ class Latents:
     """The class of comfy.latent_formats; None where the host has none."""
     preview: Preview | None = None
     """Colours of the latents; None: as the host's class has them."""
+    scale: float = 1.0
+    """What the VAE makes, times this, is what the network takes; where the host has a class, that knows it."""
 
     @property
     def multiple(self) -> int:
@@ -108,6 +110,20 @@ class Loaders:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """What a family was published with, where a user leaves it open.
+
+    solver: its name; stagger: number of steps -> `ar_step`; given_noise: timestep of the light noise on given first frames;
+    scale: of guidance, None where it is trained into the network.
+    """
+
+    solver: str = "unipc"
+    stagger: Callable[[int], int] = lambda steps: 5
+    given_noise: int = 20
+    scale: float | None = 6.0
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """`name` is also what a file's metadata may say under "architecture"; `title` is what people read."""
 
@@ -143,6 +159,9 @@ class Family:
     """Raises ValueError, with the way out, for a schedule that the network was not trained for."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
+    published: Published = Published()
+    words: int | None = None
+    """Rows of text that the network reads at most, every one of them: padding is cut off. None: text is taken as the encoder made it."""
 
     def require_rate(self, fps: int) -> int:
         """Raises ValueError for a frame rate that the family has not learnt."""

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
-from .family import ChunkLayout, Family, Latents, Loaders
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
+from .magi_text import WORDS
+from .magi_vae import LATENT_SCALE, MagiVAE
+from .word_text import encode_prompt
 
 CHUNK_FRAMES = 6
 STAGES = 4
@@ -43,8 +46,12 @@ class MagiNoise:
             raise ValueError(f"{steps} steps were asked for: at least 1 is needed (64, 32, 16 and 8 are the published settings)")
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
-        squares = [1 - place**2 for place in places(int(steps / denoise))]
-        return tuple(shift * x / (1 + (shift - 1) * x) for x in squares[-steps - 1 :])
+        return tuple(self.level(place, shift) for place in places(int(steps / denoise))[-steps - 1 :])
+
+    def level(self, place: float, shift: float) -> float:
+        """At a place 0..1 of a run whose steps are equally long."""
+        x = 1 - place**2
+        return shift * x / (1 + (shift - 1) * x)
 
     def timestep(self, sigma: float) -> float:
         return 1 - sigma
@@ -152,15 +159,18 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         release=release_of,
         layout=ChunkLayout(CHUNK_FRAMES, window=max(ranges, default=EVERY), causal=True, aligned=True),
         frames=FOUR_N,
-        latents=Latents(LATENT_CHANNELS, 8, PATCH, None),
+        latents=Latents(LATENT_CHANNELS, 8, PATCH, None, scale=LATENT_SCALE),
         noise=MagiNoise(),
         guidance=NearClean(history=0.7 if near_clean else 1.0) if distilled else ThreeBranches(),
         rates=(24,),
         takes_rate=lambda config: False,
-        loaders=Loaders("the text encoder T5-v1.1-xxl", "the VAE of MAGI-1"),
+        loaders=Loaders("Load CLIP (t5xxl, type pixart)", "Load MAGI-1 VAE"),
+        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
         blocks=LAYERS,
         check=require_stages,
         clean_pass=clean_pass,
+        published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),
+        words=WORDS,
     )
 
 
