@@ -20,7 +20,7 @@ from ..flowcache_core.sampling.given import GivenNoise, given_frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
 from .fit import require_ours
-from .guidance import alone, conds_of, scale_of
+from .guidance import alone, conds_of, scale_of, unread
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
@@ -77,6 +77,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
         logging.info(f"FlowCache: {run.held.sentence()}")
+        for line in unread(executor.class_obj, model.family):
+            logging.info(f"FlowCache: {line}")
         with model.expecting(run):
             mine = replace(self, run=run, states=states_of(self.save_every, executor.class_obj, model))
             samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import comfy.patcher_extension
@@ -14,8 +14,7 @@ from ..flowcache_core.models.family import Family
 PROMPT, OTHER = "positive", "negative"
 """Names of a guider's texts."""
 CALC = "sampler_calc_cond_batch_function"
-CHANGES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", CALC)
-"""Keys in model_options of functions that change how prompt and negative prompt are combined."""
+"""Key in model_options of what evaluates the texts of a guider."""
 
 
 def conds_of(guider: Any, family: Family | None) -> list[dict[str, Any]]:
@@ -48,6 +47,16 @@ def scale_of(guider: Any, family: Family) -> float:
     if family.guidance.inside and family.published.scale is None and scale != 1:
         raise ValueError(f"guidance is trained into {family.title}, and cfg {scale:g} would change nothing: set cfg to 1, or use BasicGuider")
     return scale
+
+
+def unread(guider: Any, family: Family) -> Iterator[str]:
+    """What of a guider's settings has no effect on a model that is guided inside, in sentences for the log."""
+    if not family.guidance.inside:
+        return
+    if guider.conds.get(OTHER):
+        yield f"{family.title} is guided inside the run by its prompt alone: the negative prompt is not read"
+    if family.published.scale is not None and scale_of(guider, family) == 1:
+        yield f"cfg 1 leaves the prompt with little weight: {family.title} was published with {family.published.scale:g}, which CFGGuider sets"
 
 
 def alone(extra_args: Mapping[str, Any]) -> dict[str, Any]:

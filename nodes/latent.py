@@ -6,7 +6,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from .fit import require_ours
+from .fit import require_film, require_ours
+from .kind import kind_of
 from .shown_text import SHOWS_TEXT
 
 LONG = 10
@@ -52,6 +53,7 @@ class EmptyARVideoLatent(io.ComfyNode):
             "off": pixels.pixel(pixels.latent(asked)),
         }[snap]
         latents = pixels.latent(frames)
+        require_film(mine, latents)
         chunks = -(-latents // layout.chunk_frames)
         text = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
         if frames != asked:
@@ -64,4 +66,5 @@ class EmptyARVideoLatent(io.ComfyNode):
             text += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(text).as_dict(), "fps": [layout.fps]})
+        shown = {**ui.PreviewText(text).as_dict(), "fps": [layout.fps]}
+        return io.NodeOutput({"samples": samples, **kind_of(mine.family)}, frames, float(layout.fps), ui=shown)

@@ -109,6 +109,14 @@ class Loaders:
     vae: str
 
 
+def any_schedule(schedule: ChunkSchedule) -> None:
+    """Whatever can be made."""
+
+
+def any_levels(levels: Sequence[float]) -> None:
+    """Whatever falls to 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """What a family was published with, where a user leaves it open.
@@ -155,8 +163,10 @@ class Family:
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""
-    check: Callable[[ChunkSchedule], None] = lambda schedule: None
+    check: Callable[[ChunkSchedule], None] = any_schedule
     """Raises ValueError, with the way out, for a schedule that the network was not trained for."""
+    check_levels: Callable[[Sequence[float]], None] = any_levels
+    """The same for the noise levels of a run."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
     published: Published = Published()

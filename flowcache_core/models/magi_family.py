@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 
 from torch import Tensor
 
 from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
-from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published, any_levels
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
@@ -31,6 +32,8 @@ LAST_STAGE = 0.7
 """Noise level at which the last stage begins."""
 TINY = 1e-6
 """Noise levels that are closer than this are one."""
+NEAR = 5e-3
+"""Those of a scheduler with a table are as close as this to what is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,21 @@ def require_stages(schedule: ChunkSchedule) -> None:
         )
 
 
+def require_told(levels: Sequence[float]) -> None:
+    """Raises ValueError for noise levels whose steps are not as long as a distilled network is told."""
+    steps, first, noise = len(levels) - 1, levels[0], MagiNoise()
+    shift = noise.shift
+    begun = sqrt(max(1 - first / (shift - (shift - 1) * first), 0.0))
+    even = [begun + (1 - begun) * i / steps for i in range(steps + 1)]
+    told = places(steps) if begun < NEAR else even
+    if any(abs(noise.level(place, shift) - level) > NEAR for place, level in zip(told, levels, strict=True)):
+        grid = f"{steps} steps of its shortcut, of which every third is long" if steps == SHORTCUT else f"{steps} steps at shift {shift:g}"
+        raise ValueError(
+            f"MAGI-1 distilled is told how long its steps are, and these noise levels are not those of {grid}: take them from AR Video Scheduler, or "
+            "for another number of steps than 12 from the scheduler simple, without a node that changes the shift"
+        )
+
+
 def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = True, near_clean: bool = True) -> Family:
     """As published by default. FlowCache (ICLR 2026) ran the distilled model with `ranges` (), `clean_pass` and `near_clean` False.
 
@@ -168,6 +186,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
         blocks=LAYERS,
         check=require_stages,
+        check_levels=require_told if distilled else any_levels,
         clean_pass=clean_pass,
         published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),
         words=WORDS,

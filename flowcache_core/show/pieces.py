@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -22,6 +23,17 @@ def in_succession(step: Decode, latents: Tensor) -> Iterator[Tensor]:
     for piece in (latents[:, :, :1], *latents[:, :, 1:].split(AT_ONCE, 2)):
         if piece.shape[2]:
             yield step(piece)
+
+
+def in_tiles(decode: Decode, latents: Tensor, size: int) -> Iterator[Tensor]:
+    """Latents [1, C, F, h, w] -> the film in pieces [T, H, W, 3], exactly as decoded whole, of a decoder whose tiles have no frames in common.
+
+    `size`: latent frames of a tile. What is left at the end, and fills none, goes with the tile before it.
+    """
+    total = latents.shape[2]
+    ends = [*range(size, total // size * size, size), total]
+    for start, end in pairwise([0, *ends]):
+        yield decode(latents[:, :, start:end])
 
 
 def overlapping(decode: Decode, latents: Tensor, frames: Callable[[int], int]) -> Iterator[Tensor]:
