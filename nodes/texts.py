@@ -44,11 +44,11 @@ def _require_text(text: torch.Tensor, one: dict[str, Any], family: Family, chann
             f"that of {_way_out(family)}"
         )
     words = read_rows(text, one.get(MASK), family)
-    if words.shape[1] >= PADDED and not words[:, -1].any():
-        raise ValueError(f"the text ends in rows of zeros, as umT5 pads it: use the text encoder of {_way_out(family)}")
     rows = words.shape[1] + (one.get(DURATIONS) is not None)
     if rows > family.words:
         raise ValueError(f"the text has {rows} tokens, and {family.title} reads at most {family.words}: shorten the prompt by {rows - family.words}")
+    if rows >= PADDED and not words[:, -1].any():
+        raise ValueError(f"the text ends in rows of zeros, as umT5 pads it: use the text encoder of {_way_out(family)}")
 
 
 def _way_out(family: Family) -> str:

