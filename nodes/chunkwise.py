@@ -61,7 +61,8 @@ class ChunkwiseCache(io.ComfyNode):
                 *widgets(Chunkwise),
                 io.Combo.Input("preset", options=[CUSTOM, *PRESETS, *MAGI_RULES], default=DEFAULT, optional=True,
                                tooltip=f"{_listed()} of all tokens are computed, by a plan, at any number of steps and with either attention. "
-                                       "flowcache-...: the published rules, for SkyReels-V2 and for MAGI-1. These leave the threshold rule unused; custom shows its widgets."),
+                                       "flowcache-...: the published rules, for SkyReels-V2 and for MAGI-1. "
+                                       "These leave the threshold rule unused; custom shows its widgets."),
                 io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP, SECONDS], default=OFF, optional=True,
                                tooltip="A budget of your own. With a preset that plans, the plan spends it; with custom or flowcache-... the "
                                        "threshold is found for it: exactly before sampling under signature time, during the run under latent."),
