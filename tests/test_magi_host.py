@@ -254,9 +254,8 @@ def test_files_whole_sharded_fp8_and_with_a_lora(host: Host, graph: Graph) -> No
     torch.testing.assert_close(host.latents(loading(graph, "silent.safetensors", MAGI.name)), film, atol=1e-2, rtol=1e-3)
     fp8 = host.latents(loading(graph, "fp8.safetensors"))
     assert 0 < (fp8 - film).square().mean() < 0.2 * film.square().mean()
-    lora = after_loader(loading(graph, "base.safetensors"), "LoraLoaderModelOnly", lora_name="q.safetensors", strength_model=1.0)
-    wired = {key: one if key != "extra" else {**one, "inputs": {**one["inputs"], "model": ["model", 0]}} for key, one in lora.items()}
-    wired = put(wired, "CFGGuider", model=["extra", 0])
+    lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["model", 0], "lora_name": "q.safetensors", "strength_model": 1.0}}
+    wired = {**put(loading(graph, "base.safetensors"), "CFGGuider", model=["lora", 0]), "lora": lora}
     assert not torch.equal(host.latents(wired), film)
 
 
