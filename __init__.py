@@ -14,12 +14,15 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
     from .nodes.latest_runs import open_route
+    from .nodes.load_magi_vae import LoadMagiVAE
     from .nodes.load_model import LoadARVideoModel
+    from .nodes.magi_tokens import MagiSpecialTokens
     from .nodes.motion import MotionCache, RefreshOverlay
     from .nodes.policy import CachePolicyByName
     from .nodes.report import CacheReport
     from .nodes.sampler import ARChunkSampler
     from .nodes.save_video import SaveARVideo
+    from .nodes.scheduler import ARVideoScheduler
 
     class FlowCache(ComfyExtension):
         async def on_load(self):  # type: ignore[no-untyped-def]
@@ -27,9 +30,9 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
                 open_route(server)
 
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            inputs = [LoadARVideoModel, EmptyARVideoLatent, ARVideoFramesIn]
+            inputs = [LoadARVideoModel, LoadMagiVAE, MagiSpecialTokens, EmptyARVideoLatent, ARVideoFramesIn]
             caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
             shown = [CacheReport, RefreshOverlay, CompareRuns, SaveARVideo]
-            return [*inputs, *caches, ARChunkSampler, *shown]
+            return [*inputs, *caches, ARVideoScheduler, ARChunkSampler, *shown]
 
     return FlowCache()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
-import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from ..flowcache_core.models.family import Family
 from ..flowcache_core.policies.presets import PLANS
 from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.run import Film, Place, Run, Turn
@@ -20,6 +20,7 @@ from ..flowcache_core.sampling.given import GivenNoise, given_frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
 from .fit import require_ours
+from .guidance import alone, conds_of, scale_of, unread
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
@@ -28,24 +29,17 @@ from .progress import Progress, say
 from .projector import Projector
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
 from .states import NamedTurn, named_conds, states_of
+from .texts import counting, require_texts
 
 NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
-
-
-def conds_of(guider: Any) -> list[dict[str, Any]]:
-    """The texts of the branches that the guider evaluates, as far as that can be seen before a run."""
-    options = guider.model_options
-    changes = options.get("disable_cfg1_optimization") or comfy.patcher_extension.get_all_wrappers(
-        comfy.patcher_extension.WrappersMP.PREDICT_NOISE, options, is_model_options=True
-    )
-    alone = getattr(guider, "cfg", None) == 1 and "middle" not in guider.conds and not changes
-    return [one for name, many in guider.conds.items() if not (alone and name == "negative") for one in many]
+PUBLISHED = "auto"
+"""Solver: what the family was published with."""
 
 
 def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
     """How many texts the guider has, how long they are, and where the network will be."""
-    conds = conds_of(guider)
+    conds = conds_of(guider, model.family)
     tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
     patcher = guider.model_patcher
     return Place(
@@ -55,7 +49,7 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
 
 @dataclass(frozen=True)
 class ChunkSampler(comfy.samplers.Sampler):
-    """Settings of the node; `chunk_frames`, `window` and `window_frames` 0 mean the model's own."""
+    """Settings of the node; `chunk_frames`, `window` and `window_frames` 0 mean the model's own, as do `ar_step` and `addnoise_condition` below 0."""
 
     solver: str
     ar_step: int
@@ -86,6 +80,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
         logging.info(f"FlowCache: {run.held.sentence()}")
+        for line in unread(executor.class_obj, model.family):
+            logging.info(f"FlowCache: {line}")
         with model.expecting(run):
             mine = replace(self, run=run, states=states_of(self.save_every, executor.class_obj, model))
             samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
@@ -106,11 +102,12 @@ class ChunkSampler(comfy.samplers.Sampler):
                 f"({family.release(model.diffusion_model.config)}): set fps to {model.layout.fps}"
             )
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
+        conds = conds_of(guider, family)
         adapter = model.adapter(model.dtype_of(guider.model_patcher))
-        light = GivenNoise(self.addnoise_condition, seed or 0)
+        require_texts(conds, family, adapter, model.diffusion_model.config.text_dim)
         return Run(
-            family, adapter, film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options), compressor_of(options),
-            self.fps, light, solver(self.solver), getattr(guider, "cfg", 1.0),
+            family, counting(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options),
+            compressor_of(options), self.fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
         )  # fmt: skip
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
@@ -120,6 +117,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         run = self.run or self.settled(model_wrap, noise, latent_image, sigmas, prefix, suffix, extra_args.get("seed"))
         x = model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         keep_given(x, latent_image, prefix, suffix)
+        extra_args = alone(extra_args) if model.family.guidance.inside else extra_args
         options = extra_args["model_options"]["transformer_options"]
         options[BASE] = blocks_of(options)
         names = {one["uuid"]: name for name, one in named_conds(model_wrap.conds).items() if "uuid" in one}
@@ -150,11 +148,25 @@ class ChunkSampler(comfy.samplers.Sampler):
         layout, pixels = model.layout, model.family.frames
         chunk, window = self.chunk_frames or layout.chunk_frames, self.window or layout.window
         causal = layout.causal if self.attention == AUTO else self.attention == CAUSAL
+        ar_step = model.family.published.stagger(steps) if self.ar_step < 0 else self.ar_step
         if causal:
-            return ChunkSchedule(frames, chunk, steps, self.ar_step, window, prefix, suffix, pixels)
+            return ChunkSchedule(frames, chunk, steps, ar_step, window, prefix, suffix, pixels, layout.aligned)
         self._require_whole_rows(model_options)
         length = pixels.latent(self.window_frames) if self.window_frames else chunk * window
-        return sections_of(frames, chunk, steps, self.ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)
+        return sections_of(frames, chunk, steps, ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)
+
+    def _solver(self, family: Family) -> str:
+        return family.published.solver if self.solver == PUBLISHED else self.solver
+
+    def _light(self, family: Family, prefix: int, seed: int | None) -> GivenNoise:
+        """Noise on given first frames. Raises ValueError where the network was trained with clean ones."""
+        published, level = family.published.given_noise, self.addnoise_condition
+        if prefix and level > 0 and not published:
+            raise ValueError(
+                f"{NODE}: addnoise_condition {level} lays noise on the {prefix} given latent frames, and {family.title} was trained with clean ones: "
+                "set it to 0, or to -1, which is as published"
+            )
+        return GivenNoise(published if level < 0 else level, seed or 0)
 
     def _require_whole_rows(self, model_options: dict[str, Any]) -> None:
         """Raises ValueError for settings on the MODEL that bidirectional attention cannot serve."""
@@ -199,7 +211,7 @@ def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: to
 def write_the_rest(turn: Turn, guider: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict[str, Any]) -> None:
     """A commit is for all branches, also for those that guidance leaves out at its noise level: nodes that change CFG, or texts for some steps."""
     conds = {one["uuid"]: one for many in guider.conds.values() for one in many}
-    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider)) if branch in conds]:
+    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider, None)) if branch in conds]:
         always = [[{key: value for key, value in one.items() if not key.startswith("timestep_")}] for one in rest]
         comfy.samplers.calc_cond_batch(guider.inner_model, always, x, sigma * x.new_ones(x.shape[0]), model_options)
 

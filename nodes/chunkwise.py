@@ -11,11 +11,12 @@ from ..flowcache_core.models.adapter import TimeSignature
 from ..flowcache_core.policies.chunkwise import Chunkwise
 from ..flowcache_core.policies.forecast import on_rescaling
 from ..flowcache_core.policies.planned import Planned
-from ..flowcache_core.policies.presets import CUSTOM, PLANS, PRESETS, describe, on_signature, preset
+from ..flowcache_core.policies.presets import CUSTOM, MAGI_RULES, PLANS, PRESETS, describe, on_signature, preset
 from ..flowcache_core.policies.target import Target
 from ..flowcache_core.sampling.plan import read_plan
 from ..flowcache_core.settings import described
 from .fit import require_ours
+from .host_model import HostModel
 from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
@@ -59,9 +60,10 @@ class ChunkwiseCache(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of Load AR Video Model; Motion Cache, which refines this node, goes behind it."),
                 *widgets(Chunkwise),
-                io.Combo.Input("preset", options=[CUSTOM, *PRESETS], default=DEFAULT, optional=True,
+                io.Combo.Input("preset", options=[CUSTOM, *PRESETS, *MAGI_RULES], default=DEFAULT, optional=True,
                                tooltip=f"{_listed()} of all tokens are computed, by a plan, at any number of steps and with either attention. "
-                                       "flowcache-...: the published rule. These leave the threshold rule unused; custom shows its widgets."),
+                                       "flowcache-...: the published rules, for SkyReels-V2 and for MAGI-1. "
+                                       "These leave the threshold rule unused; custom shows its widgets."),
                 io.Combo.Input("target", options=[OFF, SHARE, SPEED_UP, SECONDS], default=OFF, optional=True,
                                tooltip="A budget of your own. With a preset that plans, the plan spends it; with custom or flowcache-... the "
                                        "threshold is found for it: exactly before sampling under signature time, during the run under latent."),
@@ -94,6 +96,7 @@ class ChunkwiseCache(io.ComfyNode):
                 raise ValueError(f"{NODE} was given a plan and target {target}, which contradict each other: empty plan, or set target to {OFF}")
             policy: Planned | Chunkwise = Planned(exact=read_plan(plan))
         else:
+            _require_own_rule(preset, inner)
             policy = rule(preset, settings)
             if target != OFF:
                 policy = budgeted(policy, preset, target, {SHARE: target_share, SPEED_UP: 1 / target_speedup, SECONDS: target_seconds}[target])
@@ -103,6 +106,13 @@ class ChunkwiseCache(io.ComfyNode):
             polynomial = adapter.polynomial if isinstance(adapter, TimeSignature) else ()
             lines += [*on_signature(policy), *on_rescaling(policy, polynomial)]
         return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText("\n".join(lines)))
+
+
+def _require_own_rule(name: str, host: HostModel) -> None:
+    """Raises ValueError for thresholds that were published for another kind of model; those of the time signature say so themselves."""
+    if name in MAGI_RULES and isinstance(host.adapter(), TimeSignature):
+        plans, title = ", ".join(PLANS), host.family.title
+        raise ValueError(f"{NODE}: preset {name} has thresholds for MAGI-1, and the model is {title}: use {plans}, flowcache-slow or flowcache-fast")
 
 
 def rule(name: str, settings: dict[str, Any]) -> Planned | Chunkwise:

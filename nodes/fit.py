@@ -9,9 +9,14 @@ import comfy.utils
 
 from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.models.checkpoint import titles
+from ..flowcache_core.models.family import any_schedule
 from ..flowcache_core.policies.protocol import CachePolicy, PartPolicy, TokenPolicy
+from ..flowcache_core.sampling.schedule import ChunkSchedule
 from .host_model import HostModel
 from .other_nodes import require_served
+
+STEPS = 4
+"""As many as every family can go through."""
 
 
 def require_ours(model: Any, node: str, others: str = "") -> HostModel:
@@ -22,6 +27,14 @@ def require_ours(model: Any, node: str, others: str = "") -> HostModel:
     _require_fitting_lora(model, inner, node)
     require_served(model, node)
     return inner
+
+
+def require_film(host: HostModel, frames: int, prefix: int = 0, suffix: int = 0) -> None:
+    """Raises ValueError for a film of so many latent frames, some of them given, that the model does not make, in whatever steps."""
+    layout, family = host.layout, host.family
+    if family.check is not any_schedule:
+        apart = -(-STEPS // min(layout.window, STEPS))
+        family.check(ChunkSchedule(frames, layout.chunk_frames, STEPS, apart, layout.window, prefix, suffix, family.frames, layout.aligned))
 
 
 def require_network(policy: CachePolicy, host: HostModel) -> None:

@@ -11,7 +11,8 @@ from comfy_api.latest import io, ui
 from ..flowcache_core.models.family import Family
 from ..flowcache_core.sampling.frames import Frames
 from ..flowcache_core.sampling.schedule import ChunkSchedule
-from .fit import require_ours
+from .fit import require_film, require_ours
+from .kind import require_kind, require_vae
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
 
@@ -66,7 +67,13 @@ class ARVideoFramesIn(io.ComfyNode):
         else:
             prefix = 0 if start_latent is None else first_frames(start_latent["samples"], samples, history, pixels).shape[2]
         suffix = 0 if end is None else 1
-        ChunkSchedule(samples.shape[2], layout.chunk_frames, 1, 1, layout.window, prefix, suffix, pixels)
+        ChunkSchedule(samples.shape[2], layout.chunk_frames, 1, 1, layout.window, prefix, suffix, pixels, layout.aligned)
+        require_film(mine, samples.shape[2], prefix, suffix)
+        require_kind(latent, mine.family, NODE)
+        if start is not None or end is not None:
+            require_vae(vae, mine.family, NODE)
+        if start_latent is not None:
+            require_kind(start_latent, mine.family, NODE)
 
         out, mask = samples.clone(), samples.new_ones(samples.shape[0], 1, samples.shape[2], 1, 1)
         if start is not None:
@@ -83,7 +90,12 @@ class ARVideoFramesIn(io.ComfyNode):
 
 
 def last(clip: torch.Tensor, frames: int, pixels: Frames) -> torch.Tensor:
-    """The last frames of [T, H, W, 3] that fill whole latent frames, at most `frames`."""
+    """The last frames of [T, H, W, 3] that fill whole latent frames, at most `frames`; a single image may fill one alone.
+
+    Raises ValueError for a clip, or a part of it, that fills none.
+    """
+    if 1 < (some := min(frames, len(clip))) < pixels.first:
+        raise ValueError(f"{NODE}: {some} frames do not fill a latent frame, which has {pixels.first}: give at least {pixels.first}, or one image")
     return clip[-pixels.pixel(pixels.latent(min(frames, len(clip)))) :]
 
 

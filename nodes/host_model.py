@@ -11,14 +11,21 @@ from typing import Any
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_sampling
 import comfy.supported_models_base
 import torch
 
 from ..flowcache_core.models.adapter import ModelAdapter
 from ..flowcache_core.models.checkpoint import Found
-from ..flowcache_core.models.family import ChunkLayout, Family, Preview
+from ..flowcache_core.models.family import ChunkLayout, Family, Latents, Preview
 from ..flowcache_core.run.run import Run
+from ..flowcache_core.sampling.noise import Curved
 from .host_network import host_network
+from .texts import MASK, read_rows
+
+TIMES = 4
+"""Frames of a latent frame, as the host has it for the VAEs of films."""
+TABLE = 960
 
 
 class HostModel(comfy.model_base.BaseModel):
@@ -28,6 +35,8 @@ class HostModel(comfy.model_base.BaseModel):
         family = model_config.found.family
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=host_network(family))
         self.device = None  # the patcher decides where it is
+        if isinstance(family.noise, Curved):
+            self.model_sampling = curved_sampling(family.noise)(model_config)
         self.family: Family = family
         self.layout = layout
         self.files: tuple[Path, ...] = ()
@@ -63,7 +72,7 @@ class HostModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         out = super().extra_conds(**kwargs)
         if kwargs.get("cross_attn") is not None:
-            out["c_crossattn"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+            out["c_crossattn"] = comfy.conds.CONDRegular(read_rows(kwargs["cross_attn"], kwargs.get(MASK), self.family))
         return out
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = {}) -> Any:  # noqa: B006 (the host's signature)
@@ -84,16 +93,39 @@ class Exactly(int):
 
 
 @lru_cache
-def film_format(name: str, preview: Preview | None = None) -> Any:
-    """The host's latent format, but pictures and other kinds of latents stay what they are, so that the sampler can refuse them.
+def film_format(latents: Latents, preview: Preview | None = None) -> Any:
+    """The host's latent format, or one of our own, but pictures and other kinds of latents stay what they are, so that the sampler can refuse them.
 
     `preview`: other colours of previews than the host's.
     """
+    name = latents.host_format or "LatentFormat"
     base = getattr(comfy.latent_formats, name)
-    fields: dict[str, Any] = {"latent_channels": Exactly(base.latent_channels), "latent_dimensions": 0}
+    fields: dict[str, Any] = {"latent_channels": Exactly(latents.channels), "latent_dimensions": 0}
+    if latents.host_format is None:
+        fields |= {"scale_factor": latents.scale, "spacial_downscale_ratio": latents.spatial, "temporal_downscale_ratio": TIMES}
     if preview is not None:
         fields |= {"latent_rgb_factors": [list(colour) for colour in preview.factors], "latent_rgb_factors_bias": list(preview.bias)}
     return type(name, (base,), fields)
+
+
+@lru_cache
+def curved_sampling(noise: Curved) -> Any:
+    """The host's flow sampling with the levels of `noise`: its scheduler "simple" then gives those of the family.
+
+    It takes levels from a table, of so many that every published number of steps divides it.
+    """
+
+    class CurvedSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        def set_parameters(self, shift: float = 1.0, timesteps: int = TABLE, multiplier: float = 1000) -> None:
+            super().set_parameters(shift, timesteps, multiplier)
+
+        def sigma(self, timestep: Any) -> Any:
+            return noise.level(1 - timestep / self.multiplier, self.shift)
+
+        def percent_to_sigma(self, percent: float) -> float:
+            return noise.level(min(max(percent, 0.0), 1.0), self.shift)
+
+    return CurvedSampling
 
 
 class Sizes(dict[str, Any]):
@@ -110,7 +142,7 @@ class HostConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, found: Found, quantised: bool, operations: Any = None, preview: Preview | None = None) -> None:
         self.found = found
-        self.latent_format = film_format(found.family.latents.host_format, preview or found.family.latents.preview)
+        self.latent_format = film_format(found.family.latents, preview or found.family.latents.preview)
         self.sampling_settings = {"shift": found.family.noise.shift}
         super().__init__({"config": found.config})
         self.unet_config = Sizes(self.unet_config)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..flowcache_core.models.adapter import require_bidirectional
-from ..flowcache_core.models.family import Family
+from ..flowcache_core.models.family import Family, OpenBlocks
 from ..flowcache_core.run.run import Turn
 from .other_nodes import BASE, Replace, blocks_of, name_of, require_served_now
 from .settings_on_model import nodes_of, wrong_sampler
@@ -53,6 +53,7 @@ def host_network(family: Family) -> type[Any]:
             finally:
                 self._replaced, self._options = {}, {}
 
+    class OpenHostNetwork(HostNetwork):
         def through(self, layer: int, block: Any, tokens: Tensor, e0: Any, text: Any, rope: Any, attend: Any) -> Tensor:
             through = super().through
             if layer not in self._replaced:
@@ -65,4 +66,4 @@ def host_network(family: Family) -> type[Any]:
             out: Tensor = self._replaced[layer](given, {"original_block": original})["img"]
             return out
 
-    return HostNetwork
+    return OpenHostNetwork if issubclass(family.network, OpenBlocks) else HostNetwork  # type: ignore[arg-type]

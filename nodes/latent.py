@@ -9,7 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.run.footprint import readable
-from .fit import require_ours
+from .fit import require_film, require_ours
+from .kind import kind_of
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
 
@@ -59,6 +60,7 @@ class EmptyARVideoLatent(io.ComfyNode):
             "off": pixels.pixel(pixels.latent(asked)),
         }[snap]
         latents = pixels.latent(frames)
+        require_film(mine, latents)
         chunks = -(-latents // layout.chunk_frames)
         text = f"{frames} frames ({frames / layout.fps:.2f} s) = {latents} latent frames = {chunks} chunks of {layout.chunk_frames}"
         if frames != asked:
@@ -71,7 +73,8 @@ class EmptyARVideoLatent(io.ComfyNode):
             text += f"; if {length:g} frames were meant, set unit to frames" if unit == "seconds" else ""
         shape = (batch_size, latent.channels, latents, height // latent.spatial, width // latent.spatial)
         samples = torch.zeros(_within_memory(shape), device=comfy.model_management.intermediate_device())
-        return io.NodeOutput({"samples": samples}, frames, float(layout.fps), ui={**ui.PreviewText(text).as_dict(), "fps": [layout.fps]})
+        shown = {**ui.PreviewText(text).as_dict(), "fps": [layout.fps]}
+        return io.NodeOutput({"samples": samples, **kind_of(mine.family)}, frames, float(layout.fps), ui=shown)
 
 
 def _within_memory(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from ..flowcache_core.models.bundle import files_of
 from ..flowcache_core.models.checkpoint import titles
 from ..flowcache_core.models.family import AUTO, Family
 from .bundled_clip import bundled_clip
+from .magi_vae import MagiHostVAE
 from .model_files import choices, path_of
 from .patcher import load
 from .within import within_schema
@@ -75,7 +76,8 @@ class LoadARVideoModel(io.ComfyNode):
         network, vae_file = files_of(mine)
         model = load(network, model_name, mine.name)
         on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
-        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae_file)), dtype=fast_dtype() if on_cpu else None)
+        kind = comfy.sd.VAE if mine.latents.host_format else MagiHostVAE
+        vae = kind(comfy.utils.load_torch_file(str(vae_file)), dtype=fast_dtype() if on_cpu else None)
         return io.NodeOutput(model, bundled_clip(mine.bundled, model.model.diffusion_model.config.text_dim), vae)
 
 

@@ -13,9 +13,10 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..flowcache_core.models.checkpoint import Found, recognise
+from ..flowcache_core import models
+from ..flowcache_core.models.checkpoint import ARCHITECTURE, Found, recognise
 from ..flowcache_core.models.family import AUTO, ChunkLayout
-from ..flowcache_core.models.quantised import FLOAT8, MARKER, restored
+from ..flowcache_core.models.quantised import FLOAT8, MARKER, restored, unstacked
 from ..flowcache_core.models.shards import SHARD, open_checkpoint
 from ..flowcache_core.untrusted import parsed, short
 from . import gguf
@@ -67,11 +68,19 @@ def open_model(path: Path, name: str, family: str = AUTO) -> ModelFile:
         return _open_gguf(path, name, family)
     checkpoint = open_checkpoint(path)
     found = recognise(checkpoint.stored, name, checkpoint.metadata, family)
+    _require_agreement(found, name, checkpoint.metadata.get(ARCHITECTURE, ""))
     names = found.names
     weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names, lambda file: comfy.utils.load_torch_file(str(file)))}
     logging.info(f"FlowCache: {name} is {found.release}, {len(checkpoint.files)} file{'s' * (len(checkpoint.files) > 1)}")
-    weights = _marked(weights, checkpoint.metadata.get("_quantization_metadata"), names)
+    weights = _marked(unstacked(weights, torch.bfloat16), checkpoint.metadata.get("_quantization_metadata"), names)
     return ModelFile(weights, found, found.family.layout_of(checkpoint.metadata), checkpoint.files)
+
+
+def _require_agreement(found: Found, name: str, said: str) -> None:
+    """Raises ValueError for a file that calls itself another family of ours than the user does."""
+    other = next((one for one in models.FAMILIES if one.name == said), found.family)
+    if other is not found.family:
+        raise ValueError(f"{name} says that it is {other.title}, and the input family that it is {found.family.title}: set family to {AUTO}")
 
 
 def _open_gguf(path: Path, name: str, family: str) -> ModelFile:

@@ -58,6 +58,8 @@ def _unserved(model: Any) -> Iterator[str]:
     if getattr(model, "additional_models", {}).get("multigpu"):
         yield "texts would be evaluated by copies of the model on other devices, and the KV cache of a run is on one"
     yield from _without_effect(options)
+    if (family := getattr(getattr(model, "model", model), "family", None)) is not None and family.guidance.inside:
+        yield from (f"{made_by(one)} changes how texts are combined, and {family.title} does that inside the run" for one in _on_guidance(options))
     yield from _unserved_patches(options.get("transformer_options", {}), type(network))
 
 
@@ -69,10 +71,14 @@ def is_compiled(thing: Any) -> bool:
 
 
 def _without_effect(options: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, _on_guidance(options)) if name in NO_EFFECT)
+
+
+def _on_guidance(options: dict[str, Any]) -> Iterator[Any]:
+    """The functions that other nodes have put around guidance."""
     kinds = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function")
     some = (options.get(kind) or () for kind in kinds)
-    functions = (one for each in some for one in (each if isinstance(each, list | tuple) else [each]))
-    yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, functions) if name in NO_EFFECT)
+    yield from (one for each in some for one in (each if isinstance(each, list | tuple) else [each]))
 
 
 def _unserved_patches(options: dict[str, Any], network: type) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..flowcache_core.sampling.solvers import SOLVERS
-from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, ChunkSampler
+from .chunk_sampler import AUTO, BIDIRECTIONAL, CAUSAL, PUBLISHED, ChunkSampler
 from .mailbox import Mailbox
 from .within import within_schema
 
@@ -25,9 +25,11 @@ class ARChunkSampler(io.ComfyNode):
             description="Denoises a film chunk by chunk, from noise or from given frames. For SamplerCustomAdvanced.",
             search_aliases=["flowcache", "diffusion forcing", "skyreels", "image to video", "extend video", "long video"],
             inputs=[
-                io.Combo.Input("solver", options=[kind.name for kind in SOLVERS], tooltip="unipc is what SkyReels-V2 was published with."),
-                io.Int.Input("ar_step", default=5, min=0, max=1000,
-                             tooltip="How many rows a chunk starts after the one before it. 0: all together. As many as steps: one after the other."),
+                io.Combo.Input("solver", options=[*(kind.name for kind in SOLVERS), PUBLISHED], default=PUBLISHED,
+                               tooltip="auto: as the model was published, SkyReels-V2 with unipc, MAGI-1 with euler."),
+                io.Int.Input("ar_step", default=-1, min=-1, max=1000,
+                             tooltip="How many rows a chunk starts after the one before it. -1: as published, 5 for SkyReels-V2, a quarter of the "
+                                     "steps for MAGI-1. 0: all together. As many as steps: one after the other."),
                 io.Int.Input("chunk_frames", default=0, min=0, max=64, advanced=True, tooltip="Latent frames per chunk. 0: as trained."),
                 io.Int.Input("window", default=0, min=0, max=1000, advanced=True, tooltip="Chunks a chunk sees, itself included. 0: as trained."),
                 io.Combo.Input("fps", options=["24", "16"], advanced=True, tooltip="Frame rate the network is told; it has learnt these two."),
@@ -40,8 +42,9 @@ class ARChunkSampler(io.ComfyNode):
                              tooltip="Bidirectional only: frames per section, 97 or 121 as published. 0: as trained."),
                 io.Int.Input("overlap_history", default=17, min=1, max=1000, step=4, optional=True, advanced=True,
                              tooltip="Bidirectional only: the frames that a section takes over from the one before it. 17 as published."),
-                io.Int.Input("addnoise_condition", default=20, min=0, max=999, optional=True, advanced=True,
-                             tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. 20 as published, 0: clean."),
+                io.Int.Input("addnoise_condition", default=-1, min=-1, max=999, optional=True, advanced=True,
+                             tooltip="Light noise (timestep of 1000) on given first frames as the network sees them. -1: as published, 20 for "
+                                     "SkyReels-V2, none for MAGI-1. 0: clean."),
                 io.Int.Input("save_every", default=0, min=0, max=100000, optional=True, advanced=True,
                              tooltip="After so many finished chunks the state of the run is saved in output/flowcache_states. Stopped by whatever, "
                                      "the same film goes on from there when it is queued again. A state takes as much room as the KV cache. 0: off."),

@@ -18,7 +18,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..flowcache_core.show.film import frames_of
 from ..flowcache_core.show.film_file import FilmFile
-from .vae_pieces import OVERLAPS, frames_by, is_carried, pieces_of
+from .kind import require_vae_of
+from .vae_pieces import OVERLAPS, frames_by, is_carried, is_tiled, pieces_of
 from .within import within_schema
 
 NODE = "Save AR Video"
@@ -46,7 +47,7 @@ class SaveARVideo(io.ComfyNode):
                 io.Boolean.Input("images_out", default=False,
                                  tooltip="Also give the whole film as images, for other nodes. It then needs memory for all of it."),
                 io.Latent.Input("samples", optional=True, tooltip="The sampled film, with vae; or connect images."),
-                io.Vae.Input("vae", optional=True, tooltip="Decodes samples. The bundled model's own, or the Wan 2.1 VAE."),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes samples. The bundled model's own, or that of the checkpoint's family."),
                 io.Image.Input("images", optional=True, tooltip="A decoded film, in place of samples and vae."),
                 io.String.Input("report", optional=True, force_input=True,
                                 tooltip="The json output of Cache Report: is written into the file, beside workflow and prompt."),
@@ -69,6 +70,8 @@ class SaveARVideo(io.ComfyNode):
                 vae: Any = None, images: torch.Tensor | None = None, report: str = "") -> io.NodeOutput:  # fmt: skip
         if wrong := _wrong(*(one is not None for one in (samples, vae, images))):
             raise ValueError(wrong)
+        if samples is not None:
+            require_vae_of(samples, vae, NODE)
         films = _decoded(samples["samples"], vae) if images is None else [images[..., :3].split(IMAGES_AT_ONCE)]
         total = len(images) if images is not None else frames_by(vae)(samples["samples"].shape[2]) * len(samples["samples"])
         bar, kept, saved, lines = comfy.utils.ProgressBar(total), [], [], []
@@ -76,7 +79,7 @@ class SaveARVideo(io.ComfyNode):
             result, text = _save(_watched(film, bar, kept if images_out else None), filename_prefix, fps, crf, _metadata(cls.hidden, report))
             saved.append(result)
             lines.append(text)
-        if images is None and not is_carried(vae):
+        if images is None and not (is_carried(vae) or is_tiled(vae)):
             lines.append(OVERLAPS)
         videos = [InputImpl.VideoFromFile(str(_path(result))) for result in saved]
         shown = {**ui.PreviewVideo(saved).as_dict(), **ui.PreviewText("\n".join(lines)).as_dict()}

@@ -1,4 +1,5 @@
-"""A host's VAE decodes a film piece by piece: exactly where it is the Wan 2.1 VAE, whose memory can be carried, else in overlapping pieces."""
+"""A host's VAE decodes a film piece by piece: exactly where it is the Wan 2.1 VAE, whose memory can be carried, or that of MAGI-1, in whole tiles,
+else in overlapping pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import comfy.ldm.wan.vae
 import comfy.model_management
 import torch
 
-from ..flowcache_core.show.pieces import AFTER, BEFORE, TAKE, Decode, InSuccession, Overlapping, Pieces, all_of
+from ..flowcache_core.models.magi_vae import TILING, MagiVAE
+from ..flowcache_core.show.pieces import AFTER, BEFORE, TAKE, Decode, InSuccession, InTiles, Overlapping, Pieces, all_of
 
 OVERLAPS = (f"this VAE keeps nothing from piece to piece, so the film was decoded in pieces of {TAKE} latent frames, each with {BEFORE} before and "
             f"{AFTER} after it: at the joints it may differ a little from a film decoded whole")  # fmt: skip
@@ -20,6 +22,11 @@ def is_carried(vae: Any) -> bool:
     return isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE)
 
 
+def is_tiled(vae: Any) -> bool:
+    """Whether the VAE decodes in tiles that have no frames in common: pieces of whole tiles then make the film that is decoded whole."""
+    return isinstance(vae.first_stage_model, MagiVAE)
+
+
 def pieces_of(vae: Any, samples: torch.Tensor) -> Iterator[torch.Tensor]:
     """Latents [1, C, F, h, w] of one film -> its frames in pieces [T, H, W, 3] in 0..1."""
     return all_of(decoder_of(vae, samples.shape), samples)
@@ -27,6 +34,8 @@ def pieces_of(vae: Any, samples: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def decoder_of(vae: Any, shape: torch.Size, made: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents) -> Pieces:
     """For latents of this shape, of one film. `made`: what the VAE takes of them."""
+    if is_tiled(vae):
+        return InTiles(lambda piece: vae.decode(made(piece))[0], TILING.frames)
     if not is_carried(vae):
         return Overlapping(lambda piece: vae.decode(made(piece))[0], frames_by(vae))
     step = _carried(vae, shape)

@@ -156,14 +156,16 @@ def small(graph: Graph, steps: int = 4, length: float = 9) -> Graph:
 
 
 def quick(graph: Graph) -> Graph:
-    """Any workflow with two steps and as short as it still makes sense: a film longer than the window stays longer."""
-    out = copy.deepcopy(graph)
+    """Any workflow with two steps (MAGI-1: four) and as short as it still makes sense: a film longer than the window stays longer."""
+    out, magi = copy.deepcopy(graph), "tiny-magi" in graph[node(graph, "FlowCacheLoadModel")]["inputs"]["model_name"]
     for one in out.values():
         inputs = one["inputs"]
         if one["class_type"] == "BasicScheduler":
             inputs["steps"] = 2
+        if one["class_type"] == "FlowCacheScheduler":
+            inputs["steps"] = 4
         if one["class_type"] == "FlowCacheLatent":
-            inputs.update(length=69 if inputs["unit"] == "seconds" else min(inputs["length"], 33), unit="frames")
+            inputs.update(length=69 if inputs["unit"] == "seconds" else min(inputs["length"], 48 if magi else 33), unit="frames")
     return out
 
 

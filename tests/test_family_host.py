@@ -109,7 +109,8 @@ def test_what_the_toy_cannot_do_is_said_before_it_runs(host: Host, graph: Graph)
     assert "signature time follows the time modulation, which toy does not have" in refusal(host, timed)
     whole = put(graph, "FlowCacheSampler", attention="bidirectional (as trained)")
     assert "toy looks back only" in refusal(host, put(whole, "FlowCacheChunkwise", preset="balanced"))
-    two = {**graph, "guider": {"class_type": "CFGGuider", "inputs": {"model": ["5", 0], "positive": ["2", 0], "negative": ["2", 0], "cfg": 3.0}}}
-    assert "Toy is guided inside the run and takes one text, and 2 were given" in refusal(host, two)
+    three = {"model": ["5", 0], "cond1": ["2", 0], "cond2": ["2", 0], "negative": ["2", 0], "cfg_conds": 3.0, "cfg_cond2_negative": 2.0}
+    two = {**graph, "guider": {"class_type": "DualCFGGuider", "inputs": {**three, "style": "regular"}}}
+    assert "Toy is guided inside the run, by the prompt alone, and Guider_DualCFG has a text 'middle' too" in refusal(host, two)
     odd = {**graph, "toy": {**graph["toy"], "inputs": {"model_name": FILE, "family": "skyreels-v2-df"}}}
     assert "toy.safetensors" in refusal(host, odd)

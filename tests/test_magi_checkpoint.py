@@ -16,7 +16,7 @@ from torch import Tensor
 from flowcache_core.models import FAMILIES, checkpoint
 from flowcache_core.models.bundle import NETWORK
 from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED
-from flowcache_core.models.quantised import FLOAT8
+from flowcache_core.models.quantised import FLOAT8, column_factors, is_companion, restored, scale_key, unstacked
 from flowcache_core.models.shards import open_checkpoint
 from flowcache_core.models.skyreels_family import SKYREELS
 from tests.tiny_magi import GATED, PLAIN, tiny_magi
@@ -123,9 +123,9 @@ def test_no_family_is_mistaken_for_another() -> None:
 
 
 def test_a_family_that_the_nodes_do_not_offer_is_refused_by_name() -> None:
-    assert MAGI not in FAMILIES
+    assert MAGI in FAMILIES
     with pytest.raises(ValueError, match="magi is a MAGI-1 checkpoint: this loader knows SkyReels-V2 diffusion forcing only"):
-        checkpoint.recognise(on_meta("MAGI-1 4.5B"), "magi")
+        checkpoint.recognise(on_meta("MAGI-1 4.5B"), "magi", families=(SKYREELS,))
 
 
 def test_keys_are_strict_and_wrappers_fall_away() -> None:
@@ -220,6 +220,22 @@ def test_fp8_weights_are_folded_within_the_rounding_of_the_input(tmp_path: Path)
         x = torch.randn(7, weight.shape[1])
         bound = x.abs() @ folded[key].abs().T * 2**-4 + 2**-10 * folded[key].abs().sum(1) * 2
         assert ((quantised_layer(x, stored, layer) - x @ folded[key].T).abs() <= bound).all()
+
+
+def test_fp8_matrices_whose_columns_count_alike_stay_fp8_and_the_others_are_written_out() -> None:
+    stored = fp8_of(tiny_magi(PLAIN_OF_3).state_dict(), last=2)
+    plain, scales = unstacked(stored, torch.float32), {"weight_scale"}
+    assert {key.rpartition(".")[2] for key in plain if is_companion(key, plain)} == scales
+    for key in [key for key, weight in stored.items() if weight.dtype in FLOAT8]:
+        layer, wanted = key.rpartition(".")[0], restored(key, stored[key], stored[scale_key(key, stored) or ""], None, column_factors(key, stored))
+        smooth = DIVIDED[layer.rpartition(".")[2]] == "smooth"
+        assert (plain[key].dtype in FLOAT8) is not smooth
+        assert (f"{layer}.weight_scale" in plain) is not smooth
+        values = plain[key] if smooth else plain[key].float() * plain[f"{layer}.weight_scale"]
+        torch.testing.assert_close(values, wanted)
+    sky = open_checkpoint(NETWORK)
+    weights = dict(sky.tensors(sky.stored))
+    assert all(unstacked(weights, torch.float32)[key] is weight for key, weight in weights.items())
 
 
 PLAIN_OF_3 = type(PLAIN)(64, 96, 3, 1, head_dim=32, text_dim=12, caption=60)

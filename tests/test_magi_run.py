@@ -18,12 +18,12 @@ from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.layout import Layout, capacity
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import Salience
-from flowcache_core.models.adapter import Call
+from flowcache_core.models.adapter import Call, Counting
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.family import Bundled, Family
 from flowcache_core.models.magi import Magi, MagiConfig, rope_table
 from flowcache_core.models.magi_adapter import ALONE, NULL, TEXT, MagiAdapter
-from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED, MagiNoise, NearClean, ThreeBranches, magi
+from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED, MagiNoise, NearClean, ThreeBranches, magi, require_stages
 from flowcache_core.policies import POLICIES
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
@@ -37,6 +37,8 @@ from flowcache_core.run.generate import Given, Job, generate, generate_upstream
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.run import Place, Run
 from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.frames import FOUR_N
+from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
 from tests.test_memory import Ledger
 from tests.tiny_magi import GATED, PLAIN, tiny_magi
@@ -528,6 +530,35 @@ def test_what_the_network_was_not_trained_for_is_refused() -> None:
         generate_upstream(bundle_of(MAGI), JOB)
     with pytest.raises(ValueError, match="MAGI-1 takes given frames at the start of a film, and was not trained with given last frames"):
         generate(bundle_of(MAGI), JOB, given=Given(end=torch.randn(1, 16, 1, 8, 8)))
+
+
+def test_a_distilled_network_runs_at_the_levels_that_it_is_told_of() -> None:
+    for steps, denoise in ((64, 1.0), (16, 0.5), (8, 1.0), (12, 1.0), (20, 0.7)):
+        MAGI_DISTILLED.check_levels(MagiNoise().levels(steps, 3.0, denoise))
+        MAGI.check_levels(MagiNoise().levels(steps, 5.0, denoise))
+    uneven = [MagiNoise().level(i / 12, 3.0) for i in range(13)]
+    for levels in (uneven, MagiNoise().levels(16, 5.0), flow_sigmas(16, 3.0)):
+        with pytest.raises(ValueError, match=r"MAGI-1 distilled is told how long its steps are, .* take them from AR Video Scheduler"):
+            MAGI_DISTILLED.check_levels(levels)
+    with pytest.raises(ValueError, match="12 steps of its shortcut"):
+        MAGI_DISTILLED.check_levels(uneven)
+
+
+def test_what_is_left_open_is_as_published() -> None:
+    for family, scale in ((MAGI, 7.5), (MAGI_DISTILLED, None)):
+        published = family.published
+        assert (published.solver, published.given_noise, published.scale) == ("euler", 0, scale)
+        for steps in (8, 12, 16, 64):
+            require_stages(ChunkSchedule(24, 6, steps, published.stagger(steps), 5, pixels=FOUR_N, aligned=True))
+
+
+def test_an_adapter_that_counts_is_otherwise_the_same() -> None:
+    adapter = MagiAdapter(tiny_magi(PLAIN), torch.float64, distilled=True, ranges=(3, 2))
+    durations = torch.randn(3, 12)
+    counting = adapter.counting(durations)
+    assert isinstance(adapter, Counting)
+    assert counting.durations is durations
+    assert (counting.network, counting.dtype, counting.distilled, counting.ranges) == (adapter.network, torch.float64, True, (3, 2))
 
 
 def straight(steps: int) -> list[float]:

@@ -128,6 +128,11 @@ def test_prompts_of_unlike_lengths_are_refused_together(special: SpecialTokens) 
         prompt_text(prompt(9, films=2), special, mask=mask)
 
 
+def test_a_mask_of_another_text_is_refused(special: SpecialTokens) -> None:
+    with pytest.raises(ValueError, match="the text has 20 tokens and its mask 12, so texts were joined"):
+        prompt_text(prompt(20), special, mask=torch.ones(1, 12))
+
+
 @pytest.mark.parametrize("mask", [[0, 1, 1], [1, 0, 1]])
 def test_padding_in_front_of_words_is_refused(special: SpecialTokens, mask: list[int]) -> None:
     with pytest.raises(ValueError, match="words behind padding"):

@@ -408,7 +408,7 @@ def test_the_vae_of_another_model_is_refused_and_this_one_by_it(vae: MagiVAE) ->
 
 
 def test_the_loader_of_networks_says_that_this_is_a_vae(vae: MagiVAE) -> None:
-    with pytest.raises(ValueError, match=r"a\.safetensors is the VAE of MAGI-1: choose its network"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is the VAE of MAGI-1: put it into models/vae and use Load MAGI-1 VAE"):
         load_network(vae.state_dict(), "a.safetensors", torch.float32)
 
 

@@ -41,6 +41,9 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
     info = {k: v for k, v in host.ask("/object_info").items() if k.startswith("FlowCache")}
     assert set(info) == {
         "FlowCacheLoadModel",
+        "FlowCacheLoadMagiVAE",
+        "FlowCacheMagiTokens",
+        "FlowCacheScheduler",
         "FlowCacheLatent",
         "FlowCacheConditionFrames",
         "FlowCacheChunkwise",

@@ -11,6 +11,7 @@ const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheKVCompressor: 84,
   FlowCacheLatent: 40,
   FlowCacheConditionFrames: 40,
+  FlowCacheMagiTokens: 40,
   FlowCacheReport: 150,
   FlowCacheCompare: 110,
   FlowCacheSaveVideo: 40,

@@ -1,5 +1,6 @@
 """Families of networks. To add one: a file for the network, one for its adapter, one that describes the family, and its name in FAMILIES."""
 
+from .magi_family import MAGI, MAGI_DISTILLED
 from .skyreels_family import SKYREELS
 
-FAMILIES = (SKYREELS,)
+FAMILIES = (SKYREELS, MAGI, MAGI_DISTILLED)

@@ -94,6 +94,15 @@ class ChunkTexts(ModelAdapter, Protocol):
 
 
 @runtime_checkable
+class Counting(ModelAdapter, Protocol):
+    """An adapter of a network that can be told in words how many chunks are still to come."""
+
+    def counting(self, durations: Tensor) -> ModelAdapter:
+        """The same, with the words [n, channels] for 0, 1, ... chunks to come."""
+        ...
+
+
+@runtime_checkable
 class OwnTexts(ModelAdapter, Protocol):
     """An adapter of a family that is guided inside the run: it knows the texts of the branches that the prompt has no part in."""
 

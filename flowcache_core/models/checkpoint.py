@@ -26,9 +26,9 @@ OTHER_MODELS = {
     "control_adapter.": "a camera-control checkpoint",
     "face_adapter.": "a Wan Animate checkpoint",
     "double_blocks.": "a Flux or Hunyuan checkpoint",
-    "encoder.block.": "a T5 text encoder: put it into models/text_encoders and use Load CLIP (type wan)",
+    "encoder.block.": "a T5 text encoder: put it into models/text_encoders and use Load CLIP (type wan, or pixart for MAGI-1)",
     "encoder.downsamples.": "a VAE: put it into models/vae and use Load VAE",
-    "encoder.patch_embed.": "the VAE of MAGI-1: choose its network instead",
+    "encoder.patch_embed.": "the VAE of MAGI-1: put it into models/vae and use Load MAGI-1 VAE",
 }
 """Part of a key -> what a file with such a key is."""
 ARCHITECTURE = "architecture"

@@ -68,6 +68,8 @@ class Latents:
     """The class of comfy.latent_formats; None where the host has none."""
     preview: Preview | None = None
     """Colours of the latents; None: as the host's class has them."""
+    scale: float = 1.0
+    """What the VAE makes, times this, is what the network takes; where the host has a class, that knows it."""
 
     @property
     def multiple(self) -> int:
@@ -107,6 +109,28 @@ class Loaders:
     vae: str
 
 
+def any_schedule(schedule: ChunkSchedule) -> None:
+    """Whatever can be made."""
+
+
+def any_levels(levels: Sequence[float]) -> None:
+    """Whatever falls to 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a family was published with, where a user leaves it open.
+
+    solver: its name; stagger: number of steps -> `ar_step`; given_noise: timestep of the light noise on given first frames;
+    scale: of guidance, None where it is trained into the network.
+    """
+
+    solver: str = "unipc"
+    stagger: Callable[[int], int] = lambda steps: 5
+    given_noise: int = 20
+    scale: float | None = 6.0
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """`name` is also what a file's metadata may say under "architecture"; `title` is what people read."""
@@ -139,10 +163,15 @@ class Family:
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""
-    check: Callable[[ChunkSchedule], None] = lambda schedule: None
+    check: Callable[[ChunkSchedule], None] = any_schedule
     """Raises ValueError, with the way out, for a schedule that the network was not trained for."""
+    check_levels: Callable[[Sequence[float]], None] = any_levels
+    """The same for the noise levels of a run."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
+    published: Published = Published()
+    words: int | None = None
+    """Rows of text that the network reads at most, every one of them: padding is cut off. None: text is taken as the encoder made it."""
 
     def require_rate(self, fps: int) -> int:
         """Raises ValueError for a frame rate that the family has not learnt."""

@@ -70,6 +70,10 @@ class MagiAdapter(SquarePatches):
         self.query_heads, self.text_channels = config.heads, 2 * config.layers * config.kv_heads * config.head_dim
         self.rotary: Rotary = Rope(lambda: network.rope.bands)
 
+    def counting(self, durations: Tensor) -> MagiAdapter:
+        """The same, with these words [n, text_dim] for the number of chunks to come."""
+        return MagiAdapter(self.network, self.dtype, self.distilled, self.ranges, durations)
+
     def branch_texts(self, context: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
         """The prompt goes with all branches of a distilled network; else with the first, and the learned null caption with the others."""
         null = self.network.null_text(NULL_WORDS).to(context).expand(len(context), -1, -1)

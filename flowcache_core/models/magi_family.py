@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 
 from torch import Tensor
 
 from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
-from .family import ChunkLayout, Family, Latents, Loaders
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published, any_levels
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
+from .magi_text import WORDS
+from .magi_vae import LATENT_SCALE, MagiVAE
+from .word_text import encode_prompt
 
 CHUNK_FRAMES = 6
 STAGES = 4
@@ -28,6 +32,8 @@ LAST_STAGE = 0.7
 """Noise level at which the last stage begins."""
 TINY = 1e-6
 """Noise levels that are closer than this are one."""
+NEAR = 5e-3
+"""Those of a scheduler with a table are as close as this to what is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,12 @@ class MagiNoise:
             raise ValueError(f"{steps} steps were asked for: at least 1 is needed (64, 32, 16 and 8 are the published settings)")
         if not 0 < denoise <= 1:
             raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
-        squares = [1 - place**2 for place in places(int(steps / denoise))]
-        return tuple(shift * x / (1 + (shift - 1) * x) for x in squares[-steps - 1 :])
+        return tuple(self.level(place, shift) for place in places(int(steps / denoise))[-steps - 1 :])
+
+    def level(self, place: float, shift: float) -> float:
+        """At a place 0..1 of a run whose steps are equally long."""
+        x = 1 - place**2
+        return shift * x / (1 + (shift - 1) * x)
 
     def timestep(self, sigma: float) -> float:
         return 1 - sigma
@@ -135,6 +145,21 @@ def require_stages(schedule: ChunkSchedule) -> None:
         )
 
 
+def require_told(levels: Sequence[float]) -> None:
+    """Raises ValueError for noise levels whose steps are not as long as a distilled network is told."""
+    steps, first, noise = len(levels) - 1, levels[0], MagiNoise()
+    shift = noise.shift
+    begun = sqrt(max(1 - first / (shift - (shift - 1) * first), 0.0))
+    even = [begun + (1 - begun) * i / steps for i in range(steps + 1)]
+    told = places(steps) if begun < NEAR else even
+    if any(abs(noise.level(place, shift) - level) > NEAR for place, level in zip(told, levels, strict=True)):
+        grid = f"{steps} steps of its shortcut, of which every third is long" if steps == SHORTCUT else f"{steps} steps at shift {shift:g}"
+        raise ValueError(
+            f"MAGI-1 distilled is told how long its steps are, and these noise levels are not those of {grid}: take them from AR Video Scheduler, or "
+            "for another number of steps than 12 from the scheduler simple, without a node that changes the shift"
+        )
+
+
 def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = True, near_clean: bool = True) -> Family:
     """As published by default. FlowCache (ICLR 2026) ran the distilled model with `ranges` (), `clean_pass` and `near_clean` False.
 
@@ -152,15 +177,19 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         release=release_of,
         layout=ChunkLayout(CHUNK_FRAMES, window=max(ranges, default=EVERY), causal=True, aligned=True),
         frames=FOUR_N,
-        latents=Latents(LATENT_CHANNELS, 8, PATCH, None),
+        latents=Latents(LATENT_CHANNELS, 8, PATCH, None, scale=LATENT_SCALE),
         noise=MagiNoise(),
         guidance=NearClean(history=0.7 if near_clean else 1.0) if distilled else ThreeBranches(),
         rates=(24,),
         takes_rate=lambda config: False,
-        loaders=Loaders("the text encoder T5-v1.1-xxl", "the VAE of MAGI-1"),
+        loaders=Loaders("Load CLIP (t5xxl, type pixart)", "Load MAGI-1 VAE"),
+        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
         blocks=LAYERS,
         check=require_stages,
+        check_levels=require_told if distilled else any_levels,
         clean_pass=clean_pass,
+        published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),
+        words=WORDS,
     )
 
 

@@ -103,7 +103,7 @@ def prompt_text(embeddings: Tensor, special: SpecialTokens, traits: Sequence[str
     `mask` [films, words]: nonzero where there are words and no padding; looking at it waits for its device. Raises ValueError for more than
     800 rows with all tokens, that of the duration too, for prompts of a batch that differ in length, and for another width.
     """
-    words = embeddings if mask is None else embeddings[:, : _length(mask)]
+    words = embeddings if mask is None else without_padding(embeddings, mask)
     front = special.front(traits)
     rows, tokens = words.shape[1], len(front) + 1
     if rows + tokens > WORDS:
@@ -112,6 +112,19 @@ def prompt_text(embeddings: Tensor, special: SpecialTokens, traits: Sequence[str
             f"so shorten it by {rows + tokens - WORDS}"
         )
     return before(words, front)
+
+
+def without_padding(text: Tensor, mask: Tensor) -> Tensor:
+    """Text [films, words, channels] as far as the `mask` [films, words] is nonzero; looking at it waits for its device.
+
+    Raises ValueError for a mask of another text, for prompts of a batch that differ in length, and for padding in front.
+    """
+    if tuple(mask.shape) != tuple(text.shape[:2]):
+        raise ValueError(
+            f"the text has {text.shape[1]} tokens and its mask {mask.shape[-1]}, so texts were joined and padding cannot be cut off: give the prompt "
+            "as one text, or load the text encoder as a type that does not pad (pixart)"
+        )
+    return text[:, : _length(mask)]
 
 
 def null_text(null_caption: Tensor, special: SpecialTokens | None = None) -> Tensor:

@@ -70,6 +70,23 @@ def column_factors(key: str, scales: Mapping[str, Tensor]) -> Tensor | None:
     return after.float().flatten()[0] / (after if smooth is None else smooth).float().flatten()
 
 
+def unstacked(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A checkpoint as MAGI-1 stores fp8, in the form of others: a stack of one matrix becomes the matrix, with one scale.
+
+    Where the columns of a matrix count differently no fp8 layer can say so: its values are written out in `dtype`.
+    """
+    out = dict(weights)
+    for key in [key for key, weight in weights.items() if weight.ndim == 3 and len(weight) == 1 and scale_key(key, weights.keys())]:
+        layer, columns = key.removesuffix(".weight"), column_factors(key, weights)
+        for companion in ("input_scale", "smooth_scale"):
+            out.pop(f"{layer}.{companion}", None)
+        if columns is None or bool((columns == 1).all()):
+            out[key], out[f"{layer}.weight_scale"] = weights[key][0], out[f"{layer}.weight_scale"].reshape(())
+        else:
+            out[key] = restored(key, weights[key], out.pop(f"{layer}.weight_scale"), dtype, columns)
+    return out
+
+
 def restored(key: str, weight: Tensor, scale: Tensor | None, dtype: torch.dtype | None, columns: Tensor | None = None) -> Tensor:
     """The values of a weight in `dtype` (None: as stored). `scale`: one number, or one per row; `columns`: as `column_factors` has them.
 

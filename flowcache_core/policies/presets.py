@@ -39,7 +39,7 @@ MAGI_RULES: dict[str, Chunkwise] = {
     "flowcache-magi-fast": Chunkwise(0.015, warmup_steps=5, max_reuse=1000, signature="latent", order=0),
 }
 """The thresholds that FlowCache released for MAGI-1 at 64 steps. There drift is measured behind the patch embedding, here on the latents;
-there the latent increment is replayed, here the velocity. Other models have other thresholds, so the nodes do not offer these."""
+there the latent increment is replayed, here the velocity. Other models have other thresholds: these are for MAGI-1 alone."""
 
 
 def preset(name: str) -> Planned | Chunkwise:

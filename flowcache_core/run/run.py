@@ -124,6 +124,7 @@ class Run:
         require_levels(self.sigmas)
         self._require_latents()
         self.family.check(self.schedule)
+        self.family.check_levels(self.sigmas)
         if self.sections:
             self._require_bidirectional()
         if self.family.guidance.inside:

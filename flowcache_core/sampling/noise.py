@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 TRAIN_STEPS = 1000
 NEAREST = 1e-6
@@ -31,6 +31,15 @@ class Noise(Protocol):
 
     def timestep(self, sigma: float) -> float:
         """What the network is given for a level."""
+        ...
+
+
+@runtime_checkable
+class Curved(Noise, Protocol):
+    """Noise whose levels are a curve over the run, which a host's scheduler can follow."""
+
+    def level(self, place: float, shift: float) -> float:
+        """The level at a place 0..1 of a run whose steps are equally long, falling from 1 to 0."""
         ...
 
 

@@ -69,17 +69,28 @@ class Overlapping:
         return film[self.frames(begin - first) : self.frames(end - first)]
 
 
+@dataclass
+class InTiles:
+    """Pieces of one tile each, of a decoder whose tiles have no frames in common: the film is exactly the one that is decoded whole.
+
+    `size`: latent frames of a tile. What is left at the end, and fills none, goes with the tile before it.
+    """
+
+    decode: Decode
+    size: int
+    done: int = 0
+
+    def next(self, latents: Tensor, ready: int) -> Tensor | None:
+        total = latents.shape[2]
+        last = max(total // self.size - 1, 0) * self.size
+        begin, end = self.done, self.done + self.size if self.done < last else total
+        if begin == end or end > ready:
+            return None
+        self.done = end
+        return self.decode(latents[:, :, begin:end])
+
+
 def all_of(pieces: Pieces, latents: Tensor) -> Iterator[Tensor]:
     """Latents [1, C, F, h, w] of a film that is finished -> its frames, piece by piece."""
     while (piece := pieces.next(latents, latents.shape[2])) is not None:
         yield piece
-
-
-def in_succession(step: Decode, latents: Tensor) -> Iterator[Tensor]:
-    """As `InSuccession`, of a film that is finished."""
-    return all_of(InSuccession(step), latents)
-
-
-def overlapping(decode: Decode, latents: Tensor, frames: Callable[[int], int]) -> Iterator[Tensor]:
-    """As `Overlapping`, of a film that is finished."""
-    return all_of(Overlapping(decode, frames), latents)
