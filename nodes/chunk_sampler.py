@@ -150,7 +150,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         causal = layout.causal if self.attention == AUTO else self.attention == CAUSAL
         ar_step = model.family.published.stagger(steps) if self.ar_step < 0 else self.ar_step
         if causal:
-            return ChunkSchedule(frames, chunk, steps, ar_step, window, prefix, suffix, pixels, layout.aligned)
+            return ChunkSchedule(frames, chunk, steps, ar_step, window, prefix, suffix, pixels, layout.aligned, layout.profile)
         self._require_whole_rows(model_options)
         length = pixels.latent(self.window_frames) if self.window_frames else chunk * window
         return sections_of(frames, chunk, steps, ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)

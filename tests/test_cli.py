@@ -16,7 +16,8 @@ from PIL import Image
 from flowcache_core.__main__ import main
 from flowcache_core.bench import motion, reuse, sweep
 from flowcache_core.bench.recall import recall, spearman, tokens_that_move
-from flowcache_core.models.bundle import NETWORK, VAE
+from flowcache_core.models.bundle import NETWORK, VAE, files_of
+from flowcache_core.models.magi_family import MAGI
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
 
@@ -80,6 +81,24 @@ def test_demo_refuses_before_it_writes(
     assert sentence in said.err
     assert "Traceback" not in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not all(path.exists() for path in files_of(MAGI)), reason="tiny-magi is not in flowcache_core/models/weights")
+def test_demo_runs_the_other_bundled_model_in_the_ways_that_it_has(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("demo", "--model", "tiny-magi", "--frames", 24, "--steps", 8, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["model"], report["frames"], report["steps"], report["ar_step"], report["cfg"]) == ("tiny-magi", 24, 8, 2, MAGI.usual.cfg)
+    assert [run["arm"] for run in report["runs"]] == ["uncached", "chunkwise"], "the upstream way is not there for a model that looks back only"
+    assert report["runs"][1]["tokens_computed"] < report["runs"][0]["tokens_computed"]
+    capsys.readouterr()
+    refused: dict[str, tuple[object, ...]] = {
+        "looks back only": ("--arms", "upstream"), "30 frames are not 4n: use 28 or 32": ("--frames", 30),
+        "10 steps do not divide: use 8 or 12": ("--steps", 10), "28 do not divide: use 24 or 48": ("--frames", 28),
+    }  # fmt: skip
+    for sentence, arguments in refused.items():
+        assert cli("demo", "--model", "tiny-magi", "--out", tmp_path / "none", *arguments) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_interrupted_demo_says_so(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from flowcache_core.bench import figures, measured
 from flowcache_core.bench.figures import FIGURES, PAGES, PLACE, figure
-from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, ROOT, data, table
+from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, OTHERS, ROOT, data, table
 
 
 def test_the_pages_say_what_was_measured() -> None:
@@ -21,7 +21,7 @@ def test_the_pages_say_what_was_measured() -> None:
 def test_every_figure_stands_on_a_page_and_every_file_is_shown() -> None:
     places = {place[2] for page in PAGES for place in PLACE.finditer((ROOT / page).read_text())}
     assert places == set(FIGURES)
-    assert {path.stem for path in (ROOT / DATA).glob("*.json")} == set(COMMANDS)
+    assert {path.stem for path in (ROOT / DATA).glob("*.json")} == {*COMMANDS, *OTHERS}
 
 
 def test_files_of_several_commits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,6 @@ def test_a_table_is_markdown() -> None:
 
 def test_make_measure_runs_what_the_pages_name() -> None:
     rules = (ROOT / "Makefile").read_text().replace("$(BENCH)", BENCH)
-    for name, command in COMMANDS.items():
+    for name, command in (COMMANDS | OTHERS).items():
         if name != "demo":
             assert f"{command} --json {DATA}/{name}.json\n" in rules

@@ -23,13 +23,13 @@ from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.family import Bundled, Family
 from flowcache_core.models.magi import Magi, MagiConfig, rope_table
 from flowcache_core.models.magi_adapter import ALONE, NULL, TEXT, MagiAdapter
-from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED, MagiNoise, NearClean, ThreeBranches, magi, require_stages
+from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED, MagiNoise, NearClean, ThreeBranches, is_last_stage, magi, require_stages
 from flowcache_core.policies import POLICIES
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
-from flowcache_core.policies.presets import MAGI_RULES, preset
+from flowcache_core.policies.presets import MAGI_RULES, PLANS, preset
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.policies.target import Target
 from flowcache_core.policies.thresholds import decision_table
@@ -39,7 +39,9 @@ from flowcache_core.run.run import Place, Run
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.frames import FOUR_N
 from flowcache_core.sampling.noise import flow_sigmas
+from flowcache_core.sampling.planner import least_share
 from flowcache_core.sampling.schedule import ChunkSchedule
+from flowcache_core.sampling.solvers import Euler, UniPC
 from tests.test_memory import Ledger
 from tests.tiny_magi import GATED, PLAIN, tiny_magi
 from tests.toy_family import no_vae, words
@@ -487,6 +489,35 @@ def test_a_budget_with_room_for_all_of_history_equals_none() -> None:
         film, _ = generate(bundle_of(family), JOB)
         roomy, _ = generate(bundle_of(family), JOB, compressor=Compressor(KV_POLICIES[0](), budget=6))
         assert torch.equal(film, roomy)
+
+
+@pytest.mark.parametrize("steps", [4, 8, 12, 16, 32, 64])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_preset_that_plans_serves_any_number_of_steps(name: str, steps: int) -> None:
+    """Within its budget, or at the least that a plan can have; every chunk is computed where guidance changes."""
+    for chunks in (1, 4, 9):
+        for ar_step in (steps // 4, steps):
+            layout, rule = MAGI.layout, preset(name)
+            schedule = ChunkSchedule(6 * chunks, 6, steps, ar_step, layout.window, pixels=MAGI.frames, aligned=True, profile=layout.profile)
+            MAGI.check(schedule)
+            assert isinstance(rule, Planned)
+            rule.check_run(steps)
+            plan = rule.plan(schedule).check(schedule)
+            assert plan.share(schedule) <= max(rule.share, least_share(schedule)) + 1e-9
+            assert all(is_last_stage(MAGI.noise.levels(steps, 3.0)[3 * steps // 4]) and 3 * steps // 4 in done for done in plan.computed)
+
+
+def test_under_euler_a_plan_takes_the_steps_that_it_leaves_out() -> None:
+    """As `test_plan.py` says of sums; the full plan is the film itself, and UniPC is run as anywhere."""
+    bundle, job = bundle_of(MAGI), replace(JOB, frames=48)
+    settled = Run(MAGI, bundle.adapter(), job.schedule(bundle), job.sigmas(bundle), (16, 8, 8), solver=Euler())
+    assert settled.solver == Euler(sums=True)
+    assert replace(settled, solver=UniPC()).solver == UniPC()
+    film, _ = generate(bundle, job)
+    assert torch.equal(generate(bundle, job, Planned(share=1.0))[0], film)
+    plain = bundle_of(replace(MAGI, solving=lambda solver: solver))
+    by_steps, at_once = (generate(one, job, Planned(share=0.6))[0] for one in (bundle, plain))
+    assert not torch.equal(by_steps, at_once)
 
 
 FLOWCACHE = magi(distilled=True, ranges=(), clean_pass=False, near_clean=False)

@@ -126,28 +126,30 @@ def test_pasts_are_those_of_every_place_by_itself() -> None:
             assert torch.broadcast_to(torch.as_tensor(before), (3, 2, 2)).flatten().tolist() == [past[-2] for past in seen]
 
 
-@pytest.mark.parametrize("kind", [Multistep(), Euler()])
+@pytest.mark.parametrize("kind", [Multistep(), Euler(), Multistep(sums=True)], ids=["multistep", "euler", "sums"])
+@pytest.mark.parametrize("jump", [False, True])
 @pytest.mark.parametrize("first", [0, 3])
-def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Solver, first: int) -> None:
+def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep | Euler, first: int, jump: bool) -> None:
     """Groups of cells that are computed at random steps of their own, against the solver on each group alone."""
     rng, levels, groups = random.Random(first), flow_sigmas(24), 5
     steps = sorted({first, first + 2, 23, *rng.sample(range(first + 3, 23), 12)})
     owner = torch.randint(groups, (3, 4, 4))
     whole = {steps[0], steps[1], steps[-1], steps[6]}
+    jumps = (steps[6],) if jump else ()
     own = [[s for s in steps if s in whole or rng.random() < 0.4] for _ in range(groups)]
     target, noise = torch.randn(2, 1, 4, 3, 4, 4, dtype=torch.float64).unbind(0)
 
     def velocity(x: Tensor, step: int) -> Tensor:
         return (x - torch.tanh(3 * target + x)) / levels[step]
 
-    walk, x = CellWalk(kind.order, levels), noise.clone()
+    walk, x = CellWalk(kind.order, levels, jumps, kind.sums), noise.clone()
     for step in steps:
         chosen = None if step in whole else torch.stack([owner == g for g in range(groups) if step in own[g]] or [owner < 0]).any(0)
         arrived = walk.arrive(x, step)
         x, clean = walk.step(x, arrived, velocity(arrived, step), step, chosen)
         assert clean.shape == x.shape
     for group in range(groups):
-        alone, memory, path = noise.clone(), kind.start(torch.Generator()), Path(levels, tuple(own[group]))
+        alone, memory, path = noise.clone(), kind.start(torch.Generator()), Path(levels, tuple(own[group]), jumps)
         for number, step in enumerate(own[group]):
             alone = kind.step(alone, velocity(alone, step), number, path, memory)
         mine = (owner == group).expand_as(x)

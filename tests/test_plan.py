@@ -19,7 +19,8 @@ from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import FORMAT, Plan, attended
-from flowcache_core.sampling.planner import evenly, least_share, plan_for
+from flowcache_core.sampling.planner import evenly, least_share, plan_for, plan_in_part
+from flowcache_core.sampling.profile import Profile
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
@@ -313,6 +314,59 @@ def test_clean_latents_on_a_line_of_the_clock_are_integrated_exactly() -> None:
                 sigma = math.exp((1 - part) * math.log(levels[step]) + part * math.log(levels[step + 1]))
                 total += (step + part) / sigma * (math.log(levels[step]) - math.log(levels[step + 1])) / n
         assert w0 * path.steps[number - 1] + w1 * path.steps[number] == pytest.approx(end * total, rel=1e-6)
+
+
+def test_sums_are_the_steps_of_eulers_method_where_clean_latents_are_on_a_line_of_the_clock() -> None:
+    levels = flow_sigmas(50)
+    a, b, noise = torch.randn(3, 6, dtype=torch.float64)
+
+    def field(x: Tensor, sigma: float) -> Tensor:
+        return (x - a - b * levels.index(sigma) / 50) / sigma
+
+    whole = walk(field, noise, Path.whole(levels), Euler())
+    skipped = Path(levels, (0, 3, 8, 14, 19, 27, 40, 49))
+    torch.testing.assert_close(walk(field, noise, skipped, Euler(sums=True).skipping), whole, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(walk(field, noise, skipped, Euler().skipping), whole, rtol=1e-2)
+    assert walk(field, noise, Path.whole(levels), Euler(sums=True)).equal(whole)
+
+
+@pytest.mark.parametrize("kind", [Multistep(), Multistep(sums=True)])
+def test_nothing_is_interpolated_across_a_jump(kind: Solver) -> None:
+    """Clean latents that change once, and are constant before and behind: exact, where a line across would not be."""
+    levels, jump = flow_sigmas(20), 12
+    before, behind, noise = torch.randn(3, 6, dtype=torch.float64)
+    x = (1 - levels[0]) * before + levels[0] * noise
+
+    def field(x: Tensor, sigma: float) -> Tensor:
+        return (x - (behind if levels.index(sigma) >= jump else before)) / sigma
+
+    def at_the_end(jumps: tuple[int, ...]) -> Tensor:
+        path, memory, y = Path(levels, (0, 3, 7, 12, 17, 19), jumps), kind.start(torch.Generator()), x
+        for number in range(4):
+            y = kind.step(y, field(y, path.sigmas[number]), number, path, memory)
+        return y
+
+    here, end = levels[jump], levels[17]
+    wanted = end / here * ((1 - here) * before + here * noise) + (1 - end / here) * behind
+    torch.testing.assert_close(at_the_end((jump,)), wanted, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(at_the_end(()), wanted, rtol=1e-3)
+
+
+STAGED = Profile(knots=((0.0, 1.0), (50.0, 1.0)), changes=(0.25, 0.75))
+
+
+@given(st.integers(1, 12), st.integers(1, 7), st.sampled_from([1, 2, 4]), st.floats(0.0, 1.0))
+@settings(deadline=None, max_examples=40)
+def test_every_chunk_is_computed_at_its_jumps(quarter: int, chunks: int, together: int, share: float) -> None:
+    """In step, and within the budget where that allows a step more than the first, the last and those at jumps."""
+    steps = 4 * quarter
+    schedule = ChunkSchedule(2 * chunks, 2, steps, steps // together, 5, aligned=True, profile=STAGED)
+    assert schedule.jumps == (quarter, 3 * quarter)
+    for plan in (plan_for(schedule, share), plan_in_part(schedule, share, 0.25)):
+        plan.check(schedule)
+        assert all(set(schedule.jumps) <= set(done) and done[-1] == steps - 1 for done in plan.computed)
+        assert not any(set(schedule.jumps) & set(some) for some in plan.partial)
+        assert plan.share(schedule) <= max(share, least_share(schedule)) + 1e-6
 
 
 def test_contradicting_budgets_are_refused() -> None:

@@ -1,8 +1,6 @@
-"""An adapter around another, for measuring: what it does not define itself is the inner one's."""
+"""An adapter around another, for measuring: what it does not define itself is the inner one's, as protocols want to find it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from ..models.adapter import ModelAdapter
 
@@ -10,6 +8,5 @@ from ..models.adapter import ModelAdapter
 class Around:
     def __init__(self, inner: ModelAdapter) -> None:
         self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        others = [name for name in dir(inner) if not name.startswith("_") and not hasattr(type(self), name)]
+        vars(self).update({name: getattr(inner, name) for name in others})

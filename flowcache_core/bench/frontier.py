@@ -19,18 +19,21 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..device import commit, fast_dtype
 from ..files import write_text
-from ..models.bundle import Bundle, load_bundle
+from ..models.bundle import Bundle, load_bundle, weights_id
+from ..models.family import Family
+from ..models.skyreels_family import SKYREELS
 from ..policies import POLICIES
 from ..policies.multirate import Multirate
 from ..policies.named import policy_named
@@ -40,7 +43,7 @@ from ..policies.target import Target
 from ..policies.thresholds import least_computed
 from ..run.generate import Job, decode, generate, generate_upstream
 from ..run.report import RunReport
-from ..sampling.plan import Plan
+from ..sampling.plan import Plan, commit_frames
 from ..sampling.planner import evenly
 from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import UniPC
@@ -54,6 +57,8 @@ from .sweep import over
 NAME = "frontier"
 SHARES = (0.56, 0.40, 0.30, 0.20, 0.12)
 CONVERGED = 200
+TINY = 1e-6
+"""Against a share that misses whole steps by rounding."""
 SEED = re.compile("[0-9]{1,15}")
 CAUSAL, BIDIRECTIONAL = "block-causal", "bidirectional"
 BASELINES = ("steps", "steps-fractional", "steps-euler")
@@ -80,9 +85,12 @@ class Setting:
     shift: float = 8.0
     ar_step: int = 5
     attention: str = CAUSAL
+    solver: str = "unipc"
+    size: int = 128
 
     def job(self, prompt: str, seed: int) -> Job:
-        return Job(prompt, self.frames, self.steps, seed, cfg=self.cfg, shift=self.shift, ar_step=self.steps if self.ar_step < 0 else self.ar_step)
+        ar_step = self.steps if self.ar_step < 0 else self.ar_step
+        return Job(prompt, self.frames, self.steps, seed, size=self.size, cfg=self.cfg, shift=self.shift, ar_step=ar_step, solver=self.solver)
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,42 @@ def schedule_of(bundle: Bundle, job: Job, setting: Setting) -> ChunkSchedule:
     return job.sections(bundle)[0].schedule if setting.attention == BIDIRECTIONAL else job.schedule(bundle)
 
 
-def tokens(bundle: Bundle, job: Job, setting: Setting) -> float:
-    """Latent frames that a run of all steps puts through the network."""
-    together = setting.attention == BIDIRECTIONAL
-    return Plan.full(schedule_of(bundle, job, setting), together).frames_computed(schedule_of(bundle, job, setting))
+def tokens(bundle: Bundle, job: Job, setting: Setting, plan: Plan | None = None) -> float:
+    """Latent frames that a run of a plan, or of all steps, puts through the network; where guidance is inside, through all of its branches."""
+    schedule = schedule_of(bundle, job, setting)
+    plan = plan or Plan.full(schedule, setting.attention == BIDIRECTIONAL)
+    if not bundle.family.guidance.inside:
+        return plan.frames_computed(schedule)
+    ran = np.zeros((schedule.chunks, schedule.steps))
+    for k, steps in enumerate(plan.computed):
+        ran[k, list(steps)] = 1
+        ran[k, list(plan.partial[k] if plan.is_partial(k) else ())] = plan.part
+    return in_branches(bundle, job, ran, plan, bundle.family.clean_pass)
+
+
+def in_branches(bundle: Bundle, job: Job, ran: np.ndarray, plan: Plan | None, clean_pass: bool) -> float:
+    """Latent frames, of every step and clean pass as often as there are branches of it, over the number of all branches.
+
+    `ran`: the part of its tokens that every chunk runs at every step, [chunks, steps]. Chunks of which some tokens wait run all branches.
+    """
+    schedule, guidance = job.schedule(bundle), bundle.family.guidance
+    every = len(guidance.branches(job.cfg))
+    needed = np.array([len(guidance.needed(job.cfg, level)) for level in job.sigmas(bundle)[:-1]])
+    total: float = commit_frames(schedule) * len(guidance.remembered(job.cfg)) * clean_pass
+    for k in range(schedule.chunks):
+        branches = np.full_like(needed, every) if plan and plan.is_partial(k) else needed
+        total += float(ran[k] @ branches) * schedule.span(k)[1]
+    return total / every
+
+
+def share_of(bundle: Bundle, job: Job, report: RunReport, uncached: RunReport) -> float:
+    """Of all tokens of the uncached run of `job`, the part that a run has computed, in whatever number of steps."""
+    if not bundle.family.guidance.inside:
+        return report.tokens_computed / uncached.tokens
+    mine, full = (
+        in_branches(bundle, fewer(job, r.map.shape[1]), r.shares, r.plans[0] if r.plans else None, r.commits > 0) for r in (report, uncached)
+    )
+    return mine / full
 
 
 def fewer(job: Job, steps: int) -> Job:
@@ -130,14 +170,37 @@ def finer(job: Job, steps: int) -> Job:
 
 def steps_for(bundle: Bundle, job: Job, setting: Setting, share: float) -> int:
     """The fewest steps that compute at least the share: rounded in favour of fewer steps."""
-    wanted = share * tokens(bundle, job, setting) - 1e-6
-    return next(n for n in range(1, job.steps + 1) if n == job.steps or tokens(bundle, fewer(job, n), setting) >= wanted)
+    wanted = share * tokens(bundle, job, setting) - TINY
+
+    def enough(n: int) -> bool:
+        return fits(bundle, fewer(job, n), setting) and tokens(bundle, fewer(job, n), setting) >= wanted
+
+    return next(n for n in range(1, job.steps + 1) if n == job.steps or enough(n))
+
+
+def fits(bundle: Bundle, job: Job, setting: Setting) -> bool:
+    """Whether the model was trained for such a schedule."""
+    try:
+        bundle.family.check(schedule_of(bundle, job, setting))
+    except ValueError:
+        return False
+    return True
+
+
+def affordable(bundle: Bundle, job: Job, setting: Setting, steps: int, rule: Callable[[float], PlanPolicy]) -> PlanPolicy:
+    """The policy, made of a share, that computes as much as possible and no more than the same film in fewer steps."""
+    most = tokens(bundle, fewer(job, steps), setting)
+    same = most / tokens(bundle, job, setting)
+    if not bundle.family.guidance.inside:
+        return rule(same)
+    schedule = schedule_of(bundle, job, setting)
+    tried = (rule(min(same * (1 + percent / 100), 1.0)) for percent in np.arange(30, -30, -0.5))
+    return next(policy for policy in tried if tokens(bundle, job, setting, policy.plan(schedule)) <= most + TINY)
 
 
 def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
     job, setting = film.job, film.setting
     n = steps_for(bundle, job, setting, share)
-    same = tokens(bundle, fewer(job, n), setting) / tokens(bundle, job, setting)
     if arm in ("steps", "steps-euler"):
         return make(bundle, replace(fewer(job, n), solver="euler" if arm == "steps-euler" else "unipc"), setting)
     if arm in ("steps-fractional", "even"):
@@ -145,9 +208,9 @@ def run_arm(bundle: Bundle, film: Film, arm: str, share: float) -> Made:
         plan = evenly(schedule_of(bundle, fine, setting), n, setting.attention == BIDIRECTIONAL)
         return make(bundle, fine, setting, Planned(exact=plan), integrator=EveryGrid() if arm == "steps-fractional" else None)
     if arm == "default":
-        return make(bundle, job, setting, Planned(share=same))
+        return make(bundle, job, setting, affordable(bundle, job, setting, n, Planned))
     if arm == "motion":
-        return make(bundle, job, setting, Multirate(share=same))
+        return make(bundle, job, setting, affordable(bundle, job, setting, n, Multirate))
     if arm in BY_NAME:
         return make(bundle, job, setting, by_name(bundle, film, arm, share))
     chunk_share = min(n / job.steps, 1.0)
@@ -190,12 +253,22 @@ BY_NAME = tuple(kind.name for kind in POLICIES if "share" in settings_of(kind))
 """Arms on request alone."""
 
 
-def measure(bundle: Bundle, film: Film) -> list[dict[str, Any]]:
+def converged(bundle: Bundle, film: Film) -> Tensor:
+    """Latents of the film in so many steps that more would not change it."""
+    job = film.job
+    return make(bundle, fewer(job, job.steps * math.ceil(CONVERGED / job.steps)), film.setting)[0]
+
+
+RunArm = Callable[[Bundle, Film, str, float], Made]
+"""(bundle, film, arm, share) -> latents and report."""
+Measure = Callable[[Bundle, Film], list[dict[str, Any]]]
+
+
+def measure(bundle: Bundle, film: Film, run_arm: RunArm = run_arm, converged: Callable[[Bundle, Film], Tensor] = converged) -> list[dict[str, Any]]:
     """Of one film: an entry per arm and share."""
     job, setting = film.job, film.setting
     latents, uncached = make(bundle, job, setting)
-    steps = job.steps * math.ceil(CONVERGED / job.steps)
-    references = decode(bundle, latents), decode(bundle, make(bundle, fewer(job, steps), setting)[0])
+    references = decode(bundle, latents), decode(bundle, converged(bundle, film))
     entry = {"prompt": film.prompt, "seed": film.seed, "setting": setting}
     out = [{**entry, "arm": "uncached", "share": 1.0, "measured": 1.0, "seconds": uncached.wall_s, "full_s": uncached.wall_s,
             **_closeness(references[0], references)}]  # fmt: skip
@@ -208,7 +281,7 @@ def measure(bundle: Bundle, film: Film) -> list[dict[str, Any]]:
             key = ("steps" if arm == "steps-fractional" and finer(job, n) == fewer(job, n) else arm), n
             if key not in made:
                 latents, report = run_arm(bundle, film, arm, share)
-                made[key] = report.tokens_computed / uncached.tokens, report.wall_s, _closeness(decode(bundle, latents), references)
+                made[key] = share_of(bundle, job, report, uncached), report.wall_s, _closeness(decode(bundle, latents), references)
             measured, seconds, close = made[key]
             out.append({**entry, "arm": arm, "share": share, "measured": measured, "seconds": seconds, "full_s": uncached.wall_s, **close})
     return out
@@ -268,8 +341,7 @@ REDUCED = [Setting(57), Setting(steps=30), Setting(steps=100), Setting(cfg=1.0),
 
 def films(args: argparse.Namespace) -> list[Film]:
     """Raises ValueError for arguments that cannot work."""
-    prompts = _prompts(args)
-    shares = tuple(_share(text) for text in args.shares.split(","))
+    prompts, shares = prompts_of(args), shares_of(args.shares)
     usual = Setting(args.frames, args.steps, args.cfg, args.shift, args.ar_step, args.attention)
     wanted = tuple(a for a in args.arms.split(",") if a)
     if unknown := set(wanted) - {*CAUSAL_ARMS, *BY_NAME}:
@@ -301,7 +373,7 @@ def films(args: argparse.Namespace) -> list[Film]:
     return out + [Film(setting, prompt, seed, few, at or shares) for setting in others if setting != usual for seed, prompt in some]
 
 
-def _prompts(args: argparse.Namespace) -> list[tuple[int, str]]:
+def prompts_of(args: argparse.Namespace) -> list[tuple[int, str]]:
     if args.prompts_file is None:
         if not 1 <= args.prompts <= len(PROMPTS):
             raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
@@ -319,6 +391,11 @@ def _prompts(args: argparse.Namespace) -> list[tuple[int, str]]:
     if not out:
         raise ValueError(f"the prompts file {args.prompts_file} has no line: write a seed, a tab and a prompt on each")
     return out
+
+
+def shares_of(text: str) -> tuple[float, ...]:
+    """Raises ValueError."""
+    return tuple(_share(one) for one in text.split(","))
 
 
 def _share(text: str) -> float:
@@ -366,10 +443,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=("usual", "reduced", "full"), default="reduced",
                         help="usual: one setting; reduced: also bidirectional, and other settings, and arms that are no rivals, on a few prompts, in "
                         "about an hour on two cores; full: all settings against each other, for many hours (default %(default)s)")  # fmt: skip
-    parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
-    parser.add_argument("--prompts-file", type=Path, help="other films instead: a line each, seed, tab, prompt")
-    parser.add_argument("--seed", type=int, help="the first film's seed in place of the fixed ones; with a prompts file, added to its seeds")
-    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="computed shares of all tokens (default %(default)s)")
+    add_films(parser, SHARES)
     parser.add_argument("--arms", default="", help=f"which arms, separated by commas, of {', '.join(CAUSAL_ARMS)} (default: all)")
     parser.add_argument("--frames", type=int, default=Setting.frames, help="pixel frames of the usual setting (default %(default)s)")
     parser.add_argument("--steps", type=int, default=Setting.steps)
@@ -377,6 +451,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, default=Setting.shift)
     parser.add_argument("--ar-step", type=int, default=Setting.ar_step, help="-1: one chunk after the other (default %(default)s)")
     parser.add_argument("--attention", choices=(CAUSAL, BIDIRECTIONAL), default=CAUSAL, help="of the usual setting (default %(default)s)")
+
+
+def add_films(parser: argparse.ArgumentParser, shares: Sequence[float]) -> None:
+    """Which films, at which shares, and how they are made."""
+    parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
+    parser.add_argument("--prompts-file", type=Path, help="other films instead: a line each, seed, tab, prompt")
+    parser.add_argument("--seed", type=int, help="the first film's seed in place of the fixed ones; with a prompts file, added to its seeds")
+    parser.add_argument("--shares", default=",".join(map(str, shares)), help="computed shares of all tokens (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
     parser.add_argument("--precision", choices=("float32", "fast"), default="float32",
                         help="what the network computes in. Rounding to 16 bits moves films of this model as far as the arms do, so closeness "
@@ -388,15 +470,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises ValueError, before any film is made, for what cannot work.
     """
+    return {"grid": args.grid, **measured(args, films(args), SKYREELS, measure)}
+
+
+def measured(args: argparse.Namespace, todo: Sequence[Film], family: Family, measure: Measure) -> dict[str, Any]:
+    """The rows of these films, each through `measure`, and what they were made with. Raises ValueError, before any film is made."""
     if args.workers < 1:
         raise ValueError(f"{args.workers} workers were asked for: use 1 or more")
-    todo = films(args)
-    bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
+    bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype(), family=family)
     for film in dict.fromkeys(replace(film, prompt="", seed=0) for film in todo):
-        schedule_of(bundle, film.job, film.setting)
+        family.check(schedule_of(bundle, film.job, film.setting))
         _check_named(bundle, film)
     kept = Kept(args.json.with_suffix(".films.jsonl") if args.json else None, args.precision)
     over([film for film in todo if film not in kept.films], measure, args.workers, bundle, kept.add)
     entries = [entry for film in todo for entry in kept.films[film]]
-    settings = {name: getattr(args, name) for name in ("grid", "workers", "precision")}
-    return {**settings, "dtype": bundle.dtype, "rows": rows(entries)}
+    settings = {name: getattr(args, name) for name in ("workers", "precision")}
+    return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "rows": rows(entries)}

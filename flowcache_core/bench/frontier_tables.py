@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..policies.presets import PLANS
@@ -92,17 +92,17 @@ def _paired(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def all_arms() -> str:
-    return _arms(usual())
+    return table_of_arms(usual())
 
 
 def all_arms_bidirectional() -> str:
-    return _arms(usual("bidirectional"))
+    return table_of_arms(usual("bidirectional"))
 
 
-def _arms(rows: Rows) -> str:
+def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES) -> str:
     lines = []
     for arms in arms_at(rows).values():
-        for arm, name in NAMES.items():
+        for arm, name in names.items():
             if arm not in arms:
                 continue
             row = arms[arm]

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.bundle import weights_id
+from ..models.bundle import BUNDLED, NAME, weights_id
+from ..models.skyreels_family import SKYREELS
 from ..untrusted import json_file
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,9 @@ COMMANDS = {
     "frontier": f"{BENCH} frontier --workers 2",
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
-"""What makes every file that pages show; `make measure` runs them all, so that they are of one commit and one set of weights."""
+"""What makes the files that pages show of the first bundled model; `make measure` runs them all, so that they are of one commit."""
+OTHERS = {"magi": f"{BENCH} magi --workers 2"}
+"""The same of the other models, each at a commit of its own."""
 
 
 def data(name: str) -> dict[str, Any]:
@@ -35,10 +38,9 @@ def data(name: str) -> dict[str, Any]:
         raise ValueError(f"{DATA}/{name}.json cannot be read: {why}; make measure makes it") from None
     if not isinstance(values, dict):
         raise ValueError(f"{DATA}/{name}.json is not what a bench writes: make measure makes it")
-    if values.get("weights") != weights_id():
-        raise ValueError(
-            f"{DATA}/{name}.json was measured on other weights ({values.get('weights')}) than are bundled ({weights_id()}): measure again"
-        )
+    bundled = weights_id(BUNDLED.get(values.get("model", NAME), SKYREELS))
+    if values.get("weights") != bundled:
+        raise ValueError(f"{DATA}/{name}.json was measured on other weights ({values.get('weights')}) than are bundled ({bundled}): measure again")
     return values
 
 
@@ -51,4 +53,4 @@ def origin(name: str) -> str:
     """Where figures come from, in one line."""
     d = data(name)
     dtype = f", {d['dtype']}" if "dtype" in d else ""
-    return f"`{COMMANDS[name]}`, {d['device']}{dtype}, commit {d['commit']}, {d['date']}.\n"
+    return f"`{(COMMANDS | OTHERS)[name]}`, {d['device']}{dtype}, commit {d['commit']}, {d['date']}.\n"

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from ..device import fast_dtype
-from ..models.bundle import Bundle, load_bundle
+from ..models.bundle import BUNDLED, Bundle, load_bundle
 from ..policies.protocol import CachePolicy, Forecasts
-from ..run.generate import Job, MakeAdapter, decode, generate
+from ..run.generate import Job, MakeAdapter, decode, generate, warm_up
 from ..show.metrics import psnr, ssim
 from .increment import incremental
 from .prompts import PROMPTS, seed_of
@@ -110,14 +110,14 @@ def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle
     """
     with tqdm(total=len(jobs), unit="prompt") as bar:
         if workers == 1:
-            _warm_up(bundle)
+            warm_up(bundle)
             out = []
             for job in jobs:
                 out.append(work(bundle, job))
                 done(job, out[-1])
                 bar.update()
             return out
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers, bundle.network.dtype)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (workers, bundle.network.dtype, bundle.name)) as pool:
             todo = {pool.submit(_work_there, work, job): job for job in jobs}
             for one in as_completed(todo):
                 if one.exception() is None:
@@ -126,20 +126,15 @@ def over(jobs: Sequence[J], work: Callable[[Bundle, J], T], workers: int, bundle
             return [one.result() for one in todo]
 
 
-def _warm_up(bundle: Bundle) -> None:
-    """One short film, so that the first one measured does not pay for what every process pays once."""
-    generate(bundle, Job("", 9, 2))
-
-
 _bundle: Bundle | None = None
 """Of a worker process."""
 
 
-def _start_worker(workers: int, dtype: torch.dtype) -> None:
+def _start_worker(workers: int, dtype: torch.dtype, name: str) -> None:
     global _bundle
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _bundle = load_bundle(dtype)
-    _warm_up(_bundle)
+    _bundle = load_bundle(dtype, family=BUNDLED[name])
+    warm_up(_bundle)
 
 
 def _work_there(work: Callable[[Bundle, J], T], job: J) -> T:

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ..device import commit, device_name, fast_dtype
 from ..files import write_text
-from ..models.bundle import NAME, Bundle, load_bundle, weights_id
+from ..models.adapter import Bidirectional, require_bidirectional
+from ..models.bundle import BUNDLED, NAME, Bundle, load_bundle, weights_id
 from ..policies import POLICIES
 from ..policies.multirate import Multirate
 from ..policies.named import policy_named
 from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
-from ..run.generate import Job, decode, generate, generate_upstream
+from ..run.generate import Job, decode, generate, generate_upstream, warm_up
 from ..run.report import RunReport
 from ..run.states import States
 from ..show.film import frames_of, side_by_side, write_film
@@ -39,10 +40,12 @@ PROMPT = "red circle moves right, blue square moves down"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT, help="sprites, colours and directions, such as: %(default)s")
-    parser.add_argument("--frames", type=int, default=57, help="pixel frames, 4n + 1 (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default %(default)s)")
-    parser.add_argument("--arms", default=",".join(USUAL), help=f"which ways to run it, with commas between: {_there_are()}, with its settings "
-                        "behind it if not the usual ones, as in 'planned share=0.3' (default %(default)s)")  # fmt: skip
+    parser.add_argument("--model", choices=tuple(BUNDLED), default=NAME, help="which of the bundled models (default %(default)s)")
+    parser.add_argument("--frames", type=int, help=f"pixel frames, {_defaults('frames')}")
+    parser.add_argument("--steps", type=int, help=f"steps per chunk, {_defaults('steps')}")
+    parser.add_argument("--arms", default="", help=f"which ways to run it, with commas between: {_there_are()}, with its settings "
+                        "behind it if not the usual ones, as in 'planned share=0.3' (default: "
+                        f"{','.join(USUAL)}; without {UPSTREAM} where the model looks back only)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
     parser.add_argument("--save-every", type=int, default=0, help="save the state of a film after so many finished chunks, in the folder states of "
@@ -51,17 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Raises ValueError, before any file is written, for arguments that cannot work."""
-    arms = _arms(args.arms)
+    asked = _arms(args.arms) if args.arms else ()
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
-    job = Job(args.prompt, args.frames, args.steps, args.seed)
-    bundle = load_bundle(fast_dtype())
-    job.schedule(bundle)
+    family = BUNDLED[args.model]
+    given = {key: value for key in ("frames", "steps") if (value := getattr(args, key)) is not None}
+    job = Job.usual(family, args.prompt, seed=args.seed, **given)
+    bundle = load_bundle(fast_dtype(), family=family)
+    arms = asked or usual_arms(bundle)
+    if UPSTREAM in arms:
+        require_bidirectional(bundle.adapter())
+    family.check(job.schedule(bundle))
     states = States(args.out / "states", args.save_every) if args.save_every else None
     films: dict[str, Tensor] = {}
     reports: dict[str, RunReport] = {}
     decode_s: dict[str, float] = {}
-    _warm_up(bundle)
+    warm_up(bundle)
     for arm in arms:
         latents, reports[arm] = run_arm(bundle, job, arm, states)
         began = time.perf_counter()
@@ -82,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
         "device": device_name(), "dtype": bundle.dtype, "commit": commit(), "date": f"{date.today()}",
-        "weights": weights_id(), "model": NAME, "prompt": job.prompt,
+        "weights": weights_id(family), "model": bundle.name, "prompt": job.prompt,
         "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
     }  # fmt: skip
     write_text(out / "report.json", json.dumps(text, indent=1) + "\n")
@@ -91,6 +99,11 @@ def main(args: argparse.Namespace) -> None:
         if line := reports[arm].saves.line():
             print(f"{arm}: {line}")
     print(f"films, map and report.json are in {out}")
+
+
+def usual_arms(bundle: Bundle) -> tuple[str, ...]:
+    """Without the upstream way where the network looks back only."""
+    return USUAL if isinstance(bundle.adapter(), Bidirectional) else tuple(arm for arm in USUAL if arm != UPSTREAM)
 
 
 def run_arm(bundle: Bundle, job: Job, arm: str, states: States | None = None) -> tuple[Tensor, RunReport]:
@@ -147,9 +160,9 @@ def _tinted(film: Tensor, report: RunReport) -> np.ndarray:
     return (tinted * 255).round().astype(np.uint8)
 
 
-def _arms(text: str) -> list[str]:
+def _arms(text: str) -> tuple[str, ...]:
     """Raises ValueError for an arm that there is not, and for settings that a policy has not."""
-    arms = [a.strip() for a in text.split(",") if a.strip()]
+    arms = tuple(a.strip() for a in text.split(",") if a.strip())
     names = {*ARMS, *(kind.name for kind in POLICIES)}
     unknown = [a for a in arms if a.split()[0] not in names]
     if unknown or not arms:
@@ -164,6 +177,5 @@ def _there_are() -> str:
     return f"{', '.join(ARMS)}, or a cache policy, {', '.join(kind.name for kind in POLICIES)}"
 
 
-def _warm_up(bundle: Bundle) -> None:
-    """One short film, so that the first arm does not pay for what every process pays once."""
-    generate(bundle, Job("", 9, 2))
+def _defaults(key: str) -> str:
+    return f"by default {', '.join(f'{getattr(family.usual, key)} of {name}' for name, family in BUNDLED.items())}"

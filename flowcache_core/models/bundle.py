@@ -13,9 +13,12 @@ from torch import Tensor
 from .adapter import ModelAdapter
 from .checkpoint import load_network, read
 from .family import ChunkLayout, Family, Preview
+from .magi_family import MAGI
 from .skyreels_family import SKYREELS
 
 WEIGHTS = Path(__file__).parent / "weights"
+BUNDLED: dict[str, Family] = {family.bundled.name: family for family in (SKYREELS, MAGI) if family.bundled}
+"""Families by the names of their tiny models."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Bundle:
         """-> [1, words, text_dim] in the network's dtype and place."""
         assert self.family.bundled is not None
         return self.family.bundled.encode(prompt, self.network.config.text_dim).to(self.like)
+
+    @property
+    def name(self) -> str:
+        """Of the tiny model, by which demo and benches choose it."""
+        assert self.family.bundled is not None
+        return self.family.bundled.name
 
     @property
     def like(self) -> Tensor:
@@ -59,10 +68,10 @@ NAME = NETWORK.stem
 
 
 def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", family: Family = SKYREELS) -> Bundle:
-    assert family.bundled is not None
     network_file, vae_file = files_of(family)
+    assert family.bundled is not None
     weights, metadata = read(network_file)
-    network = load_network(weights, network_file.name, dtype, device, family=family.name)
+    network = load_network(weights, network_file.name, dtype, device, family=family.name, families=(family,))
     vae = family.bundled.load_vae(read(vae_file)[0]).to(device, dtype).requires_grad_(False)
     return Bundle(family, network, vae, family.layout_of(metadata))
 
@@ -72,6 +81,6 @@ def preview_of(family: Family, path: Path) -> Preview | None:
     return family.bundled.preview if family.bundled and path == files_of(family)[0] else None
 
 
-def weights_id() -> str:
-    """Names the bundled weights: what was measured on others does not speak of these."""
-    return hashlib.sha256(NETWORK.read_bytes() + VAE.read_bytes()).hexdigest()[:12]
+def weights_id(family: Family = SKYREELS) -> str:
+    """Names the bundled weights of a family: what was measured on others does not speak of these."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files_of(family))).hexdigest()[:12]

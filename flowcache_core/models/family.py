@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..sampling.frames import Frames
 from ..sampling.guidance import Guidance
 from ..sampling.noise import Noise
+from ..sampling.profile import ORDINARY, Profile
 from ..sampling.schedule import ChunkSchedule
+from ..sampling.solvers import Solver
 from .adapter import ModelAdapter
 
 AUTO = "auto"
@@ -47,7 +49,8 @@ class ChunkLayout:
     """How a model was trained: latent frames per chunk, chunks it can look at together, frames per second, attention.
 
     `causal`: trained with block-causal attention too; without it, only with bidirectional attention. `aligned`: the grid of chunks
-    begins with the film, whatever frames are given (`ChunkSchedule`).
+    begins with the film, whatever frames are given (`ChunkSchedule`). `profile`: what its steps are worth, for
+    plans.
     """
 
     chunk_frames: int
@@ -55,6 +58,7 @@ class ChunkLayout:
     fps: int = 24
     causal: bool = False
     aligned: bool = False
+    profile: Profile = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,15 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Usual:
+    """What demo and benches make a film with where nobody says otherwise: pixel frames, steps, guidance."""
+
+    frames: int = 57
+    steps: int = 50
+    cfg: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """`name` is also what a file's metadata may say under "architecture"; `title` is what people read."""
 
@@ -172,6 +185,10 @@ class Family:
     published: Published = Published()
     words: int | None = None
     """Rows of text that the network reads at most, every one of them: padding is cut off. None: text is taken as the encoder made it."""
+    solving: Callable[[Solver], Solver] = lambda solver: solver
+    """A solver -> as the family runs it."""
+    usual: Usual = Usual()
+    """Films of the bundled model."""
 
     def require_rate(self, fps: int) -> int:
         """Raises ValueError for a frame rate that the family has not learnt."""
@@ -185,4 +202,4 @@ class Family:
         """What a file says of its training; where it says nothing, that of the released models."""
         if "chunk_frames" not in metadata:
             return self.layout
-        return ChunkLayout(int(metadata["chunk_frames"]), int(metadata["window_chunks"]), self.layout.fps, True, self.layout.aligned)
+        return replace(self.layout, chunk_frames=int(metadata["chunk_frames"]), window=int(metadata["window_chunks"]), causal=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan
-from ..sampling.planner import Profile, plan_in_part
+from ..sampling.planner import plan_in_part
 from ..sampling.schedule import ChunkSchedule
 from ..settings import check, setting
 from .protocol import Compute, Decision, Outlook, Signals
@@ -43,7 +43,6 @@ class Multirate:
         0.25, "The share of a chunk's tokens that every other of its steps computes. 1 is Chunkwise Cache by a plan.", low=0.05, high=1.0, step=0.01
     )
     seconds: float = setting(0.0, "Instead of a share: what the network may take in all. 0: the share counts.", low=0.0, high=1e6, step=1.0)
-    profile: Profile = Profile()
 
     def __post_init__(self) -> None:
         check(self)
@@ -64,12 +63,12 @@ class Multirate:
             raise ValueError(
                 "Motion Cache computes part of a chunk, which bidirectional attention cannot: set attention to block-causal, or use Chunkwise Cache"
             )
-        return plan_in_part(schedule, self.share, self.partial, self.profile)
+        return plan_in_part(schedule, self.share, self.partial)
 
     def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
         """The plan for the budget in seconds, where one latent frame takes `frame_s` of them."""
         share = self.seconds / frame_s / Plan.full(schedule).frames_computed(schedule)
-        return plan_in_part(schedule, min(share, 1.0), self.partial, self.profile)
+        return plan_in_part(schedule, min(share, 1.0), self.partial)
 
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""

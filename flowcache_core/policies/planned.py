@@ -14,7 +14,7 @@ from typing import ClassVar
 from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan, commit_frames
-from ..sampling.planner import Profile, plan_for
+from ..sampling.planner import plan_for
 from ..sampling.schedule import ChunkSchedule
 from ..settings import check, setting
 from .protocol import Compute, Decision, Outlook, PlanPolicy, Signals
@@ -36,7 +36,6 @@ class Planned:
     share: float = setting(0.4, "The share of all network tokens that is computed; 1 computes every step.", low=0.01, high=1.0, step=0.01)
     seconds: float = setting(0.0, "Instead of a share: what the network may take in all. 0: the share counts.", low=0.0, high=1e6, step=1.0)
     exact: Plan | tuple[Plan, ...] | None = None
-    profile: Profile = Profile()
 
     def __post_init__(self) -> None:
         check(self)
@@ -53,7 +52,7 @@ class Planned:
     def plan(self, schedule: ChunkSchedule, together: bool = False) -> Plan:
         """Raises ValueError for an `exact` plan of another schedule."""
         if self.exact is None:
-            return plan_for(schedule, self.share, self.profile, together)
+            return plan_for(schedule, self.share, together)
         (plan,) = self._given(1, together)
         return plan.check(schedule)
 
@@ -62,11 +61,11 @@ class Planned:
         if self.exact is not None:
             return tuple(plan.check(one) for plan, one in zip(self._given(len(schedules), True), schedules, strict=True))
         share = self.share if frame_s is None else self.seconds / full_s(schedules, frame_s, True)
-        return tuple(plan_for(one, share, self.profile, True) for one in schedules)
+        return tuple(plan_for(one, share, True) for one in schedules)
 
     def timed(self, schedule: ChunkSchedule, frame_s: float, together: bool = False) -> Plan:
         """The plan for the budget in seconds, where a latent frame takes `frame_s` of them."""
-        return plan_for(schedule, self.seconds / full_s([schedule], frame_s, together), self.profile, together)
+        return plan_for(schedule, self.seconds / full_s([schedule], frame_s, together), together)
 
     def _given(self, sections: int, together: bool) -> tuple[Plan, ...]:
         """The exact plans, of as many sections and for this attention."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..kv.compressor import Compressor
 from ..models.adapter import ModelAdapter
 from ..models.bundle import Bundle
+from ..models.family import Family
 from ..policies.protocol import CachePolicy
 from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
@@ -51,11 +53,20 @@ class Job:
     width: int = 0
     """Of the picture in pixels; `size` is then its height. 0 makes it square."""
 
+    @classmethod
+    def usual(cls, family: Family, prompt: str, **changes: Any) -> Job:
+        """With the family's usual settings, but for `changes`; `ar_step` follows the steps."""
+        usual, published = family.usual, family.published
+        steps = changes.get("steps", usual.steps)
+        settings = {"frames": usual.frames, "steps": steps, "cfg": usual.cfg, "shift": family.noise.shift, "ar_step": published.stagger(steps),
+                    "solver": published.solver, "addnoise": published.given_noise}  # fmt: skip
+        return cls(prompt, **{**settings, **changes})
+
     def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:
         """With latent frames given at the start and the end. Raises ValueError, before anything runs, for what does not fit."""
         layout, pixels = bundle.layout, bundle.family.frames
         frames, size = self._frames(bundle), layout.chunk_frames
-        return ChunkSchedule(frames, size, self.steps, self.ar_step, layout.window, prefix, suffix, pixels, layout.aligned)
+        return ChunkSchedule(frames, size, self.steps, self.ar_step, layout.window, prefix, suffix, pixels, layout.aligned, layout.profile)
 
     def sections(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> tuple[Section, ...]:
         """The same for the upstream way. Raises ValueError."""
@@ -163,6 +174,11 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], g
     run = Run(bundle.family, network, film, levels, (x.shape[1], x.shape[3], x.shape[4]), place, policy, compressor, job.fps, light,
               integrator or solver(job.solver), job.cfg)  # fmt: skip
     return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
+
+
+def warm_up(bundle: Bundle) -> None:
+    """One chunk of few steps, so that what is timed next does not pay for what every process pays once."""
+    generate(bundle, Job.usual(bundle.family, "", frames=bundle.family.frames.pixel(bundle.layout.chunk_frames), steps=4))
 
 
 @dataclass(frozen=True)

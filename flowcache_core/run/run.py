@@ -125,6 +125,7 @@ class Run:
         self._require_latents()
         self.family.check(self.schedule)
         self.family.check_levels(self.sigmas)
+        object.__setattr__(self, "solver", self.family.solving(self.solver))
         if self.sections:
             self._require_bidirectional()
         if self.family.guidance.inside:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from .path import CLOCK
 from .plan import Plan, attended, commit_frames, row_frames
+from .profile import Profile
 from .schedule import ChunkSchedule
 
 LEAST = 2
@@ -28,34 +29,7 @@ TINY = 1e-6
 """Against a budget that misses a whole number by rounding."""
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What a model's steps cost. Times are on the clock of `path.py`, 0..50."""
-
-    knots: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.5))
-    """(time, H): the length of a step of unit cost, on a broken line."""
-    knots_together: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.7))
-    """The same where whole rows are computed or skipped, which serve chunks at different times."""
-    exponent: float = 4.0
-    late_start: float = 0.5
-    """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
-    first: float = 3.0
-    """Weight of the first chunk, which all others look back on; theirs is 1."""
-    ratio: float = 1.35
-    """Evaluations of the first chunk at least, for one of the others."""
-    whole_from: float = 0.3
-    """The first chunk is computed whole where that leaves all others at least this share of their steps."""
-
-    def step(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cost of the step between evaluations at times a and b."""
-        times, lengths = zip(*self.knots, strict=True)
-        return ((b - a) / np.interp((a + b) / 2, times, lengths)) ** self.exponent
-
-    def start(self, t: np.ndarray) -> np.ndarray:
-        return self.late_start * (2 * t) ** self.exponent
-
-
-def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile(), together: bool = False) -> Plan:
+def plan_for(schedule: ChunkSchedule, share: float, together: bool = False) -> Plan:
     """The plan of least cost that computes at most `share` of the run's network tokens, clean passes included.
 
     A share too small for two steps of every chunk gets these. `together`: for bidirectional attention.
@@ -64,26 +38,26 @@ def plan_for(schedule: ChunkSchedule, share: float, profile: Profile = Profile()
     if share >= 1:
         return full
     if together:
-        return rows_together(schedule, share * full.frames_computed(schedule) + TINY, profile)
+        return rows_together(schedule, share * full.frames_computed(schedule) + TINY)
     budget = share * full.frames_computed(schedule) - commit_frames(schedule) + TINY
-    return best(schedule, budget, profile)
+    return best(schedule, budget)
 
 
-def plan_in_part(schedule: ChunkSchedule, share: float, part: float, profile: Profile = Profile()) -> Plan:
+def plan_in_part(schedule: ChunkSchedule, share: float, part: float) -> Plan:
     """The plan of least cost within `share` of which some steps, `steps_in_part`, compute only `part` of a chunk's tokens: a finer one.
 
     With part 1 it is `plan_for`, and so where the share leaves no step to be computed in part.
     """
     if part >= 1 or share >= 1:
-        return plan_for(schedule, share, profile)
+        return plan_for(schedule, share)
     budget = share * Plan.full(schedule).frames_computed(schedule) - commit_frames(schedule) + TINY
-    fine = best(schedule, budget, profile, part)
-    return replace(fine, partial=tuple(map(steps_in_part, fine.computed)), part=part)
+    fine = best(schedule, budget, part)
+    return replace(fine, partial=tuple(steps_in_part(computed, schedule.jumps) for computed in fine.computed), part=part)
 
 
-def steps_in_part(computed: Sequence[int]) -> tuple[int, ...]:
-    """Every second computed step of a chunk, counted back from its last, which is whole; its first two are whole too."""
-    return tuple(computed[at] for at in range(2, len(computed)) if (len(computed) - at) % 2 == 0)
+def steps_in_part(computed: Sequence[int], jumps: Sequence[int] = ()) -> tuple[int, ...]:
+    """Every second computed step of a chunk, counted back from its last, which is whole; its first two and `jumps` are whole too."""
+    return tuple(computed[at] for at in range(2, len(computed)) if (len(computed) - at) % 2 == 0 and computed[at] not in jumps)
 
 
 def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
@@ -91,11 +65,12 @@ def least_share(schedule: ChunkSchedule, together: bool = False) -> float:
     return plan_for(schedule, 0.0, together=together).share(schedule)
 
 
-def best(schedule: ChunkSchedule, budget: float, profile: Profile, part: float = 1.0) -> Plan:
+def best(schedule: ChunkSchedule, budget: float, part: float = 1.0) -> Plan:
     """`budget`: latent frames that may be computed, clean passes not counted. `part`: how much of a chunk `steps_in_part` compute."""
+    profile, jumps = schedule.profile, len(schedule.jumps)
     sizes = [schedule.span(k)[1] for k in range(schedule.given, schedule.chunks)]
-    least, places = min(LEAST, schedule.steps), _places(schedule)
-    price = [n - len(steps_in_part(range(n))) * (1 - part) for n in range(schedule.steps + 1)]
+    least, places = min(LEAST + jumps, schedule.steps), _places(schedule)
+    price = [n - max(len(steps_in_part(range(n))) - jumps, 0) * (1 - part) for n in range(schedule.steps + 1)]
     found: tuple[float, Plan] | None = None
     for others in _candidates(least, schedule.steps):
         counts = _counts(sizes, price, budget, others)
@@ -103,12 +78,12 @@ def best(schedule: ChunkSchedule, budget: float, profile: Profile, part: float =
             break
         if counts[0] < min(profile.ratio * others, schedule.steps) and others > least and len(sizes) > 1:
             continue
-        cost, plan = _nested(schedule, places, counts, profile)
+        cost, plan = _nested(schedule, places, counts)
         if part == 1 and counts[0] == schedule.steps and others >= profile.whole_from * schedule.steps:
             cost = 0.0
         if found is None or cost <= found[0]:
             found = cost, plan
-    return found[1] if found else _nested(schedule, places, (least,) * len(sizes), profile)[1]
+    return found[1] if found else _nested(schedule, places, (least,) * len(sizes))[1]
 
 
 def _candidates(least: int, most: int) -> Iterator[int]:
@@ -153,15 +128,16 @@ def _places(schedule: ChunkSchedule) -> Places:
     return out
 
 
-def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int], profile: Profile) -> tuple[float, Plan]:
+def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int]) -> tuple[float, Plan]:
     """Chunk after chunk, at steps at which all that it attends to is computed."""
+    profile = schedule.profile
     computed: list[tuple[int, ...]] = [()] * schedule.given
     sets: dict[int, set[int]] = {}
     total = 0.0
     for k, count in zip(range(schedule.given, schedule.chunks), counts, strict=True):
         first = k == schedule.given
         allowed = tuple(step for step, others in places[k] if all(at in sets[other] for other, at in others))
-        cost, steps = _line(allowed, count, schedule.steps, profile, first)
+        cost, steps = _line(allowed, count, schedule.steps, profile, first, schedule.jumps)
         computed.append(steps)
         sets[k] = set(steps)
         total += cost * (profile.first if first else 1.0)
@@ -169,11 +145,12 @@ def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int], prof
 
 
 @lru_cache(maxsize=1024)
-def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, from_first: bool) -> tuple[float, tuple[int, ...]]:
+def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, from_first: bool,
+          jumps: tuple[int, ...] = ()) -> tuple[float, tuple[int, ...]]:  # fmt: skip
     """The `count` of the points, the last among them, on the path of least cost; all of them where they are fewer.
 
-    `from_first`: the path begins at the first of the points, else where it costs least. Of many points only jumps are looked at
-    that are not far longer than the mean.
+    `from_first`: the path begins at the first of the points, else where it costs least. It leaves out none of `jumps`. Of many points only
+    steps are looked at that are not far longer than the mean.
     """
     total = len(points)
     count = min(count, total)
@@ -184,6 +161,9 @@ def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, fro
     best, back = profile.start(t), []
     if from_first and count > 1:
         best[1:] = np.inf
+    for at in (points.index(jump) for jump in jumps if jump in points):
+        cost[(before < at) & (np.arange(total)[:, None] > at)] = np.inf
+        best[at + 1 :] = np.inf
     for _ in range(1, count):
         through = best[before] + cost
         jump = through.argmin(1)
@@ -209,12 +189,12 @@ def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
     return Plan(schedule.steps, tuple(map(tuple, computed)), together)
 
 
-def rows_together(schedule: ChunkSchedule, budget: float, profile: Profile) -> Plan:
+def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
     """The plan of least cost in which every row computes all of its active chunks or none, within `budget` latent frames.
 
     The last step of every chunk is computed.
     """
-    profile = replace(profile, knots=profile.knots_together)
+    profile = replace(schedule.profile, knots=schedule.profile.knots_together)
     rows = schedule.rows
     chunks = range(schedule.given, schedule.chunks)
     time = np.full((len(chunks), len(rows)), np.nan)

@@ -8,6 +8,7 @@ finishes each before the next begins.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,10 @@ from itertools import pairwise
 from .chunk import Chunk
 from .frames import FOUR_N_PLUS_1, Frames
 from .noise import TRAIN_STEPS
+from .profile import ORDINARY, Profile
 
+TINY = 1e-9
+"""Against parts that miss a whole step by rounding."""
 LONGEST = 200_000
 """Latent frames of a film: some nine hours."""
 PLACES = 300_000_000
@@ -50,6 +54,8 @@ class ChunkSchedule:
 
     `aligned`: the grid begins with the film instead, as MAGI-1 was trained. Given frames that fill no chunk are then the first of
     the first generated chunk (`Chunk.led`), which the network takes to be at the noise level of the others.
+
+    `profile`: what the model's steps are worth, for plans.
     """
 
     frames: int
@@ -62,6 +68,7 @@ class ChunkSchedule:
     pixels: Frames = FOUR_N_PLUS_1
     """For messages."""
     aligned: bool = False
+    profile: Profile = ORDINARY
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.chunk_frames < 1:
@@ -137,6 +144,11 @@ class ChunkSchedule:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         return tuple(self._rows())
+
+    @cached_property
+    def jumps(self) -> tuple[int, ...]:
+        """Steps from which on the velocity is another function than in the step before (`Profile.changes`)."""
+        return tuple(math.ceil(part * self.steps - TINY) for part in self.profile.changes)
 
     @property
     def chunk_steps(self) -> int:

@@ -38,14 +38,20 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Euler:
-    """x += (next - now) * velocity."""
+    """x += (next - now) * velocity.
+
+    `sums`: where a plan leaves steps out, they are taken all the same, with clean latents on a line or parabola; otherwise one long step
+    takes their place.
+    """
 
     name: ClassVar[str] = "euler"
     order: ClassVar[int] = 1
 
+    sums: bool = False
+
     @property
-    def skipping(self) -> Euler:
-        return self
+    def skipping(self) -> Solver:
+        return Multistep(sums=True) if self.sums else self
 
     def start(self, rng: torch.Generator) -> None:
         return None
@@ -148,11 +154,14 @@ class Multistep:
     The linear part of dx/dsigma = (x - D) / sigma is exact; D is a line through its last two values in the predictor, a parabola
     through the last three in the corrector (a line the first time). Every D keeps the value it had at the predicted x, so a step
     costs one evaluation. As in UniPC (Zhao et al. 2023) the corrector redoes the step before; other than there, D runs along the
-    clock of the schedule (`Path`) and its integral is taken to the end, so neither needs steps of equal length.
+    clock of the schedule (`Path`) and its integral is taken to the end, so neither needs steps of equal length. `sums`: in the place of the
+    integral stands the sum that Euler's method makes of it, so that the film is that of Euler's method on the full schedule.
     """
 
     name: ClassVar[str] = "multistep"
     order: ClassVar[int] = 2
+
+    sums: bool = False
 
     @property
     def skipping(self) -> Multistep:
@@ -164,22 +173,22 @@ class Multistep:
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
         assert isinstance(memory, MultistepMemory)
         clean = x - path.sigmas[number] * velocity
-        x = begun(x, velocity, number, path) if memory.x is None else _across(memory.x, [*memory.clean, clean], number - 1, number, path)
+        x = begun(x, velocity, number, path) if memory.x is None else _across(memory.x, [*memory.clean, clean], number - 1, number, path, self.sums)
         memory.clean, memory.x = [*memory.clean[-1:], clean], x
         if path.sigmas[number + 1] == 0:
-            return _at_zero(memory.clean, number, path)
-        return _across(x, memory.clean, number, number, path)
+            return clean if self.sums else _at_zero(memory.clean, number, path)
+        return _across(x, memory.clean, number, number, path, self.sums)
 
 
-def _across(x: Tensor, clean: list[Tensor], number: int, latest: int, path: Path) -> Tensor:
+def _across(x: Tensor, clean: list[Tensor], number: int, latest: int, path: Path, sums: bool) -> Tensor:
     """The step from evaluation `number` to the next, with D known at the evaluations up to `latest`."""
-    ratio, weights = path.weights(number, tuple(range(latest + 1 - len(clean), latest + 1)))
+    ratio, weights = path.weights(number, tuple(range(latest + 1 - len(clean), latest + 1)), sums)
     return ratio * x + sum(w * d for w, d in zip(weights, clean, strict=True))
 
 
 def _at_zero(clean: list[Tensor], number: int, path: Path) -> Tensor:
     """D at noise level 0 from its last values."""
-    if len(clean) < 2:
+    if len(clean) < 2 or not path.alike(number - 1, number):
         return clean[-1]
     return clean[-1] + even_weight(path.sigmas[number - 1], path.sigmas[number]) * (clean[-1] - clean[-2])
 

@@ -13,7 +13,7 @@ from .histories import Histories
 from .path import Path
 from .plan import Plan
 from .schedule import ChunkSchedule
-from .solvers import Solver, begun, even_weight
+from .solvers import Multistep, Solver, begun, even_weight
 
 Choose = Callable[[Chunk, Tensor], Tensor]
 """(chunk, how much the clean latent of every cell is likely to have changed [F, h, w]) -> the cells that are computed, bool [F, h, w]."""
@@ -41,9 +41,13 @@ def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver
           rng: Callable[[int], torch.Generator]) -> dict[int, Walk]:  # fmt: skip
     """By chunk. `rng`: index of a chunk -> its random numbers."""
     out: dict[int, Walk] = {}
+    skipping, jumps = solver.skipping, schedule.jumps
+    sums = isinstance(skipping, Multistep) and skipping.sums
     for index in range(schedule.given, schedule.chunks):
-        steps = plan.computed[index]
-        out[index] = CellWalk(solver.skipping.order, levels) if plan.is_partial(index) else ChunkWalk(solver, Path(levels, steps), rng(index))
+        if plan.is_partial(index):
+            out[index] = CellWalk(skipping.order, levels, jumps, sums)
+        else:
+            out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), rng(index))
     return out
 
 
@@ -74,15 +78,15 @@ class CellWalk:
 
     There a cell waits, and nothing is fed to its solver, until it is computed again: then it moves over its own gap, as in
     `solvers.Multistep` along the path of its own computed steps. `order` 1 holds the clean latent over a step, as Euler does, and
-    corrects nothing; 2 takes the line through its last two values, and the corrector.
+    corrects nothing; 2 takes the line through its last two values, and the corrector. `jumps` and `sums` are those of `Path` and `Path.weights`.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("histories", "clean")
     clean: list[Tensor]
     """The clean latents of every cell's last two computed steps, the latest last."""
 
-    def __init__(self, order: int, levels: tuple[float, ...]) -> None:
-        self.order, self.levels = order, levels
+    def __init__(self, order: int, levels: tuple[float, ...], jumps: tuple[int, ...] = (), sums: bool = False) -> None:
+        self.order, self.levels, self.jumps, self.sums = order, levels, jumps, sums
         self.histories = Histories()
         self.clean = []
 
@@ -116,10 +120,11 @@ class CellWalk:
 
     def _at_zero(self, step: int) -> Tensor:
         """The end of every cell, as `solvers.Multistep` has it; this step's clean latents are the last, its past is not yet that of the cells."""
-        if self.order == 1 or len(self.clean) < 2:
+        if self.order == 1 or self.sums or len(self.clean) < 2:
             return self.clean[-1]
         before, now = self.clean
-        along = [even_weight(self.levels[past[-1]], self.levels[step]) for past in self.histories.known]
+        paths = [Path(self.levels, (past[-1], step), self.jumps) for past in self.histories.known]
+        along = [even_weight(*path.sigmas[:2]) if path.alike(0, 1) else 0.0 for path in paths]
         return now + self.histories.laid_out(along, now.dtype) * (now - before)
 
     def _across(self, x: Tensor, clean: list[Tensor], step: int, corrected: bool) -> Tensor:
@@ -127,7 +132,7 @@ class CellWalk:
         each: list[tuple[float, ...]] = []
         for past in self.histories.known:
             nodes = range(len(past) + corrected)
-            factor, along = Path(self.levels, (*past, step)).weights(len(past) - 1, tuple(nodes[-len(clean) :]))
+            factor, along = Path(self.levels, (*past, step), self.jumps).weights(len(past) - 1, tuple(nodes[-len(clean) :]), self.sums)
             each.append((factor, *along))
         ratio, *weights = (self.histories.laid_out(one, x.dtype) for one in zip(*each, strict=True))
         return ratio * x + sum(w * d for w, d in zip(weights, clean, strict=True))
