@@ -18,7 +18,7 @@ from flowcache_core.training.dit import CHUNKS, draw_levels
 from flowcache_core.training.loop import Loop, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
-from flowcache_core.training.scenes import HELD_OUT
+from flowcache_core.training.scenes import HELD_OUT, make_scene
 from flowcache_core.training.vae import crops, initialise
 
 
@@ -139,7 +139,7 @@ def test_crops_are_seeded_and_in_range() -> None:
 
 def test_previews_of_the_bundled_model_have_the_colours_of_the_film() -> None:
     vae = WanVAE.from_state_dict({k: v.float() for k, v in read(VAE)[0].items()})
-    latents, shown = cells(vae, HELD_OUT + 7, frames=5)
+    latents, shown = cells(vae, make_scene(HELD_OUT + 7))
     assert SKYREELS.bundled is not None
     held = SKYREELS.bundled.preview
     assert held is not None

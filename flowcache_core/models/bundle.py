@@ -62,7 +62,7 @@ def load_bundle(dtype: torch.dtype = torch.float32, device: torch.device | str =
     assert family.bundled is not None
     network_file, vae_file = files_of(family)
     weights, metadata = read(network_file)
-    network = load_network(weights, network_file.name, dtype, device, family=family.name)
+    network = load_network(weights, network_file.name, dtype, device, families=(family,))
     vae = family.bundled.load_vae(read(vae_file)[0]).to(device, dtype).requires_grad_(False)
     return Bundle(family, network, vae, family.layout_of(metadata))
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
-from .family import ChunkLayout, Family, Latents, Loaders
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
+from .magi_vae import MagiVAE
+from .word_text import encode_prompt
 
 CHUNK_FRAMES = 6
 STAGES = 4
@@ -158,6 +160,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         rates=(24,),
         takes_rate=lambda config: False,
         loaders=Loaders("the text encoder T5-v1.1-xxl", "the VAE of MAGI-1"),
+        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
         blocks=LAYERS,
         check=require_stages,
         clean_pass=clean_pass,
