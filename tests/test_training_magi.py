@@ -26,7 +26,8 @@ from flowcache_core.training import magi, magi_vae
 from flowcache_core.training.basis import Basis, fit
 from flowcache_core.training.clips import Clips
 from flowcache_core.training.magi import Part, RangedAttention, draw_batch, draw_row, halves, initialise, run, scene, without_padding
-from flowcache_core.training.scenes import Scene, make_scene, render
+from flowcache_core.training.recipes import RECIPES
+from flowcache_core.training.scenes import HELD_OUT, SHAPES, Scene, _distance, _reached, make_scene, render
 from flowcache_core.training.vae import reconstruction
 from tests.tiny_magi import PLAIN, tiny_magi
 from tests.toy_family import no_vae, words
@@ -35,7 +36,7 @@ JOB = Job("a toy", frames=144, steps=8, seed=5, size=64, cfg=3.0, ar_step=2, shi
 
 
 class Recording(MagiAdapter):
-    """Keeps what every evaluation took in and said."""
+    """Keeps what went into every evaluation and what came out."""
 
     def __init__(self, network: Magi) -> None:
         super().__init__(network)
@@ -66,7 +67,7 @@ def recorded() -> tuple[Recording, Tensor]:
 
 @pytest.mark.parametrize("lead", [(0, 0), (0, 5), (1, 6), (2, 7), (4, 7)], ids=lambda lead: f"chunk {lead[0]} at step {lead[1]}")
 @pytest.mark.parametrize("branch", [TEXT, NULL])
-def test_a_row_in_training_says_what_sampling_computes_for_it(recorded: tuple[Recording, Tensor], lead: tuple[int, int], branch: str) -> None:
+def test_a_row_in_training_is_what_sampling_computes_for_it(recorded: tuple[Recording, Tensor], lead: tuple[int, int], branch: str) -> None:
     """With its KV cache, chunk after chunk; `lead`: the oldest chunk in flight, and its step."""
     adapter, text = recorded
     oldest, step = lead
@@ -74,13 +75,13 @@ def test_a_row_in_training_says_what_sampling_computes_for_it(recorded: tuple[Re
     levels, before = MAGI.noise.levels(8, 3.0), min(oldest, 4)
     parts = [Part(oldest - before + k, COMMIT, 1, None, True) for k in range(before)]
     clean = [adapter.of(TEXT, part.chunk, 8)[0] for part in parts]
-    said = [adapter.of(branch, k, at) for k, at in active]
+    active_calls = [adapter.of(branch, k, at) for k, at in active]
     for k, at in active:
         seen = min(RANGES[at // 2], before + k - oldest + 1)
         parts.append(Part(k, levels[at], seen, JOB.prompt if branch == TEXT else None, branch == NULL))
     with torch.no_grad():
-        found = run(adapter.network, torch.cat([*clean, *(x for x, _ in said)]), parts, {JOB.prompt: text})
-    torch.testing.assert_close(found[before:], torch.cat([velocity for _, velocity in said]), rtol=1e-4, atol=1e-4)
+        found = run(adapter.network, torch.cat([*clean, *(x for x, _ in active_calls)]), parts, {JOB.prompt: text})
+    torch.testing.assert_close(found[before:], torch.cat([velocity for _, velocity in active_calls]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_chunk_alone_is_what_sampling_computes_for_it(recorded: tuple[Recording, Tensor]) -> None:
@@ -200,3 +201,44 @@ def test_the_decoder_learns_and_goes_on(tmp_path: Path, basis: Basis, monkeypatc
         magi_vae.train(tmp_path, 3)
     assert (tmp_path / "vae.safetensors").exists()
     assert reconstruction(magi_vae.solution(basis), 1, lambda seed: scene(seed, 32)) > 15
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_films_that_a_model_is_judged_by_are_as_long_as_its_clips_at_most_and_in_whole_chunks(name: str) -> None:
+    recipe = RECIPES[name]
+    assert recipe.family.bundled is not None
+    assert recipe.family.bundled.name == name
+    bundle = Bundle(recipe.family, None, None, recipe.family.layout)
+    recipe.family.check(recipe.job.schedule(bundle))
+    clip = recipe.scene(HELD_OUT)
+    assert recipe.job.frames <= clip.frames
+    assert recipe.job.size == clip.size
+
+
+def test_a_clip_is_drawn_once_and_the_pool_grows(basis: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = Clips(basis, small_scene, magi.CHUNKS * CHUNK_FRAMES, every=2)
+    latents, caption = clips[3]
+    assert latents.shape == (16, 30, 4, 4)
+    assert caption == small_scene(3).caption
+    monkeypatch.setattr("flowcache_core.training.clips.render", lambda *args: pytest.fail("it was drawn again"))
+    assert torch.equal(clips[3][0], latents)
+    assert (clips.pool(0), clips.pool(9), clips.pool(10**6)) == (256, 260, 4096)
+
+
+def test_a_single_given_frame_is_a_clip_that_stands_still(basis: Basis) -> None:
+    clips = Clips(basis, small_scene, magi.CHUNKS * CHUNK_FRAMES)
+    frame = render(small_scene(5), frames=1).transpose(0, 1) * 2 - 1
+    torch.testing.assert_close(clips.still(5), basis.encode(frame.expand(-1, 4, -1, -1)))
+
+
+def test_a_sprite_is_drawn_wherever_it_may_reach() -> None:
+    """What `render` leaves out of the picture of a sprite is what its shape does not cover."""
+    for shape in SHAPES:
+        ys, xs = torch.meshgrid(torch.arange(128) + 0.5, torch.arange(128) + 0.5, indexing="ij")
+        for radius in (5.0, 17.9):
+            rows, columns = _reached(torch.tensor([40.0, 50.0]), radius, 128), _reached(torch.tensor([-4.0, 20.0]), radius, 128)
+            for y, x in ((40.0, -4.0), (50.0, 20.0)):
+                cover = 0.5 - _distance(shape, xs - x, ys - y, radius) > 0
+                outside = torch.ones(128, 128, dtype=torch.bool)
+                outside[rows, columns] = False
+                assert not (cover & outside).any()

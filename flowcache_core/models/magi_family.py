@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..sampling.frames import FOUR_N
 from ..sampling.schedule import ChunkSchedule
-from .family import Bundled, ChunkLayout, Family, Latents, Loaders
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Preview
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
@@ -30,6 +30,29 @@ LAST_STAGE = 0.7
 """Noise level at which the last stage begins."""
 TINY = 1e-6
 """Noise levels that are closer than this are one."""
+
+TINY_PREVIEW = Preview(
+    (
+        (0.0481, 0.0466, -0.007),
+        (-0.0042, 0.0601, 0.0314),
+        (0.0621, -0.0016, 0.0262),
+        (0.0097, 0.0116, 0.0661),
+        (0.0482, 0.046, -0.0068),
+        (-0.0036, 0.0594, 0.0317),
+        (0.0624, -0.0014, 0.0261),
+        (0.0101, 0.0121, 0.0656),
+        (0.0491, 0.0465, -0.0076),
+        (-0.0037, 0.0593, 0.0313),
+        (0.0615, -0.0012, 0.0271),
+        (0.0093, 0.012, 0.0659),
+        (0.049, 0.0465, -0.0074),
+        (-0.0038, 0.0596, 0.0312),
+        (0.0615, -0.0015, 0.0273),
+        (0.0098, 0.0113, 0.0661),
+    ),
+    (-0.0293, -0.0338, -0.0529),
+)
+"""As `python -m flowcache_core.training --model tiny-magi preview` finds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +183,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         rates=(24,),
         takes_rate=lambda config: False,
         loaders=Loaders("the text encoder T5-v1.1-xxl", "the VAE of MAGI-1"),
-        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
+        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
         blocks=LAYERS,
         check=require_stages,
         clean_pass=clean_pass,

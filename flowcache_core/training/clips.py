@@ -53,10 +53,10 @@ def moving(clean: Tensor) -> Tensor:
     return (torch.cat([change[:, :, :1].expand(-1, -1, 2, -1, -1), change], 2) > MOVED).float()
 
 
-def velocity_loss(said: Tensor, noise: Tensor, clean: Tensor, counts: Tensor, moves: Tensor, emphasis: float) -> Tensor:
+def velocity_loss(velocity: Tensor, noise: Tensor, clean: Tensor, counts: Tensor, moves: Tensor, emphasis: float) -> Tensor:
     """Mean square error of velocities [B, C, F, h, w] against noise - clean.
 
     Frames count where `counts` [B, 1, F, 1, 1] is 1, and their cells that move, as `moves` [B, 1, F, h, w] has it, 1 + `emphasis`.
     """
     weight = counts * (1 + emphasis * moves)
-    return ((said.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
+    return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])

@@ -2,7 +2,7 @@
 
 A batch is a list of chunks, each with its own noise level, text, position and range of history; chunks of one row of a film stand
 next to each other in it. They are drawn as the published pipeline meets them: in flight together, each some steps behind the one before;
-finished ones clean, told that they are, without text and seeing themselves alone; the branches of guidance (text and history, history
+finished ones clean, without text and seeing themselves alone; the branches of guidance (text and history, history
 alone, the chunk alone); a first chunk whose first frames are given.
 Loss: as in `dit.py`, on the chunks in flight.
 """
@@ -54,7 +54,7 @@ THREADS = 2
 class Part:
     """A chunk in a batch. `chunk`: its number in the clip; `level`: its noise; `seen`: chunks of the batch that it sees, itself the last of them.
 
-    `text`: None for the null caption; `dropped`: whether the network is told that there is none; `led`: first frames that are given.
+    `text`: None for the null caption; `dropped`: whether the dropped flag is set; `led`: first frames that are given.
     """
 
     chunk: int
@@ -192,9 +192,9 @@ def run(net: Magi, x: Tensor, parts: Sequence[Part], texts: dict[str, Tensor]) -
     tokens, grid = net.embed(x), (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
     times = torch.tensor([[1 - part.level] for part in parts], dtype=torch.float64)
     condition = net.t_embedder(times, tokens.dtype)
-    condition = condition + net.y_embedder.told([part.dropped for part in parts], condition)
+    condition = condition + net.y_embedder.dropped_flags([part.dropped for part in parts], condition)
     rope = torch.stack([_rope(net.rope.bands, part.chunk, grid) for part in parts]).unsqueeze(1)
-    out = net.stack(tokens, condition, _told(net, parts, texts), rope, Looking([part.seen for part in parts]))
+    out = net.stack(tokens, condition, _texts(net, parts, texts), rope, Looking([part.seen for part in parts]))
     return net.velocity(out, grid)
 
 
@@ -202,7 +202,7 @@ def _rope(bands: Tensor, chunk: int, grid: tuple[int, int, int]) -> Tensor:
     return rope_table(bands, chunk * CHUNK_FRAMES, *grid, "cpu")
 
 
-def _told(net: Magi, parts: Sequence[Part], texts: dict[str, Tensor]) -> list[LayerText]:
+def _texts(net: Magi, parts: Sequence[Part], texts: dict[str, Tensor]) -> list[LayerText]:
     """Keys and values of every chunk's text; each text goes through the network once, all of them side by side."""
     known: dict[str | None, Tensor] = {None: net.null_text(NULL_WORDS), **texts}
     which, longest = {text: place for place, text in enumerate(known)}, max(text.shape[1] for text in known.values())
@@ -257,8 +257,8 @@ def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float) -> 
     noisy = torch.where(given, clean, (1 - level) * clean + level * noise)
     counts = torch.tensor([part.moves for part in parts]).view(-1, 1, 1, 1, 1) & ~given
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        said = run(net, noisy, parts, texts)
-    return velocity_loss(said, noise, clean, counts.float(), moves, emphasis)
+        velocity = run(net, noisy, parts, texts)
+    return velocity_loss(velocity, noise, clean, counts.float(), moves, emphasis)
 
 
 def _drawn(clips: Clips, rows: Iterable[tuple[int, list[Part]]]) -> tuple[Tensor, Tensor]:
