@@ -166,9 +166,12 @@ def test_a_few_steps_of_training_go_on_where_they_stopped(tmp_path: Path, basis:
         magi.train(tmp_path / "whole", 3, batch=5)
         magi.train(tmp_path / "pieces", 3, batch=5, until=2)
         magi.train(tmp_path / "pieces", 3, batch=5)
+        magi.train(tmp_path / "on", 1, batch=5, start=tmp_path / "whole" / "dit.safetensors")
     magi.words_of.cache_clear()
-    whole, pieces = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "pieces"))
+    whole, pieces, on = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "pieces", "on"))
     assert all(torch.equal(weight, pieces[name]) for name, weight in whole.items())
+    assert all(torch.allclose(weight, on[name], atol=0.05) for name, weight in whole.items()), "a step goes on from the weights to start with"
+    assert any(not torch.equal(weight, on[name]) for name, weight in whole.items())
 
 
 def test_fresh_weights_say_nothing_and_every_parameter_learns(basis: Basis) -> None:
@@ -197,8 +200,8 @@ def test_the_decoder_learns_and_goes_on(tmp_path: Path, basis: Basis, monkeypatc
     monkeypatch.setattr(magi_vae, "load_or_fit", lambda *args: basis)
     monkeypatch.setattr(magi_vae, "scene", lambda seed: make_scene(seed, 16, 32))
     with torch.enable_grad():
+        magi_vae.train(tmp_path, 1)
         magi_vae.train(tmp_path, 2)
-        magi_vae.train(tmp_path, 3)
     assert (tmp_path / "vae.safetensors").exists()
     assert reconstruction(magi_vae.solution(basis), 1, lambda seed: scene(seed, 32)) > 15
 

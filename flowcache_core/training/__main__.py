@@ -33,6 +33,7 @@ def main() -> None:
     two.add_argument("--steps", type=int, help="over which the learning rate falls")
     two.add_argument("--until", type=int, help="stop after so many of the steps")
     two.add_argument("--batch", type=int)
+    two.add_argument("--start", type=Path, help="weights of an earlier training to begin with, such as the bundled ones")
     stages.add_parser("install", help="copy the averaged weights into the package")
     four = stages.add_parser("evaluate", help="the figures of the model card")
     four.add_argument("--prompts", type=int, default=50)
@@ -48,13 +49,13 @@ def main() -> None:
     recipe, out = RECIPES[args.model], args.out or Path("runs", args.model)
     if args.stage == "all":
         _vae(recipe, out, {})
-        recipe.network(out, recipe.steps, recipe.batch, None)
+        recipe.network(out, recipe.steps, recipe.batch)
         _install(recipe, out)
         _evaluate(recipe, 50, None)
     elif args.stage == "vae":
         _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps})
     elif args.stage == "dit":
-        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, args.until)
+        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, args.until, args.start)
     elif args.stage == "install":
         _install(recipe, out)
     elif args.stage == "evaluate":

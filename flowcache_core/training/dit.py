@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import whole
@@ -100,12 +100,17 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     return velocity_loss(v, noise, clean, counts, moving(clean), emphasis)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. `until`: stops after so many of the steps."""
+def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
+
+    `until`: stops after so many of the steps. `start`: weights of an earlier training to begin with.
+    """
     clips = Clips(load_or_fit(out), scene, LATENTS)
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
+    if start:
+        net.load_state_dict(load_file(start))
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
 
     def loss(step: int) -> Tensor:

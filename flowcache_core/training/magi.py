@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import whole
@@ -136,8 +136,9 @@ class Looking:
         self.seen = tuple(seen)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            q, k, v = (each.to(torch.get_autocast_dtype("cpu")) for each in (q, k, v))
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            q, k, v = (each.to(torch.get_autocast_dtype(device)) for each in (q, k, v))
         out: Tensor = RangedAttention.apply(q, k, v, self.seen)  # type: ignore[no-untyped-call]
         return out
 
@@ -153,7 +154,7 @@ class RangedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: tuple[int, ...]) -> Tensor:
         heads, scale = k.shape[1], q.shape[-1] ** -0.5
         together, weights, out = heads_together(q, heads) * scale, [], []
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(q.device.type, enabled=False):
             for i, count in enumerate(seen):
                 weights.append((together[i] @ _side_by_side(k, i, count).mT).softmax(-1))
                 out.append(weights[-1] @ _side_by_side(v, i, count))
@@ -162,10 +163,10 @@ class RangedAttention(torch.autograd.Function):
         return heads_apart(torch.stack(out), q.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         together, k, v, *weights = ctx.saved_tensors
         grad = heads_together(grad.to(k), k.shape[1])
-        to_k, to_v = (torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
+        to_k, to_v = (torch.zeros_like(k, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
         to_q = []
         for i, (count, p) in enumerate(zip(ctx.seen, weights, strict=True)):
             of = slice(i - count + 1, i + 1)
@@ -190,21 +191,18 @@ def _apart(x: Tensor, count: int) -> Tensor:
 def run(net: Magi, x: Tensor, parts: Sequence[Part], texts: dict[str, Tensor]) -> Tensor:
     """Latents [B, 16, 6, h, w] of the chunks `parts` -> velocities, the same shape. texts: [1, words, text_dim] of every prompt in `parts`."""
     tokens, grid = net.embed(x), (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
-    times = torch.tensor([[1 - part.level] for part in parts], dtype=torch.float64)
+    times = torch.tensor([[1 - part.level] for part in parts], dtype=torch.float64, device=x.device)
     condition = net.t_embedder(times, tokens.dtype)
     condition = condition + net.y_embedder.dropped_flags([part.dropped for part in parts], condition)
-    rope = torch.stack([_rope(net.rope.bands, part.chunk, grid) for part in parts]).unsqueeze(1)
+    rope = torch.stack([rope_table(net.rope.bands, part.chunk * CHUNK_FRAMES, *grid, x.device) for part in parts]).unsqueeze(1)
     out = net.stack(tokens, condition, _texts(net, parts, texts), rope, Looking([part.seen for part in parts]))
     return net.velocity(out, grid)
 
 
-def _rope(bands: Tensor, chunk: int, grid: tuple[int, int, int]) -> Tensor:
-    return rope_table(bands, chunk * CHUNK_FRAMES, *grid, "cpu")
-
-
 def _texts(net: Magi, parts: Sequence[Part], texts: dict[str, Tensor]) -> list[LayerText]:
     """Keys and values of every chunk's text; each text goes through the network once, all of them side by side."""
-    known: dict[str | None, Tensor] = {None: net.null_text(NULL_WORDS), **texts}
+    known: dict[str | None, Tensor] = {None: net.null_text(NULL_WORDS)}
+    known.update(texts)
     which, longest = {text: place for place, text in enumerate(known)}, max(text.shape[1] for text in known.values())
     side_by_side = torch.cat([nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in known.values()])
     layers = net.text_kv(side_by_side)
@@ -251,14 +249,15 @@ def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float) -> 
     texts = {part.text: words_of(part.text) for part in parts if part.text is not None}
     texts = {text: without_padding(rows) if rng.random() < 0.5 else rows for text, rows in texts.items()}
     clean, moves = _drawn(clips, rows)
-    noise = torch.randn(clean.shape, generator=generator)
+    noise, like = torch.randn(clean.shape, generator=generator), next(net.parameters())
     level = torch.tensor([part.level if part.moves else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1)
     given = torch.tensor([[frame < part.led for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1)
     noisy = torch.where(given, clean, (1 - level) * clean + level * noise)
     counts = torch.tensor([part.moves for part in parts]).view(-1, 1, 1, 1, 1) & ~given
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        velocity = run(net, noisy, parts, texts)
-    return velocity_loss(velocity, noise, clean, counts.float(), moves, emphasis)
+    with torch.autocast(like.device.type, torch.bfloat16, cache_enabled=False):
+        velocity = run(net, noisy.to(like), parts, {text: rows.to(like) for text, rows in texts.items()})
+    noise, clean, weight, moves = (each.to(like) for each in (noise, clean, counts, moves))
+    return velocity_loss(velocity, noise, clean, weight, moves, emphasis)
 
 
 def _drawn(clips: Clips, rows: Iterable[tuple[int, list[Part]]]) -> tuple[Tensor, Tensor]:
@@ -285,26 +284,33 @@ def initialise(net: Magi) -> None:
             nn.init.xavier_uniform_(p.flatten(1))
         else:
             nn.init.constant_(p, next((value for ending, value in FRESH.items() if name.endswith(ending)), 0.0))
-    nn.init.normal_(net.y_embedder.null_caption_embedding)
-    nn.init.normal_(net.y_embedder.y_proj_xattn[0].weight, std=net.config.text_dim**-0.5)
+    caption: Tensor = net.y_embedder.null_caption_embedding
+    nn.init.normal_(caption)
+    nn.init.normal_(net.y_embedder.get_parameter("y_proj_xattn.0.weight"), std=net.config.text_dim**-0.5)
     nn.init.zeros_(net.final_linear.linear.weight)
     net.rope.bands.copy_(SLOWEST ** (torch.arange(net.config.bands) / (net.config.bands - 1)))
     net.rope.bands.requires_grad_(False)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. `until`: stops after so many of the steps."""
+def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
+
+    `until`: stops after so many of the steps. `start`: weights of an earlier training to begin with, which has been through small pictures.
+    """
     basis = load_or_fit(out, BASIS_CLIPS, scene)
     small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, every=2) for size in (SMALL, SIZE))
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
+    if start:
+        net.load_state_dict(load_file(start))
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = [p for p in net.parameters() if p.requires_grad]
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, OUTER, pool), decay=0.998)
 
         def loss(step: int) -> Tensor:
-            clips, chunks = (small, SMALL_BATCH * batch) if step < SMALL_SHARE * steps else (large, batch)
+            clips, chunks = (small, SMALL_BATCH * batch) if step < SMALL_SHARE * steps and not start else (large, batch)
             emphasis = EMPHASIS * (1 - step / steps)
             shares = [share for share in halves(batch_of(clips, step, chunks)) if share]
             losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis) for k, share in enumerate(shares)]

@@ -16,7 +16,7 @@ from .scenes import Scene, make_scene
 
 
 class TrainNetwork(Protocol):
-    def __call__(self, out: Path, steps: int, batch: int, until: int | None) -> None: ...
+    def __call__(self, out: Path, steps: int, batch: int, until: int | None = None, start: Path | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ SKYREELS_VAE = {"autoencoder": vae.AUTOENCODER_STEPS, "encoder": vae.ENCODER_STE
 RECIPES = {
     "tiny-skyreels": Recipe(SKYREELS, make_scene, Job(""), vae.train, SKYREELS_VAE, dit.train, dit.STEPS, dit.BATCH),
     "tiny-magi": Recipe(
-        MAGI, magi.scene, Job("", frames=96, steps=32, ar_step=8, shift=MAGI.noise.shift, solver="euler", addnoise=0),
+        MAGI, magi.scene, Job("", frames=96, steps=32, cfg=2.0, ar_step=8, shift=MAGI.noise.shift, solver="euler", addnoise=0),
         magi_vae.train, {"decoder": magi_vae.DECODER_STEPS}, magi.train, magi.STEPS, magi.BATCH,
     ),
 }  # fmt: skip
