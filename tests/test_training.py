@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowcache_core.models.bundle import VAE
-from flowcache_core.models.checkpoint import read
-from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training.dit import CHUNKS, draw_levels
+from flowcache_core.training.evaluate import vae_of
 from flowcache_core.training.loop import Loop, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
+from flowcache_core.training.recipes import RECIPES
 from flowcache_core.training.scenes import HELD_OUT
 from flowcache_core.training.vae import crops, initialise
 
@@ -137,11 +136,13 @@ def test_crops_are_seeded_and_in_range() -> None:
     assert not torch.equal(a, crops(4, 2, 5, 32))
 
 
-def test_previews_of_the_bundled_model_have_the_colours_of_the_film() -> None:
-    vae = WanVAE.from_state_dict({k: v.float() for k, v in read(VAE)[0].items()})
-    latents, shown = cells(vae, HELD_OUT + 7, frames=5)
-    assert SKYREELS.bundled is not None
-    held = SKYREELS.bundled.preview
+@pytest.mark.parametrize("name", RECIPES)
+def test_previews_of_the_bundled_models_have_the_colours_of_the_film(name: str) -> None:
+    recipe = RECIPES[name]
+    family = recipe.family
+    latents, shown = cells(vae_of(family), recipe.scene(HELD_OUT + 7), family.frames)
+    assert family.bundled is not None
+    held = family.bundled.preview
     assert held is not None
     seen = latents @ torch.tensor(held.factors) + torch.tensor(held.bias)
     assert (seen - shown).square().mean() < 0.02 * (shown - shown.mean(0)).square().mean()

@@ -16,7 +16,7 @@ from ..sampling.frames import FOUR_N
 from ..sampling.profile import Profile
 from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import Euler, Solver
-from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual, any_levels
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Preview, Published, Usual, any_levels
 from .magi import LATENT_CHANNELS, PATCH, Magi
 from .magi_adapter import ALONE, NULL, RANGES, SHORTCUT, TEXT, MagiAdapter
 from .magi_checkpoint import LAYERS, claims, magi_config, original_names, release_of
@@ -38,6 +38,29 @@ NEAR = 5e-3
 """Those of a scheduler with a table are as close as this to what is meant."""
 PROFILE = Profile(knots=((0.0, 1.0), (50.0, 1.0)), whole_from=2.0, changes=((STAGES - 1) / STAGES,))
 """Even steps: long ones do harm where guidance is strong, and that is not near the end. In the last stage guidance is another."""
+
+TINY_PREVIEW = Preview(
+    (
+        (0.0481, 0.0466, -0.007),
+        (-0.0042, 0.0601, 0.0314),
+        (0.0621, -0.0016, 0.0262),
+        (0.0097, 0.0116, 0.0661),
+        (0.0482, 0.046, -0.0068),
+        (-0.0036, 0.0594, 0.0317),
+        (0.0624, -0.0014, 0.0261),
+        (0.0101, 0.0121, 0.0656),
+        (0.0491, 0.0465, -0.0076),
+        (-0.0037, 0.0593, 0.0313),
+        (0.0615, -0.0012, 0.0271),
+        (0.0093, 0.012, 0.0659),
+        (0.049, 0.0465, -0.0074),
+        (-0.0038, 0.0596, 0.0312),
+        (0.0615, -0.0015, 0.0273),
+        (0.0098, 0.0113, 0.0661),
+    ),
+    (-0.0293, -0.0338, -0.0529),
+)
+"""As `python -m flowcache_core.training --model tiny-magi preview` finds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +216,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         rates=(24,),
         takes_rate=lambda config: False,
         loaders=Loaders("Load CLIP (t5xxl, type pixart)", "Load MAGI-1 VAE"),
-        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt),
+        bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
         blocks=LAYERS,
         check=require_stages,
         check_levels=require_told if distilled else any_levels,

@@ -1,37 +1,39 @@
-"""`python -m flowcache_core.training all`: how the bundled model came to be; every stage is a command of its own too."""
+"""`python -m flowcache_core.training all`: how the bundled models came to be; every stage is a command of its own too."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
-from safetensors.torch import load_file
 
 from ..device import fast_dtype
 from ..files import whole, write_text
 from ..models import bundle
-from ..models.checkpoint import read
-from ..models.wan_vae import WanVAE
-from ..run.generate import Job, decode, generate
+from ..run.generate import decode, generate
 from ..show.film import write_picture
-from . import dit, preview, vae
-from .evaluate import contact_sheet, evaluate
+from . import preview
+from .evaluate import contact_sheet, evaluate, vae_of
+from .recipes import RECIPES, Recipe
+from .vae import reconstruction
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="flowcache_core.training", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of checkpoints; a stopped stage goes on from there")
+    parser.add_argument("--model", choices=RECIPES, default=next(iter(RECIPES)))
+    parser.add_argument("--out", type=Path, help="folder of checkpoints, by default runs/MODEL; a stopped stage goes on from there")
     stages = parser.add_subparsers(dest="stage", required=True)
     stages.add_parser("all", help="vae, dit, install and evaluate, one after the other")
     one = stages.add_parser("vae", help="the small VAE")
-    one.add_argument("--autoencoder-steps", type=int, default=vae.AUTOENCODER_STEPS)
-    one.add_argument("--encoder-steps", type=int, default=vae.ENCODER_STEPS)
-    one.add_argument("--decoder-steps", type=int, default=vae.DECODER_STEPS)
+    for part in sorted({part for recipe in RECIPES.values() for part in recipe.vae_steps}):
+        one.add_argument(f"--{part}-steps", type=int, help=_default(part))
     two = stages.add_parser("dit", help="the network")
-    two.add_argument("--steps", type=int, default=dit.STEPS)
-    two.add_argument("--batch", type=int, default=dit.BATCH)
+    two.add_argument("--steps", type=int, help="over which the learning rate falls")
+    two.add_argument("--until", type=int, help="stop after so many of the steps")
+    two.add_argument("--batch", type=int)
+    two.add_argument("--start", type=Path, help="weights of an earlier training to begin with, such as the bundled ones")
     stages.add_parser("install", help="copy the averaged weights into the package")
     four = stages.add_parser("evaluate", help="the figures of the model card")
     four.add_argument("--prompts", type=int, default=50)
@@ -39,56 +41,67 @@ def main() -> None:
     five = stages.add_parser("look", help="frames of one film, as a picture")
     five.add_argument("prompt")
     five.add_argument("--seed", type=int, default=0)
+    for films in (four, five):
+        films.add_argument("--cfg", type=float, help="guidance, by default that of the model card")
     stages.add_parser("preview", help="colours of the bundled VAE's latents, as the family holds them")
     args = parser.parse_args()
 
+    recipe, out = RECIPES[args.model], args.out or Path("runs", args.model)
     if args.stage == "all":
-        _vae(args.out, vae.AUTOENCODER_STEPS, vae.ENCODER_STEPS, vae.DECODER_STEPS)
-        dit.train(args.out, dit.STEPS, dit.BATCH)
-        _install(args.out)
-        _evaluate(50, None)
+        _vae(recipe, out, {})
+        recipe.network(out, recipe.steps, recipe.batch)
+        _install(recipe, out)
+        _evaluate(recipe, 50, None)
     elif args.stage == "vae":
-        _vae(args.out, args.autoencoder_steps, args.encoder_steps, args.decoder_steps)
+        _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps})
     elif args.stage == "dit":
-        dit.train(args.out, args.steps, args.batch)
+        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, args.until, args.start)
     elif args.stage == "install":
-        _install(args.out)
+        _install(recipe, out)
     elif args.stage == "evaluate":
-        _evaluate(args.prompts, args.json)
+        _evaluate(_guided(recipe, args.cfg), args.prompts, args.json)
     elif args.stage == "preview":
-        _preview()
+        _preview(recipe)
     else:
-        _look(args.out, args.prompt, args.seed)
+        _look(_guided(recipe, args.cfg), out, args.prompt, args.seed)
 
 
-def _vae(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int) -> None:
-    vae.train(out, autoencoder_steps, encoder_steps, decoder_steps)
-    trained = WanVAE.from_state_dict({k: v.float() for k, v in load_file(out / "vae.safetensors").items()})
-    print(f"reconstruction of held-out clips: {vae.reconstruction(trained):.2f} dB PSNR")
+def _default(part: str) -> str:
+    return ", ".join(f"{recipe.vae_steps[part]} for {name}" for name, recipe in RECIPES.items() if part in recipe.vae_steps)
 
 
-def _install(out: Path) -> None:
-    for made, place in (("dit.safetensors", bundle.NETWORK), ("vae.safetensors", bundle.VAE)):
+def _guided(recipe: Recipe, cfg: float | None) -> Recipe:
+    return recipe if cfg is None else replace(recipe, job=replace(recipe.job, cfg=cfg))
+
+
+def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None]) -> None:
+    recipe.vae(out, *(usual if steps.get(part) is None else steps[part] for part, usual in recipe.vae_steps.items()))
+    trained = vae_of(recipe.family, out / "vae.safetensors")
+    print(f"reconstruction of held-out clips: {reconstruction(trained, scene=recipe.scene):.2f} dB PSNR")
+
+
+def _install(recipe: Recipe, out: Path) -> None:
+    for made, place in zip(("dit.safetensors", "vae.safetensors"), bundle.files_of(recipe.family), strict=True):
         weights = (out / made).read_bytes()
         with whole(place) as partial:
             partial.write_bytes(weights)
 
 
-def _evaluate(prompts: int, path: Path | None) -> None:
-    figures = json.dumps(evaluate(bundle.load_bundle(fast_dtype()), prompts), indent=1)
+def _evaluate(recipe: Recipe, prompts: int, path: Path | None) -> None:
+    figures = json.dumps(evaluate(bundle.load_bundle(fast_dtype(), family=recipe.family), recipe.job, recipe.scene, prompts), indent=1)
     print(figures)
     if path:
         write_text(path, figures + "\n")
 
 
-def _preview() -> None:
-    found = preview.fit(WanVAE.from_state_dict({k: v.float() for k, v in read(bundle.VAE)[0].items()}))
+def _preview(recipe: Recipe) -> None:
+    found = preview.fit(vae_of(recipe.family), scene=recipe.scene, pixels=recipe.family.frames)
     print("\n".join(f"{colour}," for colour in found.factors), f"bias {found.bias}", sep="\n")
 
 
-def _look(out: Path, prompt: str, seed: int) -> None:
-    model = bundle.load_bundle(fast_dtype())
-    film = decode(model, generate(model, Job(prompt, seed=seed))[0])
+def _look(recipe: Recipe, out: Path, prompt: str, seed: int) -> None:
+    model = bundle.load_bundle(fast_dtype(), family=recipe.family)
+    film = decode(model, generate(model, replace(recipe.job, prompt=prompt, seed=seed))[0])
     write_picture(out / "look.png", Image.fromarray(contact_sheet(film)))
 
 

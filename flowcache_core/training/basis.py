@@ -1,14 +1,15 @@
-"""The latent space of the bundled model: sixteen leading principal components of patches of 4 frames x 8 x 8 pixels.
+"""The latent space of a bundled model: sixteen leading principal components of patches of 4 frames x 8 x 8 pixels.
 
-The small VAE's encoder is taught to produce these latents and its decoder to invert them, and the network is trained on
+A small VAE's encoder is taught to produce these latents and its decoder to invert them, and the network is trained on
 them directly, so the two trainings are independent and clips need no encoding. The space is smooth: near latents are near
 pictures. Components keep a quarter power of their variance (whitened they would all weigh alike and the network would
 spend itself on noise; as they are, only brightness would count), and an orthogonal rotation spreads them so that every
-channel has unit variance, as the Wan 2.1 latent format promises.
+channel has unit variance, as the Wan 2.1 latent format promises. Films of 4n + 1 frames count their first frame four times, those of 4n do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..files import whole
 from ..models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL
-from .scenes import make_scene, render
+from .scenes import Scene, make_scene, render
 
 CLIPS = 160
 """Clips that the components are measured on."""
@@ -32,27 +33,29 @@ class Basis:
         self.mean, self.to, self.back = mean, to, back
 
     def encode(self, film: Tensor) -> Tensor:
-        """[3, 4n+1, H, W] in -1..1 -> [16, n+1, H/8, W/8]. The first frame counts as four equal ones."""
-        _, _, h, w = film.shape
-        film = torch.cat([film[:, :1].expand(-1, TEMPORAL, -1, -1), film[:, 1:]], 1)
+        """[3, 4n+1 or 4n+4, H, W] in -1..1 -> [16, n+1, H/8, W/8]. Of 4n+1 frames the first counts as four equal ones."""
+        _, frames, h, w = film.shape
+        film = torch.cat([film[:, :1].expand(-1, -frames % TEMPORAL, -1, -1), film], 1)
         patches = film.view(3, -1, TEMPORAL, h // SPATIAL, SPATIAL, w // SPATIAL, SPATIAL).permute(1, 3, 5, 2, 0, 4, 6).flatten(3)
         return ((patches - self.mean) @ self.to.T).permute(3, 0, 1, 2).contiguous()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """[16, n+1, h, w] -> [3, 4n+1, 8h, 8w], the least-squares picture. Used to look at a network before there is a VAE."""
+    def decode(self, latents: Tensor, first: int = 1) -> Tensor:
+        """[16, n+1, h, w] -> [3, 4n+first, 8h, 8w], the least-squares picture. Used to look at a network before there is a VAE.
+
+        `first`: pixel frames of the first latent frame."""
         _, n, h, w = latents.shape
         patches = (latents.permute(1, 2, 3, 0) @ self.back.T + self.mean).view(n, h, w, TEMPORAL, 3, SPATIAL, SPATIAL)
         film = patches.permute(4, 0, 3, 1, 5, 2, 6).reshape(3, n * TEMPORAL, h * SPATIAL, w * SPATIAL)
-        return film[:, TEMPORAL - 1 :]
+        return film[:, TEMPORAL - first :]
 
 
-def fit(clips: int = CLIPS) -> Basis:
-    """Principal components of the patches of training clips 0 .. clips - 1."""
+def fit(clips: int = CLIPS, scene: Callable[[int], Scene] = make_scene) -> Basis:
+    """Principal components of the patches of training clips 0 .. clips - 1, which `scene` draws up."""
     size = TEMPORAL * 3 * SPATIAL * SPATIAL
     identity = Basis(torch.zeros(size), torch.eye(size), torch.eye(size))
     count, total, second = 0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
     for seed in range(clips):
-        x = identity.encode(render(make_scene(seed)).transpose(0, 1) * 2 - 1).flatten(1)
+        x = identity.encode(render(scene(seed)).transpose(0, 1) * 2 - 1).flatten(1)
         count += x.shape[1]
         total += x.sum(1)
         second += x @ x.T
@@ -75,11 +78,11 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-def load_or_fit(folder: Path, clips: int = CLIPS) -> Basis:
+def load_or_fit(folder: Path, clips: int = CLIPS, scene: Callable[[int], Scene] = make_scene) -> Basis:
     """`basis.safetensors` in `folder`, made on the first call."""
     path = folder / "basis.safetensors"
     if not path.exists():
-        made = fit(clips)
+        made = fit(clips, scene)
         with whole(path) as partial:
             save_file({"mean": made.mean, "to": made.to.contiguous(), "back": made.back.contiguous()}, partial)
     return Basis(**load_file(path))

@@ -14,56 +14,36 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import whole
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import SkyReelsConfig, SkyReelsV2
-from ..models.wan_vae import SPATIAL
 from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
-from .basis import Basis, load_or_fit
+from .basis import load_or_fit
+from .clips import Clips, moving, velocity_loss
 from .loop import Loop, load_saved, optimisers
-from .scenes import make_scene, render
+from .scenes import Scene, make_scene
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
 FRAMES, LATENTS, CHUNK, SIZE = 57, 15, 3, 128
 TOKENS_PER_FRAME = 64
-STEPS, BATCH, POOL = 9000, 6, 4096
-EMPHASIS, MOVED = 6.0, 0.05
-"""How much more a moving cell counts at step 0, and the mean square change of a unit-variance latent from which a cell moves."""
+STEPS, BATCH = 9000, 6
+EMPHASIS = 6.0
+"""How much more a moving cell counts at step 0."""
 CHUNKS = LATENTS // CHUNK
 
 
-class Clips:
-    """Latents of the training clips, drawn when first asked for and kept. The pool grows by one clip a step, so a resumed run sees the same.
+def fps(index: int) -> int:
+    """Of a clip: one in eight is drawn at 16 frames a second."""
+    return 16 if index % 8 == 7 else 24
 
-    They lie in one tensor: small lasting pieces between large passing ones would tear the heap apart.
-    """
 
-    def __init__(self, basis: Basis) -> None:
-        self.basis = basis
-        self.latents = torch.empty(POOL, CONFIG.channels, LATENTS, SIZE // SPATIAL, SIZE // SPATIAL, dtype=torch.float16)
-        self.captions: dict[int, str] = {}
-
-    @staticmethod
-    def pool(step: int) -> int:
-        """How many clips may be picked at `step`."""
-        return min(256 + step, POOL)
-
-    @staticmethod
-    def fps(index: int) -> int:
-        return 16 if index % 8 == 7 else 24
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """-> latents [16, LATENTS, h, w] in half precision, caption."""
-        if index not in self.captions:
-            scene = make_scene(index, FRAMES, SIZE, self.fps(index))
-            self.latents[index] = self.basis.encode(render(scene).transpose(0, 1) * 2 - 1)
-            self.captions[index] = scene.caption
-        return self.latents[index], self.captions[index]
+def scene(index: int) -> Scene:
+    return make_scene(index, FRAMES, SIZE, fps(index))
 
 
 def draw_levels(rng: random.Random) -> tuple[list[float], list[bool]]:
@@ -91,12 +71,6 @@ def draw_levels(rng: random.Random) -> tuple[list[float], list[bool]]:
     return levels, counts
 
 
-def moving(clean: Tensor) -> Tensor:
-    """Latents [B, C, F, h, w] -> [B, 1, F, h, w], 1 where a cell changed since the latent frame before (the first two like the third)."""
-    change = clean.diff(dim=2).square().mean(1, keepdim=True)[:, :, 1:]
-    return (torch.cat([change[:, :, :1].expand(-1, -1, 2, -1, -1), change], 2) > MOVED).float()
-
-
 def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: float) -> Tensor:
     rng = random.Random(step)
     slow = rng.random() < 1 / 8
@@ -122,19 +96,27 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
     times = (sigma * TRAIN_STEPS).floor()
     with torch.autocast("cpu", torch.bfloat16):
-        v = net(noisy, times, net.text_kv(text), attend, fps=clips.fps(picked[0]))
-    weight = counts * (1 + emphasis * moving(clean))
-    return ((v.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
+        v = net(noisy, times, net.text_kv(text), attend, fps=fps(picked[0]))
+    return velocity_loss(v, noise, clean, counts, moving(clean), emphasis)
 
 
-def train(out: Path, steps: int, batch: int = BATCH) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
-    clips = Clips(load_or_fit(out))
+def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
+
+    `until`: stops after so many of the steps. `start`: weights of an earlier training to begin with.
+    """
+    clips = Clips(load_or_fit(out), scene, LATENTS)
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
+    if start:
+        net.load_state_dict(load_file(start))
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
-    loop.run(lambda step: loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps)), net.parameters(), lambda: f"clips {len(clips.captions)}")
+
+    def loss(step: int) -> Tensor:
+        return loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps))
+
+    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", until)
     export(out)
 
 

@@ -6,7 +6,9 @@ true clips of the same scenes, which is the ceiling of the measure, and, for col
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.bundle import VAE, Bundle
+from ..models.bundle import Bundle, files_of
 from ..models.checkpoint import read
-from ..models.wan_vae import WanVAE
+from ..models.family import Family
 from ..run.generate import Job, decode, generate
 from .scenes import COLOURS, DIRECTIONS, HELD_OUT, Scene, Sprite, make_scene, render
 from .vae import reconstruction
@@ -85,23 +87,32 @@ def score(film: Tensor, scene: Scene, chunk_pixels: int, tally: Tally) -> None:
         tally.drift_clips += 1
 
 
-def evaluate(bundle: Bundle, prompts: int = 50, steps: int = 50) -> dict[str, Any]:
-    """Films of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film on two cores."""
+def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scene, prompts: int = 50) -> dict[str, Any]:
+    """Films like `job` of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film on two cores.
+
+    `scene`: index -> a clip as the model was trained on, at least as long as the job's films.
+    """
     film_of, truth, other = Tally(), Tally(), Tally()
-    vae_psnr = reconstruction(WanVAE.from_state_dict({k: v.float() for k, v in read(VAE)[0].items()}))
-    chunk_pixels = 4 * bundle.layout.chunk_frames
+    vae_psnr = reconstruction(vae_of(bundle.family), scene=scene)
+    chunk_pixels = bundle.family.frames.each * bundle.layout.chunk_frames
     for i in tqdm(range(prompts), unit="film"):
-        scene = make_scene(HELD_OUT + 1000 + i)
-        latents, _ = generate(bundle, Job(scene.caption, steps=steps, seed=i))
+        asked = scene(HELD_OUT + 1000 + i)
+        latents, _ = generate(bundle, replace(job, prompt=asked.caption, seed=i))
         film = decode(bundle, latents)
-        score(film, scene, chunk_pixels, film_of)
-        score(render(scene), scene, chunk_pixels, truth)
-        score(film, make_scene(HELD_OUT + 1000 + (i + 1) % prompts), chunk_pixels, other)
+        score(film, asked, chunk_pixels, film_of)
+        score(render(asked, frames=job.frames), asked, chunk_pixels, truth)
+        score(film, scene(HELD_OUT + 1000 + (i + 1) % prompts), chunk_pixels, other)
     return {
-        "prompts": prompts, "steps": steps, "job": {k: v for k, v in asdict(Job("")).items() if k in ("cfg", "shift", "ar_step", "solver", "frames")},
+        "prompts": prompts, "steps": job.steps, "job": {k: v for k, v in asdict(job).items() if k in ("cfg", "shift", "ar_step", "solver", "frames")},
         "vae_psnr_db": round(vae_psnr, 2), "films": film_of.figures(), "true_clips": truth.figures(),
         "films_against_other_prompts": {"colour_present": other.figures()["colour_present"], "direction_right": other.figures()["direction_right"]},
     }  # fmt: skip
+
+
+def vae_of(family: Family, path: Path | None = None) -> Any:
+    """The VAE of a family's tiny model in a file, by default the bundled one, in float32 whatever the network computes in."""
+    assert family.bundled is not None
+    return family.bundled.load_vae({k: v.float() for k, v in read(path or files_of(family)[1])[0].items()})
 
 
 def contact_sheet(film: Tensor, shots: int = 5) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,15 +26,38 @@ def cosine(step: int, total: int, warmup: int = 100, floor: float = 0.03) -> flo
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def optimisers(model: nn.Module, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and convolutions inside the network, AdamW for embeddings, norms, biases and outputs."""
-    inner = [
-        p for name, p in model.named_parameters()
-        if p.requires_grad and p.ndim >= 2 and name.endswith(".weight") and not name.startswith(("patch_", "head.", "fps_embedding"))
-    ]  # fmt: skip
+OUTER = ("patch_", "head.", "fps_embedding")
+"""How the names of a network's embeddings and outputs begin."""
+
+
+def optimisers(model: nn.Module, rate: float, muon_rate: float, outer: tuple[str, ...] = OUTER,
+               pool: Executor | None = None) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """Muon for the matrices and convolutions inside the network, AdamW for the `outer` ones, norms, biases and lone parameters."""
+    inner = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and name.endswith(".weight") and not name.startswith(outer)]
     taken = {id(p) for p in inner}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01), Muon(inner, muon_rate)]
+    return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01), Muon(inner, muon_rate, pool=pool)]
+
+
+def threads(count: int) -> ThreadPoolExecutor:
+    """Threads that compute on one core each. They wait for each other once a step, where the threads of one operation do hundreds of times: on a
+    machine that has other things to do they get several times as far."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def side_by_side(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[nn.Parameter], pool: Executor) -> Tensor:
+    """The mean of `losses`, each computed by a thread; its gradient is left in the parameters."""
+
+    def one(loss_of: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        with torch.enable_grad():
+            loss = loss_of()
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    values, gradients = zip(*pool.map(one, losses), strict=True)
+    for p, *mine in zip(parameters, *gradients, strict=True):
+        known = [grad for grad in mine if grad is not None]
+        p.grad = torch.stack(known).sum(0).div_(len(losses)) if known else None
+    return torch.stack(values).mean()
 
 
 def load_saved(path: Path) -> dict[str, Any]:
@@ -50,7 +74,10 @@ def load_saved(path: Path) -> dict[str, Any]:
 
 
 class Loop(Generic[Model]):
-    """Runs `loss_of(step)` for `total` steps from wherever `path` left off; the average of the weights is in `average`."""
+    """Runs `loss_of(step)` for `total` steps from wherever `path` left off; the average of the weights is in `average`.
+
+    A loss that has no graph has left its gradient in the parameters already (`side_by_side`).
+    """
 
     def __init__(self, model: Model, path: Path, total: int, opts: list[torch.optim.Optimizer], decay: float, save_every: int = 100) -> None:
         self.model, self.path, self.total, self.opts, self.decay, self.save_every = model, path, total, opts, decay, save_every
@@ -69,21 +96,24 @@ class Loop(Generic[Model]):
         with whole(self.path) as partial:
             torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step, "optimisers": optimisers}, partial)
 
-    def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str) -> None:
+    def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str,
+            until: int | None = None) -> None:  # fmt: skip
+        """`until`: stops after so many of the steps, for a later run to go on."""
         parameters = list(parameters)
-        smooth = 0.0
+        smooth, end = 0.0, self.total if until is None else min(until, self.total)
         with tqdm(total=self.total, initial=self.step, desc=self.path.stem, mininterval=5) as bar:
-            while self.step < self.total:
+            while self.step < end:
                 torch.manual_seed(self.step)
                 factor, at = cosine(self.step, self.total), 0
                 for opt in self.opts:
                     for group in opt.param_groups:
                         group["lr"] = self.rates[at] * factor
                         at += 1
-                loss = loss_of(self.step)
                 for opt in self.opts:
                     opt.zero_grad(set_to_none=True)
-                loss.backward()
+                loss = loss_of(self.step)
+                if loss.requires_grad:
+                    loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 for opt in self.opts:
                     opt.step()
@@ -92,7 +122,7 @@ class Loop(Generic[Model]):
                 smooth = loss.item() if smooth == 0.0 else 0.98 * smooth + 0.02 * loss.item()
                 bar.update()
                 bar.set_postfix_str(f"loss {smooth:.4f} {describe()}", refresh=False)
-                if self.step % self.save_every == 0 or self.step == self.total:
+                if self.step % self.save_every == 0 or self.step == end:
                     self.save()
 
     @torch.no_grad()

@@ -6,7 +6,9 @@ small VAE train in minutes instead of hours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +27,26 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    """`pool`: threads that take a parameter each; None: one after the other."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01,
+                 pool: Executor | None = None) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._each: Callable[..., Iterable[None]] = pool.map if pool else map
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+            moved = [(p, self.state[p].setdefault("mean", torch.zeros_like(p)), group) for p in group["params"] if p.grad is not None]
+            for _ in self._each(_move, *zip(*moved, strict=True)):
+                pass
+
+
+@torch.no_grad()
+def _move(p: nn.Parameter, mean: Tensor, group: Mapping[str, Any]) -> None:
+    assert p.grad is not None
+    mean.lerp_(p.grad, 1 - group["momentum"])
+    update = orthogonalise(p.grad.lerp(mean, group["momentum"]).flatten(1))
+    scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    p.add_(update.view_as(p), alpha=-group["lr"] * scale)

@@ -156,6 +156,12 @@ def _path(start: float, speed: float, radius: float, size: int, walls: bool, tim
     return low + torch.where(folded > span, 2 * span - folded, folded)
 
 
+def _reached(path: Tensor, radius: float, size: int) -> slice:
+    """The pixels along one axis that a sprite whose centre goes along `path` can cover."""
+    margin = 1.1 * radius + 2
+    return slice(max(int(path.min() - margin), 0), max(min(int(path.max() + margin), size), 0))
+
+
 def _background(scene: Scene, gx: Tensor, gy: Tensor) -> Tensor:
     """[T, H, W] coordinates -> [T, 3, H, W] in 0..1: muted colours, low-frequency waves and soft stripes."""
     rng = np.random.default_rng(scene.seed + 77_000_000)
@@ -184,9 +190,10 @@ def render(scene: Scene, start: int = 0, frames: int | None = None) -> Tensor:
     for s in scene.sprites:
         px = _path(s.x, s.vx, s.radius, size, s.walls, time)[:, None, None]
         py = _path(s.y, s.vy, s.radius, size, s.walls, time)[:, None, None]
-        cover = (0.5 - _distance(s.shape, xs - px, ys - py, s.radius)).clamp(0, 1)[:, None]
+        rows, columns = _reached(py, s.radius, size), _reached(px, s.radius, size)
+        cover = (0.5 - _distance(s.shape, xs[rows, columns] - px, ys[rows, columns] - py, s.radius)).clamp(0, 1)[:, None]
         colour = torch.tensor(COLOURS[s.colour], dtype=torch.float32).view(1, 3, 1, 1) / 255
-        film = film * (1 - cover) + colour * cover
+        film[:, :, rows, columns] = film[:, :, rows, columns] * (1 - cover) + colour * cover
     if scene.occluder:
         left, width = scene.occluder
         cover = (0.5 - ((xs - left - width / 2).abs() - width / 2)).clamp(0, 1)

@@ -7,8 +7,10 @@ autoencoder only serves as a start: halves that begin from nothing take several 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +20,7 @@ from ..files import whole
 from ..models.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, AttentionBlock, ResidualBlock, WanVAE
 from .basis import Basis, load_or_fit
 from .loop import Loop, optimisers
-from .scenes import HELD_OUT, make_scene, render
+from .scenes import HELD_OUT, Scene, make_scene, render
 
 DIM = 12
 AUTOENCODER_STEPS, ENCODER_STEPS, DECODER_STEPS = 2500, 1000, 1500
@@ -98,10 +100,10 @@ def _autoencoder_loss(vae: WanVAE, step: int) -> Tensor:
         mean, _ = vae.moments(film)
         z = mean + torch.randn_like(mean) * (0.03 * mean.detach().std())
         back = vae.decoder(vae.conv2(z), {})
-    return _error(back, film, 1.0, 2.0)
+    return error(back, film, 1.0, 2.0)
 
 
-def _error(back: Tensor, film: Tensor, absolute: float, squared: float) -> Tensor:
+def error(back: Tensor, film: Tensor, absolute: float, squared: float) -> Tensor:
     """L1 plus squared error; saturated pixels, which are the sprites, count more."""
     weight = 1 + 2 * (film.amax(1, keepdim=True) - film.amin(1, keepdim=True))
     error = back.float() - film
@@ -129,7 +131,7 @@ def _decoder_loss(vae: WanVAE, basis: Basis, step: int) -> Tensor:
     z = _latents(basis, film)
     with torch.autocast("cpu", torch.bfloat16):
         back = vae.decoder(vae.conv2(z + NOISE * torch.randn_like(z)), {})
-    return _error(back, film, 0.2, 4.0)
+    return error(back, film, 0.2, 4.0)
 
 
 def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,12 +157,20 @@ def save(weights: dict[str, Tensor], path: Path) -> None:
         save_file({k: v.half().contiguous() for k, v in weights.items()}, partial)
 
 
+class Codes(Protocol):
+    """A VAE."""
+
+    def encode(self, film: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def reconstruction(vae: WanVAE, clips: int = 16) -> float:
-    """Mean PSNR in dB over held-out clips of 57 frames at 128x128."""
+def reconstruction(vae: Codes, clips: int = 16, scene: Callable[[int], Scene] = make_scene) -> float:
+    """Mean PSNR in dB over held-out clips as `scene` draws them up: by default 57 frames at 128x128."""
     total = 0.0
     for i in range(clips):
-        film = render(make_scene(HELD_OUT + i)).transpose(0, 1)[None]
+        film = render(scene(HELD_OUT + i)).transpose(0, 1)[None]
         back = (vae.decode(vae.encode(film * 2 - 1)) / 2 + 0.5).clamp(0, 1)
         total += float(-10 * (back - film).square().mean().log10())
     return total / clips

@@ -1,0 +1,62 @@
+"""Latents of procedural clips that a network is trained on, and which of their cells move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..models.wan_vae import LATENT_CHANNELS, SPATIAL
+from .basis import Basis
+from .scenes import Scene, render
+
+POOL, FIRST = 4096, 256
+"""Clips at the end of a training, and at its first step."""
+MOVED = 0.05
+"""The mean square change of a unit-variance latent from which a cell moves."""
+
+
+class Clips:
+    """Latents of the training clips, drawn when first asked for and kept. The pool grows with the step, so a resumed run sees the same.
+
+    They lie in one tensor: small lasting pieces between large passing ones would tear the heap apart.
+    `scene`: index -> what is drawn; `latents`: frames of its latents; `every`: steps after which the pool has one clip more.
+    """
+
+    def __init__(self, basis: Basis, scene: Callable[[int], Scene], latents: int, every: int = 1) -> None:
+        self.basis, self.scene, self.every = basis, scene, every
+        side = scene(0).size // SPATIAL
+        self.latents = torch.empty(POOL, LATENT_CHANNELS, latents, side, side, dtype=torch.float16)
+        self.captions: dict[int, str] = {}
+
+    def pool(self, step: int) -> int:
+        """How many clips may be picked at `step`."""
+        return min(FIRST + step // self.every, POOL)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        """-> latents [16, frames, h, w] in half precision, caption."""
+        if index not in self.captions:
+            scene = self.scene(index)
+            self.latents[index] = self.basis.encode(render(scene).transpose(0, 1) * 2 - 1)
+            self.captions[index] = scene.caption
+        return self.latents[index], self.captions[index]
+
+    def still(self, index: int) -> Tensor:
+        """The first picture of a clip as a film that stands still: [16, 1, h, w]."""
+        return self.basis.encode(render(self.scene(index), frames=1).transpose(0, 1) * 2 - 1)
+
+
+def moving(clean: Tensor) -> Tensor:
+    """Latents [B, C, F, h, w] -> [B, 1, F, h, w], 1 where a cell changed since the latent frame before (the first two like the third)."""
+    change = clean.diff(dim=2).square().mean(1, keepdim=True)[:, :, 1:]
+    return (torch.cat([change[:, :, :1].expand(-1, -1, 2, -1, -1), change], 2) > MOVED).float()
+
+
+def velocity_loss(velocity: Tensor, noise: Tensor, clean: Tensor, counts: Tensor, moves: Tensor, emphasis: float) -> Tensor:
+    """Mean square error of velocities [B, C, F, h, w] against noise - clean.
+
+    Frames count where `counts` [B, 1, F, 1, 1] is 1, and their cells that move, as `moves` [B, 1, F, h, w] has it, 1 + `emphasis`.
+    """
+    weight = counts * (1 + emphasis * moves)
+    return ((velocity.float() - (noise - clean)).square() * weight).sum() / (weight.sum() * clean.shape[1])
