@@ -211,7 +211,7 @@ def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: to
 def write_the_rest(turn: Turn, guider: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict[str, Any]) -> None:
     """A commit is for all branches, also for those that guidance leaves out at its noise level: nodes that change CFG, or texts for some steps."""
     conds = {one["uuid"]: one for many in guider.conds.values() for one in many}
-    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider, None)) if branch in conds]:
+    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider)) if branch in conds]:
         always = [[{key: value for key, value in one.items() if not key.startswith("timestep_")}] for one in rest]
         comfy.samplers.calc_cond_batch(guider.inner_model, always, x, sigma * x.new_ones(x.shape[0]), model_options)
 

@@ -17,7 +17,7 @@ CALC = "sampler_calc_cond_batch_function"
 """Key in model_options of what evaluates the texts of a guider."""
 
 
-def conds_of(guider: Any, family: Family | None) -> list[dict[str, Any]]:
+def conds_of(guider: Any, family: Family | None = None) -> list[dict[str, Any]]:
     """The texts of the branches that the guider evaluates, as far as that can be seen before a run; with guidance inside, the prompt's.
 
     Raises ValueError for a guider with more texts than a model of that kind can be guided by.

@@ -22,7 +22,7 @@ from ..flowcache_core.kv.compressor import Compressor
 from ..flowcache_core.models.causal_wan import CausalWan
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.sequential import SequentialCache, SequentialFilm
-from .chunk_sampler import conds_of
+from .guidance import conds_of
 from .other_nodes import CACHES, COMPILE, MODEL, is_compiled, made_by, require_one_model, require_plain_texts
 from .settings_on_model import KV_NODE, compressor_of, with_compressor
 
