@@ -482,7 +482,8 @@ def measured(args: argparse.Namespace, todo: Sequence[Film], family: Family, mea
         family.check(schedule_of(bundle, film.job, film.setting))
         _check_named(bundle, film)
     kept = Kept(args.json.with_suffix(".films.jsonl") if args.json else None, args.precision)
-    over([film for film in todo if film not in kept.films], measure, args.workers, bundle, kept.add)
+    left = [film for film in todo if film not in kept.films]
+    over(sorted(left, key=lambda film: -film.setting.frames), measure, args.workers, bundle, kept.add)
     entries = [entry for film in todo for entry in kept.films[film]]
     settings = {name: getattr(args, name) for name in ("workers", "precision")}
     return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "rows": rows(entries)}

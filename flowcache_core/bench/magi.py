@@ -39,9 +39,9 @@ from .increment import incremental
 
 NAME = "magi"
 SHARES = (0.56, 0.40, 0.30, 0.20)
-FRAMES, LONG = 72, 144
+FRAMES, LONG = 48, 96
 """Pixel frames of the films at shares, and of the others, in which history is longer than the window."""
-CONTROLS, LONG_FILMS = 4, 2
+CONTROLS, LONG_FILMS = 2, 1
 """Films that all arms at shares make, and films of the arms without a share."""
 RULED_FOR = 64
 """Steps for which thresholds were published."""
@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_films(parser, SHARES)
     parser.add_argument("--arms", default="", help=f"which arms, separated by commas, of {', '.join((*AT_SHARES, *ALONE))} (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, help="pixel frames of the films at shares (default %(default)s)")
-    parser.add_argument("--long", type=int, default=LONG, help=f"pixel frames of the {LONG_FILMS} films of the other arms (default %(default)s)")
+    parser.add_argument("--long", type=int, default=LONG, help=f"pixel frames of the films of the other arms, {LONG_FILMS} at most (default %(default)s)")
     parser.add_argument("--steps", type=int, default=MAGI.usual.steps, help="divisible by four (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=MAGI.usual.cfg)
 
