@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_films(parser, SHARES)
     parser.add_argument("--arms", default="", help=f"which arms, separated by commas, of {', '.join((*AT_SHARES, *ALONE))} (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, help="pixel frames of the films at shares (default %(default)s)")
-    parser.add_argument("--long", type=int, default=LONG, help=f"pixel frames of the films of the other arms, {LONG_FILMS} at most (default %(default)s)")
+    parser.add_argument("--long", type=int, default=LONG, help=f"pixel frames of films of the other arms, at most {LONG_FILMS} (default %(default)s)")
     parser.add_argument("--steps", type=int, default=MAGI.usual.steps, help="divisible by four (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=MAGI.usual.cfg)
 
