@@ -18,6 +18,7 @@ from torch import Tensor
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.named import policy_named as kv_named
 from flowcache_core.kv.scores import KV_POLICIES
+from flowcache_core.models import FAMILIES
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies import POLICIES
@@ -174,7 +175,8 @@ def test_noise_levels_are_integrated_or_refused(bundle: Bundle, levels: list[flo
 @MANY
 @given(steps=COUNT, shift=st.floats(), denoise=st.floats())
 def test_the_schedulers_levels_fall_or_are_refused(steps: int, shift: float, denoise: float) -> None:
-    answered(lambda: SKYREELS.noise.levels(min(steps, 5000), shift, denoise))
+    for family in FAMILIES:
+        answered(lambda noise=family.noise: noise.levels(min(steps, 5000), shift, denoise))
 
 
 # settings

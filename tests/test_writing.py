@@ -109,7 +109,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_the_demo_on_a_full_disk_says_so(run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
-    monkeypatch.setattr(cli.demo, "_warm_up", lambda bundle: None)
+    monkeypatch.setattr(cli.demo, "warm_up", lambda bundle: None)
     monkeypatch.setattr(cli.demo, "run_arm", lambda bundle, job, arm, states: (torch.zeros(1), RunReport(1, 2)))
     monkeypatch.setattr(cli.demo, "decode", lambda bundle, latents: torch.rand(9, 3, 64, 64))
     with full_disk():
@@ -200,6 +200,8 @@ ELSEWHERE = {
     "head.save(out)": "a SalienceHead's, which is whole",
     "keep).save(path)": "a Clip's, which is whole",
     "save(fold(weights), out / 'vae.safetensors')": "of vae.py, which is whole",
+    "save(vae.state_dict(), out / 'vae.safetensors')": "the same",
+    "picture.save(file, 'JPEG', quality=quality)": "into memory",
 }
 
 

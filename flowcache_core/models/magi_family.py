@@ -13,6 +13,7 @@ from math import sqrt
 from torch import Tensor
 
 from ..sampling.frames import FOUR_N
+from ..sampling.noise import steps_in_all
 from ..sampling.profile import Profile
 from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import Euler, Solver
@@ -72,11 +73,8 @@ class MagiNoise:
 
     def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
         """`denoise` < 1 keeps the last `steps` of int(steps / denoise) steps."""
-        if steps < 1:
-            raise ValueError(f"{steps} steps were asked for: at least 1 is needed (64, 32, 16 and 8 are the published settings)")
-        if not 0 < denoise <= 1:
-            raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
-        return tuple(self.level(place, shift) for place in places(int(steps / denoise))[-steps - 1 :])
+        whole = steps_in_all(steps, denoise, "64, 32, 16 and 8 are the published settings")
+        return tuple(self.level(place, shift) for place in places(whole)[-steps - 1 :])
 
     def level(self, place: float, shift: float) -> float:
         """At a place 0..1 of a run whose steps are equally long."""
@@ -224,7 +222,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),
         words=WORDS,
         solving=step_by_step,
-        usual=Usual(frames=96, steps=32, cfg=3.0),
+        usual=Usual(frames=96, steps=32, cfg=2.0),
     )
 
 

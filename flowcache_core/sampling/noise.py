@@ -8,6 +8,8 @@ from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 TRAIN_STEPS = 1000
+MOST = 10**6
+"""Steps of a run of which the last are taken."""
 NEAREST = 1e-6
 """Levels that are nearer to each other are one to a network, and solvers divide by their distance."""
 
@@ -63,13 +65,20 @@ def flow_sigmas(steps: int, shift: float = 8.0, denoise: float = 1.0) -> tuple[f
     `denoise` < 1 keeps the last `steps` of int(steps / denoise) steps, as ComfyUI's schedulers do: a given film is then
     changed only so far.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} steps were asked for: at least 1 is needed (50 is the published setting)")
-    if not 0 < denoise <= 1:
-        raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
-    total, first = int(steps / denoise), 1 - 1 / TRAIN_STEPS
+    total, first = steps_in_all(steps, denoise, "50 is the published setting"), 1 - 1 / TRAIN_STEPS
     levels = (first * (1 - i / total) for i in range(total - steps, total))
     return (*(shift * x / (1 + (shift - 1) * x) for x in levels), 0.0)
+
+
+def steps_in_all(steps: int, denoise: float, published: str) -> int:
+    """Of a run whose last `steps` are kept where `denoise` is below 1. Raises ValueError for what makes no run."""
+    if steps < 1:
+        raise ValueError(f"{steps} steps were asked for: at least 1 is needed ({published})")
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise {denoise} is not above 0 and at most 1: 1 makes a new film, 0.5 keeps the rough shape of the given one")
+    if steps / denoise > MOST:
+        raise ValueError(f"denoise {denoise:.3g} of {steps} steps is the end of more than {MOST} steps: use a larger denoise, 0.1 or more")
+    return int(steps / denoise)
 
 
 def timestep(sigma: float) -> int:
