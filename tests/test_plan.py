@@ -323,11 +323,19 @@ def test_sums_are_the_steps_of_eulers_method_where_clean_latents_are_on_a_line_o
     def field(x: Tensor, sigma: float) -> Tensor:
         return (x - a - b * levels.index(sigma) / 50) / sigma
 
-    whole = walk(field, noise, Path.whole(levels), Euler())
-    skipped = Path(levels, (0, 3, 8, 14, 19, 27, 40, 49))
-    torch.testing.assert_close(walk(field, noise, skipped, Euler(sums=True).skipping), whole, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(walk(field, noise, skipped, Euler().skipping), whole, rtol=1e-2)
-    assert walk(field, noise, Path.whole(levels), Euler(sums=True)).equal(whole)
+    def before_the_last(path: Path, kind: Solver) -> Tensor:
+        """Of the last step only its own clean latent is left."""
+        memory, x = kind.start(torch.Generator()), noise
+        for number, sigma in enumerate(path.sigmas[:-2]):
+            x = kind.step(x, field(x, sigma), number, path, memory)
+        return x
+
+    whole = before_the_last(Path.whole(levels), Euler())
+    skipped = Path(levels, (0, 1, 2, 3, 4, 8, 14, 19, 27, 40, 48, 49))
+    by_sums, at_once = (before_the_last(skipped, Euler(sums=sums).skipping) for sums in (True, False))
+    assert not torch.allclose(at_once, whole, rtol=1e-3)
+    torch.testing.assert_close(by_sums, whole, rtol=1e-9, atol=1e-9)
+    assert walk(field, noise, Path.whole(levels), Euler(sums=True)).equal(walk(field, noise, Path.whole(levels), Euler()))
 
 
 @pytest.mark.parametrize("kind", [Multistep(), Multistep(sums=True)])
@@ -352,16 +360,16 @@ def test_nothing_is_interpolated_across_a_jump(kind: Solver) -> None:
     assert not torch.allclose(at_the_end(()), wanted, rtol=1e-3)
 
 
-STAGED = Profile(knots=((0.0, 1.0), (50.0, 1.0)), changes=(0.25, 0.75))
+STAGED = Profile(knots=((0.0, 1.0), (50.0, 1.0)), changes=(0.75,))
 
 
 @given(st.integers(1, 12), st.integers(1, 7), st.sampled_from([1, 2, 4]), st.floats(0.0, 1.0))
 @settings(deadline=None, max_examples=40)
-def test_every_chunk_is_computed_at_its_jumps(quarter: int, chunks: int, together: int, share: float) -> None:
-    """In step, and within the budget where that allows a step more than the first, the last and those at jumps."""
+def test_every_chunk_is_computed_at_its_jump(quarter: int, chunks: int, together: int, share: float) -> None:
+    """In step, and within the budget where that allows a step more than the first, the last and that at the jump."""
     steps = 4 * quarter
     schedule = ChunkSchedule(2 * chunks, 2, steps, steps // together, 5, aligned=True, profile=STAGED)
-    assert schedule.jumps == (quarter, 3 * quarter)
+    assert schedule.jumps == (3 * quarter,)
     for plan in (plan_for(schedule, share), plan_in_part(schedule, share, 0.25)):
         plan.check(schedule)
         assert all(set(schedule.jumps) <= set(done) and done[-1] == steps - 1 for done in plan.computed)

@@ -25,7 +25,8 @@ class Profile:
     whole_from: float = 0.3
     """The first chunk is computed whole where that leaves all others at least this share of their steps."""
     changes: tuple[float, ...] = ()
-    """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is always computed."""
+    """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is computed, wherever the chunks
+    that it attends to are."""
 
     def step(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cost of the step between evaluations at times a and b."""
