@@ -23,7 +23,7 @@ COMMANDS = {
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
 """What makes the files that pages show of the first bundled model; `make measure` runs them all, so that they are of one commit."""
-OTHERS = {"magi": f"{BENCH} magi --workers 2"}
+OTHERS = {"magi": f"{BENCH} magi --prompts 4 --workers 2"}
 """The same of the other models, each at a commit of its own."""
 
 
