@@ -116,7 +116,7 @@ def arguments(*texts: str) -> argparse.Namespace:
 def test_arms_without_a_share_are_run_on_a_few_longer_films() -> None:
     made = films(arguments("--prompts", "5"))
     assert [film.setting.frames for film in made] == [magi.FRAMES] * 5 + [magi.LONG] * magi.LONG_FILMS
-    assert [film.arms for film in made] == [tuple(AT_SHARES)] * magi.CONTROLS + [magi.MAIN] + [tuple(ALONE)] * magi.LONG_FILMS
+    assert [film.arms for film in made] == [tuple(AT_SHARES)] * magi.CONTROLS + [magi.MAIN] * (5 - magi.CONTROLS) + [tuple(ALONE)] * magi.LONG_FILMS
     assert {film.arms for film in films(arguments("--arms", "steps,default"))} == {("steps", "default")}
     with pytest.raises(ValueError, match="no arm is called teacache: there are steps, steps-euler"):
         films(arguments("--arms", "teacache"))
