@@ -83,9 +83,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture
 def graph() -> Graph:
-    """The shipped workflow, two chunks of 64 x 64 pixels in four steps, without a cache."""
+    """The shipped workflow, two chunks of 64 x 64 pixels in four steps, guided as published, without a cache."""
     whole: Graph = json.loads((PACK / "workflows" / "api" / "magi_text_to_video.json").read_text())
-    return sized(without_cache(put(put(whole, "FlowCacheScheduler", steps=4), "RandomNoise", noise_seed=7)))
+    published = put(put(whole, "FlowCacheScheduler", steps=4), "CFGGuider", cfg=7.5)
+    return sized(without_cache(put(published, "RandomNoise", noise_seed=7)))
 
 
 def sized(graph: Graph, length: int = 48, width: int = 64, height: int = 64) -> Graph:
