@@ -35,7 +35,7 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --json docs/bench/kv-stands-for.json
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
-	$(BENCH) magi --workers 2 --json docs/bench/magi.json
+	$(BENCH) magi --prompts 4 --workers 2 --json docs/bench/magi.json
 
 figures: $(VENV)/.run ## write the tables and charts of README and docs from docs/bench
 	$(BIN)/python -m flowcache_core figures $(ARGS)
