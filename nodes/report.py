@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -13,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..flowcache_core.show.plot import chunk_map, history_map
 from ..flowcache_core.show.report_file import KINDS, write_report
 from .mailbox import Kept, Mailbox
+from .output_files import place_of
 from .sampler import Report
 from .within import within_schema
 
@@ -61,7 +61,7 @@ class CacheReport(io.ComfyNode):
 
 def _write(run: Kept, kind: str, prefix: str) -> str:
     """The report as a file of the output folder -> its name there."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    file = f"{name}_{counter:05}_.{kind}"
-    write_report(Path(folder) / file, run.report, run=run.number)
+    folder, name, subfolder = place_of(prefix, "Cache Report")
+    file = f"{name}.{kind}"
+    write_report(folder / file, run.report, run=run.number)
     return str(Path(subfolder, file))

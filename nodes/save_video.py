@@ -19,6 +19,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..flowcache_core.show.film import frames_of
 from ..flowcache_core.show.film_file import FilmFile
 from .kind import require_vae_of
+from .output_files import place_of
 from .vae_pieces import OVERLAPS, frames_by, is_carried, is_tiled, pieces_of
 from .within import within_schema
 
@@ -117,8 +118,8 @@ def _save(pieces: Iterator[torch.Tensor], prefix: str, fps: float, crf: int, met
     """Pieces [T, H, W, 3] in 0..1 -> the file, and what to say of it."""
     first = next(pieces)
     height, width = first.shape[1:3]
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), width, height)
-    path = Path(folder) / f"{name}_{counter:05}_.mp4"
+    folder, name, subfolder = place_of(prefix, NODE, width, height)
+    path = folder / f"{name}.mp4"
     with FilmFile(path, (height, width), fps, crf, metadata) as file:
         for piece in chain([first], pieces):
             file.add(frames_of(piece.float().cpu().movedim(-1, 1)))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from flowcache_core.models.bundle import files_of
+from flowcache_core.models.magi_family import MAGI
 from tests.host import NEEDS_HOST, Host
 from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, ours, prompt_of
 
@@ -21,6 +25,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     base = tmp_path_factory.mktemp("comfy")
     (base / "custom_nodes" / "odd").mkdir(parents=True)
     (base / "custom_nodes" / "odd" / "__init__.py").write_text(ODD)
+    for folder in ("vae", "text_encoders"):
+        (base / "models" / folder).mkdir(parents=True)
+    shutil.copy(files_of(MAGI)[1], base / "models" / "vae" / "magi.safetensors")
+    rows = np.random.default_rng(0).standard_normal((100, 256))
+    np.savez(base / "models" / "text_encoders" / "special_tokens.npz", caption_token=rows[:1], logo_token=rows[1:2], other_tokens=rows)
     with Host(base) as running:
         yield running
 

@@ -104,7 +104,7 @@ async function intoView(page) {
   const before = await saved(page);
   await page.evaluate(() => (window.app.canvas.ds.offset = [-9000, -9000]));
   await page.click(".flowcache-sidebar button");
-  await page.waitForTimeout(700);
+  await page.waitForTimeout(2500);
   found.inView = await inView(page, id);
   found.sameGraphInView = before === (await saved(page));
 }
@@ -221,7 +221,7 @@ async function inside(page) {
   found.paths = paths;
   found.inside = await shown(page);
   await page.click(".flowcache-sidebar button");
-  await page.waitForTimeout(1000);
+  await page.waitForTimeout(2500);
   found.insideView = await inView(page, paths[0]);
 }
 
