@@ -103,7 +103,7 @@ def test_a_click_brings_the_sampler_into_view_and_changes_no_graph(found: Found)
 def test_messages_in_no_order_of_no_node_or_of_another_workflow_change_nothing(found: Found) -> None:
     assert found["order"]["nodes"][0].startswith("message 5 of one, 5 s left")
     assert "running" in found["order"]["list"][0]
-    assert found["order"]["list"][0].endswith("film so far: 0.4–0.7 s"), "from the strip after the gap on"
+    assert found["order"]["list"][0].endswith("film so far: 0.4-0.7 s"), "from the strip after the gap on"
 
 
 @pytest.mark.parametrize("end", ["interrupted", "error"])

@@ -140,5 +140,5 @@ export class Screen {
 
 /** @param {number} from @param {number} to seconds */
 function soFar(from, to) {
-  return `${STRINGS.filmSoFar}: ${from ? `${from.toFixed(1)}–` : ""}${to.toFixed(1)} s`;
+  return `${STRINGS.filmSoFar}: ${from ? `${from.toFixed(1)}-` : ""}${to.toFixed(1)} s`;
 }

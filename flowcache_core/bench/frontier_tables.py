@@ -99,7 +99,8 @@ def all_arms_bidirectional() -> str:
     return table_of_arms(usual("bidirectional"))
 
 
-def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES) -> str:
+def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES, speeds: bool = True) -> str:
+    """`speeds`: whether the machine was idle, so that they mean something."""
     lines = []
     for arms in arms_at(rows).values():
         for arm, name in names.items():
@@ -109,9 +110,11 @@ def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES) -> str:
             gains = ["—", "—"] if row["gain"] is None else [signed(row, "gain"), signed(row, "gain_converged")]
             lines.append((
                 f"{row['share_measured']:.1%}", name, f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", gains[0], f"{row['psnr_converged']:.1f}",
-                f"{row['ssim_converged']:.3f}", gains[1], f"{row['wins']} of {row['prompts']}", f"{row['wall_ratio']:.2f}x", f"{row['ideal']:.2f}",
+                f"{row['ssim_converged']:.3f}", gains[1], f"{row['wins']} of {row['prompts']}",
+                *((f"{row['wall_ratio']:.2f}x", f"{row['ideal']:.2f}") if speeds else ()),
             ))  # fmt: skip
-    return table(["computed", "arm", "PSNR", "SSIM", "gain", "PSNR, converged", "SSIM, converged", "gain", "wins", "speed", "ideal"], lines)
+    head = ["computed", "arm", "PSNR", "SSIM", "gain", "PSNR, converged", "SSIM, converged", "gain", "wins"]
+    return table([*head, *(("speed", "ideal") if speeds else ())], lines)
 
 
 def settings() -> str:

@@ -30,10 +30,10 @@ ALONE = {
 
 
 def at_shares() -> str:
-    """Every arm at every share, and how near the stock film is to the converged one."""
+    """Every arm at every share, without speeds: the machine was busy. And how near the stock film is to the converged one."""
     rows = usual(name=NAME)
     whole = next(row for row in rows if row["arm"] == "uncached")
-    return table_of_arms(rows, AT_SHARES) + f"\nThe stock film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
+    return table_of_arms(rows, AT_SHARES, speeds=False) + f"\nThe stock film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
 
 
 def alone() -> str:
@@ -41,8 +41,8 @@ def alone() -> str:
     for row in data(NAME)["rows"]:
         if row["arm"] in ALONE:
             close = (f"{row[key]:.{digits}f}" for key, digits in (("psnr", 1), ("ssim", 3), ("psnr_converged", 1), ("ssim_converged", 3)))
-            lines.append((f"{row['share_measured']:.0%}", ALONE[row["arm"]], *close, f"{row['wall_ratio']:.2f}x"))
-    return table(["computed", "arm", "PSNR to stock", "SSIM", "PSNR, converged", "SSIM, converged", "speed"], lines)
+            lines.append((f"{row['share_measured']:.0%}", ALONE[row["arm"]], *close))
+    return table(["computed", "arm", "PSNR to stock", "SSIM", "PSNR, converged", "SSIM, converged"], lines)
 
 
 FIGURES: dict[str, Callable[[], str]] = {"magi": at_shares, "magi-alone": alone, "magi-origin": lambda: origin(NAME)}
