@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import save, save_file
 
-from flowcache_core.bench.frontier import Kept, _prompts
+from flowcache_core.bench.frontier import Kept, prompts_of
 from flowcache_core.kv.named import policy_named as kv_named
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
@@ -158,7 +158,7 @@ class Inputs:
         lines = [f"{rng.choice((*NUMBERS, *TEXTS, chr(178)))}{rng.choice((chr(9), ' ', ''))}{rng.choice(TEXTS)}" for _ in range(rng.randrange(4))]
         path = folder / "prompts.tsv"
         path.write_bytes(damaged(rng, "\n".join(lines).encode("utf-8", "surrogatepass")))
-        yield lambda: [torch.Generator().manual_seed(seed) for seed, _ in _prompts(argparse.Namespace(prompts_file=path, seed=None))]
+        yield lambda: [torch.Generator().manual_seed(seed) for seed, _ in prompts_of(argparse.Namespace(prompts_file=path, seed=None))]
         yield lambda: _lines(path)
 
     def work(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:

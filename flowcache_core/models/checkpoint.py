@@ -21,6 +21,7 @@ from .shards import read as read
 
 OTHER_MODELS = {
     "lora_": "a LoRA: put it into models/loras and connect Load LoRA behind Load AR Video Model",
+    "videodit_blocks.": "a MAGI-1 checkpoint",
     "vace_": "a VACE checkpoint",
     "control_adapter.": "a camera-control checkpoint",
     "face_adapter.": "a Wan Animate checkpoint",
