@@ -112,18 +112,18 @@ def test_drawn_rows_are_those_that_sampling_meets() -> None:
     rng, kinds = random.Random(0), set()
     for _ in range(3000):
         row = draw_row(rng, "red circle")
-        active = [part for part in row if part.moves]
+        active = [part for part in row if part.active]
         finished = row[: len(row) - len(active)]
         assert active
-        assert all(not part.moves for part in finished)
+        assert all(not part.active for part in finished)
         assert [part.chunk for part in row] == [*range(row[0].chunk, row[0].chunk + len(row))]
         assert row[-1].chunk < magi.CHUNKS
-        assert all(part == Part(part.chunk, COMMIT, 1, None, True, moves=False) for part in finished)
+        assert all(part == Part(part.chunk, COMMIT, 1, None, True, active=False) for part in finished)
         assert all(older.level < younger.level for older, younger in pairwise(active))
         assert len({(part.text, part.dropped) for part in active}) == 1
         assert active[0].dropped == (active[0].text is None)
         assert all(1 <= part.seen <= min(place + 1, 5) for place, part in enumerate(row))
-        assert all(part.led == 0 for part in active[1:])
+        assert all(part.given == 0 for part in active[1:])
         kinds.add((active[0].text, len(active), len(finished), max(part.seen for part in row)))
     assert {text for text, *_ in kinds} == {None, "", "red circle"}
     assert {seen for *_, seen in kinds} == {1, 2, 3, 4, 5}

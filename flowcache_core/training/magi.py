@@ -54,7 +54,7 @@ THREADS = 2
 class Part:
     """A chunk in a batch. `chunk`: its number in the clip; `level`: its noise; `seen`: chunks of the batch that it sees, itself the last of them.
 
-    `text`: None for the null caption; `dropped`: whether the dropped flag is set; `led`: first frames that are given.
+    `text`: None for the null caption; `dropped`: whether the dropped flag is set; `active`: in flight, not finished; `given`: how many first frames are given.
     """
 
     chunk: int
@@ -62,8 +62,8 @@ class Part:
     seen: int
     text: str | None = None
     dropped: bool = False
-    led: int = 0
-    moves: bool = True
+    given: int = 0
+    active: bool = True
 
 
 def scene(index: int, size: int = SIZE) -> Scene:
@@ -76,23 +76,23 @@ def draw_row(rng: random.Random, caption: str) -> list[Part]:
     levels = MAGI.noise.levels(steps, MAGI.noise.shift)
     if (branch := rng.random()) < 0.15:
         chunk = rng.randrange(CHUNKS)
-        return [Part(chunk, levels[rng.randrange(steps * (STAGES - 1) // STAGES)], 1, None, True, _led(rng, 0.1) if chunk == 0 else 0)]
+        return [Part(chunk, levels[rng.randrange(steps * (STAGES - 1) // STAGES)], 1, None, True, _draw_given(rng, 0.1) if chunk == 0 else 0)]
     text, dropped = (None, True) if branch < 0.42 else ("" if rng.random() < 0.03 else caption, False)
-    at, before, starts = _course(rng, steps)
+    at, before, starts = _draw_active(rng, steps)
     seen = [RANGES[step * STAGES // steps] for step in at]
     before = max(0, min(before, max(count - 1 - place for place, count in enumerate(seen))))
     first = 0 if starts and not before else rng.randint(0, CHUNKS - before - len(at))
-    finished = [Part(first + k, COMMIT, 1, None, True, moves=False) for k in range(before)]
+    finished = [Part(first + k, COMMIT, 1, None, True, active=False) for k in range(before)]
     active = [
         Part(first + before + place, levels[step], min(count, before + place + 1), text, dropped)
         for place, (step, count) in enumerate(zip(at, seen, strict=True))
     ]
     if starts:
-        active[0] = replace(active[0], led=_led(rng, 0.4 if before else 0.12))
+        active[0] = replace(active[0], given=_draw_given(rng, 0.4 if before else 0.12))
     return finished + active
 
 
-def _course(rng: random.Random, steps: int) -> tuple[list[int], int, bool]:
+def _draw_active(rng: random.Random, steps: int) -> tuple[list[int], int, bool]:
     """-> the steps at which the chunks in flight are, the oldest first; how many are finished; whether the oldest is the first that is generated."""
     together = rng.choice([k for k in (4, 4, 4, 4, 4, 4, 2, 3, 1) if steps % k == 0])
     lag = steps // together
@@ -103,7 +103,7 @@ def _course(rng: random.Random, steps: int) -> tuple[list[int], int, bool]:
     return at, before, starts
 
 
-def _led(rng: random.Random, share: float) -> int:
+def _draw_given(rng: random.Random, share: float) -> int:
     """Given first frames of a chunk: often a single one."""
     return rng.choice([1, 1, 2, 3, 4, 5]) if rng.random() < share else 0
 
@@ -129,8 +129,8 @@ def halves(rows: Rows) -> tuple[Rows, Rows]:
     return shares
 
 
-class Looking:
-    """Attention of chunks, as a network asks for it: each sees the `seen` chunks of the batch that end with itself."""
+class ChunkAttention:
+    """The attention that a network calls: chunk i of the batch attends to the `seen[i]` chunks that end with itself."""
 
     def __init__(self, seen: Sequence[int]) -> None:
         self.seen = tuple(seen)
@@ -170,11 +170,11 @@ class RangedAttention(torch.autograd.Function):
         to_q = []
         for i, (count, p) in enumerate(zip(ctx.seen, weights, strict=True)):
             of = slice(i - count + 1, i + 1)
-            to_v[of] += _apart(p.mT @ grad[i], count)
+            to_v[of] += _split(p.mT @ grad[i], count)
             to_p = grad[i] @ _side_by_side(v, i, count).mT
             to_s = torch._softmax_backward_data(to_p, p, -1, p.dtype)
             to_q.append(to_s @ _side_by_side(k, i, count) * ctx.scale)
-            to_k[of] += _apart(to_s.mT @ together[i], count)
+            to_k[of] += _split(to_s.mT @ together[i], count)
         return heads_apart(torch.stack(to_q), ctx.queries), to_k.to(k), to_v.to(v), None
 
 
@@ -183,8 +183,8 @@ def _side_by_side(x: Tensor, last: int, count: int) -> Tensor:
     return x[last - count + 1 : last + 1].transpose(0, 1).flatten(1, 2)
 
 
-def _apart(x: Tensor, count: int) -> Tensor:
-    """Back again: [heads, count * T, D] -> [count, heads, T, D]."""
+def _split(x: Tensor, count: int) -> Tensor:
+    """Inverse of `_side_by_side`: [heads, count * T, D] -> [count, heads, T, D]."""
     return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
@@ -195,7 +195,7 @@ def run(net: Magi, x: Tensor, parts: Sequence[Part], texts: dict[str, Tensor]) -
     condition = net.t_embedder(times, tokens.dtype)
     condition = condition + net.y_embedder.dropped_flags([part.dropped for part in parts], condition)
     rope = torch.stack([rope_table(net.rope.bands, part.chunk * CHUNK_FRAMES, *grid, x.device) for part in parts]).unsqueeze(1)
-    out = net.stack(tokens, condition, _texts(net, parts, texts), rope, Looking([part.seen for part in parts]))
+    out = net.stack(tokens, condition, _texts(net, parts, texts), rope, ChunkAttention([part.seen for part in parts]))
     return net.velocity(out, grid)
 
 
@@ -250,10 +250,10 @@ def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float) -> 
     texts = {text: without_padding(rows) if rng.random() < 0.5 else rows for text, rows in texts.items()}
     clean, moves = _drawn(clips, rows)
     noise, like = torch.randn(clean.shape, generator=generator), next(net.parameters())
-    level = torch.tensor([part.level if part.moves else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1)
-    given = torch.tensor([[frame < part.led for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1)
+    level = torch.tensor([part.level if part.active else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1)
+    given = torch.tensor([[frame < part.given for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1)
     noisy = torch.where(given, clean, (1 - level) * clean + level * noise)
-    counts = torch.tensor([part.moves for part in parts]).view(-1, 1, 1, 1, 1) & ~given
+    counts = torch.tensor([part.active for part in parts]).view(-1, 1, 1, 1, 1) & ~given
     with torch.autocast(like.device.type, torch.bfloat16, cache_enabled=False):
         velocity = run(net, noisy.to(like), parts, {text: rows.to(like) for text, rows in texts.items()})
     noise, clean, weight, moves = (each.to(like) for each in (noise, clean, counts, moves))
@@ -269,7 +269,7 @@ def _drawn(clips: Clips, rows: Iterable[tuple[int, list[Part]]]) -> tuple[Tensor
         for part in row:
             of = slice(part.chunk * CHUNK_FRAMES, (part.chunk + 1) * CHUNK_FRAMES)
             mine = latents[:, :, of]
-            if part.led == 1 and part.chunk == 0:
+            if part.given == 1 and part.chunk == 0:
                 mine = torch.cat([clips.still(index)[None], mine[:, :, 1:]], 2)
             clean.append(mine)
             moves.append(moved[:, :, of])

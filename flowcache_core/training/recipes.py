@@ -40,7 +40,6 @@ SKYREELS_VAE = {"autoencoder": vae.AUTOENCODER_STEPS, "encoder": vae.ENCODER_STE
 RECIPES = {
     "tiny-skyreels": Recipe(SKYREELS, make_scene, Job(""), vae.train, SKYREELS_VAE, dit.train, dit.STEPS, dit.BATCH),
     "tiny-magi": Recipe(
-        MAGI, magi.scene, Job("", frames=96, steps=32, cfg=2.0, ar_step=8, shift=MAGI.noise.shift, solver="euler", addnoise=0),
-        magi_vae.train, {"decoder": magi_vae.DECODER_STEPS}, magi.train, magi.STEPS, magi.BATCH,
+        MAGI, magi.scene, Job.usual(MAGI, ""), magi_vae.train, {"decoder": magi_vae.DECODER_STEPS}, magi.train, magi.STEPS, magi.BATCH
     ),
 }  # fmt: skip
