@@ -54,7 +54,7 @@ THREADS = 2
 class Part:
     """A chunk in a batch. `chunk`: its number in the clip; `level`: its noise; `seen`: chunks of the batch that it sees, itself the last of them.
 
-    `text`: None for the null caption; `dropped`: whether the dropped flag is set; `active`: in flight, not finished; `given`: how many first frames are given.
+    `text`: None for the null caption; `dropped`: whether the dropped flag is set; `given`: how many first frames are given; `active`: not finished.
     """
 
     chunk: int
