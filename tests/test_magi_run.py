@@ -18,7 +18,7 @@ from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.layout import Layout, capacity
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import Salience
-from flowcache_core.models.adapter import Call, Counting
+from flowcache_core.models.adapter import Call, DurationTexts
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.family import Bundled, Family
 from flowcache_core.models.magi import Magi, MagiConfig, rope_table
@@ -583,13 +583,13 @@ def test_what_is_left_open_is_as_published() -> None:
             require_stages(ChunkSchedule(24, 6, steps, published.stagger(steps), 5, pixels=FOUR_N, aligned=True))
 
 
-def test_an_adapter_that_counts_is_otherwise_the_same() -> None:
+def test_an_adapter_with_durations_is_otherwise_the_same() -> None:
     adapter = MagiAdapter(tiny_magi(PLAIN), torch.float64, distilled=True, ranges=(3, 2))
     durations = torch.randn(3, 12)
-    counting = adapter.counting(durations)
-    assert isinstance(adapter, Counting)
-    assert counting.durations is durations
-    assert (counting.network, counting.dtype, counting.distilled, counting.ranges) == (adapter.network, torch.float64, True, (3, 2))
+    announced = adapter.with_durations(durations)
+    assert isinstance(adapter, DurationTexts)
+    assert announced.durations is durations
+    assert (announced.network, announced.dtype, announced.distilled, announced.ranges) == (adapter.network, torch.float64, True, (3, 2))
 
 
 def straight(steps: int) -> list[float]:
