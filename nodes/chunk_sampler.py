@@ -26,10 +26,10 @@ from .host_network import TURN
 from .mailbox import Mailbox
 from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
-from .projector import Projector
+from .projector import FilmPreview
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
 from .states import NamedTurn, named_conds, states_of
-from .texts import counting, require_texts
+from .texts import require_texts, with_durations
 
 NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
@@ -106,7 +106,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         adapter = model.adapter(model.dtype_of(guider.model_patcher))
         require_texts(conds, family, adapter, model.diffusion_model.config.text_dim)
         return Run(
-            family, counting(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options),
+            family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options),
             compressor_of(options), self.fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
         )  # fmt: skip
 
@@ -131,8 +131,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         def clean(part: torch.Tensor) -> torch.Tensor:
             return model.process_latent_out(model.model_sampling.inverse_noise_scaling(sigmas[-1], part).float())
 
-        projector = None if self.vae is None else Projector(self.vae, clean, self.fps)
-        progress = Progress(x, run, self.node, callback, disable_pbar, projector)
+        preview = None if self.vae is None else FilmPreview(self.vae, clean, self.fps)
+        progress = Progress(x, run, self.node, callback, disable_pbar, preview)
         try:
             with progress:
                 samples, report = run.sample(x, evaluate, progress, self.states)

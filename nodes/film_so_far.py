@@ -1,4 +1,4 @@
-"""A film that is shown while it grows: finished chunks are decoded while the next ones run, and their frames sent to the page.
+"""The partial film: finished chunks are decoded during sampling, and their frames are sent to the page.
 
 All of it is done between two steps, in the thread of the run: no two decodes ever meet, and what ends the run ends it too. It decides nothing of the
 run and changes nothing of it. What decodes is unknown here.
@@ -28,7 +28,7 @@ AT_MOST = 384 * 2**10
 """Bytes of the picture in a message."""
 
 
-class FilmSoFar:
+class PartialFilm:
     """One run's messages to the tab that queued it. `ready`: how many latent frames are finished, from the first on.
 
     A message has `frames` frames, the first of which is number `first` of the film, beside one another in the JPEG `picture`; or a `note` in place of

@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: console, bar, preview, live panel and the film so far. It decides nothing."""
+"""Progress of a run: console, bar, preview, live panel and partial film. It decides nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .live import LivePanel
 from .page import Page
 
 if TYPE_CHECKING:
-    from .film_so_far import FilmSoFar
-    from .projector import Projector
+    from .film_so_far import PartialFilm
+    from .projector import FilmPreview
 
 
 def say(lines: Iterable[str]) -> None:
@@ -30,18 +30,18 @@ def say(lines: Iterable[str]) -> None:
 
 
 class Progress:
-    """Bar, preview, live panel and film so far of one run.
+    """Bar, preview, live panel and partial film of one run.
 
-    Use it as a context manager: leaving it with an error tells the panel that the run was stopped. With a `projector` the film is shown as it grows.
+    Use it as a context manager: leaving it with an error tells the panel that the run was stopped. With a `preview` finished chunks are shown.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("so_far",)
 
-    def __init__(self, film: torch.Tensor, run: Run, node: str | None, callback: Any, hide: bool, projector: Projector | None = None) -> None:
+    def __init__(self, film: torch.Tensor, run: Run, node: str | None, callback: Any, hide: bool, preview: FilmPreview | None = None) -> None:
         self.total, self.chunks, self.callback, self.at = run.steps, run.chunks, callback, 0
         page = Page(node)
         self.shown, self.live = film.clone(), LivePanel(page, run)
-        self.film = projector.start(page, self.live.name, film.shape) if projector else None
+        self.film = preview.start(page, self.live.name, film.shape) if preview else None
         self.reached = 0
         self.bar = tqdm(total=self.total, disable=hide)
 
@@ -86,13 +86,13 @@ class Progress:
         if self.film is not None:
             self._grow(self.film, report, chunk, film)
 
-    def _grow(self, so_far: FilmSoFar, report: RunReport, chunk: Chunk, film: torch.Tensor) -> None:
+    def _grow(self, partial: PartialFilm, report: RunReport, chunk: Chunk, film: torch.Tensor) -> None:
         if chunk.step == chunk.steps - 1:
-            so_far.ready = chunk.start + chunk.frames
+            partial.ready = chunk.start + chunk.frames
         if self.at == self.total:
-            so_far.finish(film, report)
+            partial.finish(film, report)
         else:
-            so_far.advance(film, report)
+            partial.advance(film, report)
 
     def end(self, report: RunReport) -> dict[str, Any]:
         """What the panel shows from now on."""

@@ -1,4 +1,4 @@
-"""With what a sampler shows its film while it grows: the host's VAE, as long as there is room for it beside the network."""
+"""Preview of a film during sampling: decoded by the host's VAE where there is memory for it beside the network."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import comfy.model_management
 import torch
 
 from ..flowcache_core.run.footprint import readable
-from .film_so_far import FilmSoFar
+from .film_so_far import PartialFilm
 from .page import Page
 from .vae_pieces import decoder_of
 
 
 @dataclass(frozen=True)
-class Projector:
-    """`clean`: finished latents of the sampler -> as the host hands them on; `fps`: of the film."""
+class FilmPreview:
+    """Settings of the preview. `clean`: finished latents of the sampler -> latents of the host; `fps`: of the film."""
 
     vae: Any
     clean: Callable[[torch.Tensor], torch.Tensor]
     fps: int
 
-    def start(self, page: Page, run: str, film: torch.Size) -> FilmSoFar:
+    def start(self, page: Page, run: str, film: torch.Size) -> PartialFilm:
         """For latents of this shape [films, C, F, h, w]; of several films the first is shown."""
         shape = torch.Size((1, *film[1:]))
         pieces, go_on = decoder_of(self.vae, shape, self.clean), comfy.model_management.throw_exception_if_processing_interrupted
-        return FilmSoFar(pieces, page, run, self.fps, lambda: lack_of_memory(self.vae, shape), go_on)
+        return PartialFilm(pieces, page, run, self.fps, lambda: lack_of_memory(self.vae, shape), go_on)
 
 
 def lack_of_memory(vae: Any, shape: torch.Size) -> str:

@@ -1,4 +1,4 @@
-"""What stands on a CONDITIONING: the text, which of its rows are padding, and the words for the chunks still to come."""
+"""Texts of a CONDITIONING: embeddings, padding, and the durations of MAGI-1 (how many chunks are still to come)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ..flowcache_core.models.adapter import Counting, ModelAdapter
+from ..flowcache_core.models.adapter import DurationTexts, ModelAdapter
 from ..flowcache_core.models.family import Family
 from ..flowcache_core.models.magi_text import without_padding
 
 MASK = "attention_mask"
 """Key of a conditioning under which the host's text encoders say which rows are words."""
 DURATIONS = "flowcache_durations"
-"""Key of a conditioning: embeddings [n, channels] of the words for 0, 1, ... chunks to come."""
+"""Key of a conditioning: embeddings [n, channels] of 0, 1, ... chunks to come."""
 PADDED = 512
 """Rows to which the host pads texts of umT5 with zeros."""
 
@@ -29,7 +29,7 @@ def require_texts(conds: Iterable[dict[str, Any]], family: Family, adapter: Mode
     for one in conds:
         if (text := one.get("cross_attn")) is not None:
             _require_text(text, one, family, channels)
-        if one.get(DURATIONS) is not None and not isinstance(adapter, Counting):
+        if one.get(DURATIONS) is not None and not isinstance(adapter, DurationTexts):
             raise ValueError(f"MAGI Special Tokens says how many chunks are to come, which {family.title} does not read: bypass that node")
 
 
@@ -55,7 +55,7 @@ def _way_out(family: Family) -> str:
     return f"{family.title}: {family.loaders.clip}"
 
 
-def counting(adapter: ModelAdapter, conds: Iterable[dict[str, Any]]) -> ModelAdapter:
-    """The adapter, with the words for the chunks still to come where a text has them."""
-    some = [one[DURATIONS] for one in conds if one.get(DURATIONS) is not None]
-    return adapter.counting(some[0]) if some and isinstance(adapter, Counting) else adapter
+def with_durations(adapter: ModelAdapter, conds: Iterable[dict[str, Any]]) -> ModelAdapter:
+    """The adapter, with the durations of a text that has them."""
+    durations = [one[DURATIONS] for one in conds if one.get(DURATIONS) is not None]
+    return adapter.with_durations(durations[0]) if durations and isinstance(adapter, DurationTexts) else adapter

@@ -1,4 +1,4 @@
-"""What a node is given, held against its own schema before it runs: the host checks what is typed, not what comes by a link."""
+"""Checks the inputs of a node against its schema before it runs: the host checks what is typed, not what comes by a link."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def within_schema(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.Nod
         schema = cls.define_schema()
         rules = {one.id: one for one in schema.inputs}
         for name, value in inputs.items():
-            if why := _wrong(rules, name, value):
+            if why := _error(rules, name, value):
                 raise ValueError(f"{schema.display_name} {why}")
         return execute(cls, **inputs)
 
     return checked
 
 
-def _wrong(rules: Mapping[str, Any], name: str, value: Any) -> str:
-    """What is wrong with an input, as the end of a sentence; "" where nothing is."""
+def _error(rules: Mapping[str, Any], name: str, value: Any) -> str:
+    """The end of the message for an input that is not allowed; "" for one that is."""
     if name not in rules:
         return f"has no input {short(name)}: take what is connected to it away, or load the workflow anew"
     rule = rules[name]
-    if value is None and rule.optional and rule.get_io_type() in THINGS:
+    if value is None and rule.optional and rule.get_io_type() in TYPES:
         return ""
-    wanted = _wanted(rule, value)
-    return f"was given {name} {_told(value)}: {wanted}" if wanted else ""
+    requirement = _unmet(rule, value)
+    return f"was given {name} {_description(value)}: {requirement}" if requirement else ""
 
 
-def _wanted(rule: Any, value: Any) -> str:
-    """What an input needs, where the value is something else."""
+def _unmet(rule: Any, value: Any) -> str:
+    """The requirement of an input that the value does not meet; "" where it meets all."""
     match rule.get_io_type():
         case "INT" | "FLOAT" as kind:
             number = isinstance(value, Integral if kind == "INT" else Real) and not isinstance(value, bool)
@@ -54,14 +54,14 @@ def _wanted(rule: Any, value: Any) -> str:
             return "" if isinstance(value, str) else "it has to be a text"
         case "COMBO":
             return "" if str(value) in map(str, rule.options) else f"choose one of {short(', '.join(map(str, rule.options)), 300)}"
-        case kind if kind in THINGS:
-            fits, needs = THINGS[kind]
-            return "" if fits(value) else f"it has to be {needs}"
+        case kind if kind in TYPES:
+            is_valid, requirement = TYPES[kind]
+            return "" if is_valid(value) else f"it has to be {requirement}"
     return ""
 
 
-def _told(value: Any) -> str:
-    """A value in few words."""
+def _description(value: Any) -> str:
+    """Of a value, for a message."""
     if isinstance(value, torch.Tensor):
         return f"of shape {tuple(value.shape)}"
     if value is None or isinstance(value, str | int | float):
@@ -83,10 +83,10 @@ def _is_vae(value: Any) -> bool:
 
 
 NUMBERS = {"INT": "whole number", "FLOAT": "number"}
-THINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "LATENT": (_is_latent, "a latent with samples in it, such as that of Empty AR Video Latent or of a sampler"),
     "IMAGE": (_is_images, "one image or more in colour, frames x height x width x 3"),
     "VAE": (_is_vae, "a VAE, such as that of Load AR Video Model or Load VAE"),
     "FLOWCACHE_REPORT": (lambda value: isinstance(value, Mailbox), "the report output of AR Chunk Sampler"),
 }
-"""By the host's type: whether a value is one, and what is needed."""
+"""By name of the host's type: whether a value is of it, and the requirement as a noun phrase."""

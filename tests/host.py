@@ -115,6 +115,18 @@ class Host:
         self.ask("/interrupt", {})
         pytest.fail(f"not finished after {seconds} s")
 
+    def interrupt(self, graph: Graph, after: float) -> None:
+        """Interrupts a graph that runs longer than `after` seconds, and unloads all models."""
+        running = self.ask("/prompt", {"prompt": graph})["prompt_id"]
+        time.sleep(after)
+        self.ask("/interrupt", {})
+        end = time.monotonic() + 120
+        while not (done := self.ask(f"/history/{running}")) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
+        self.ask("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(2)
+
     def latents(self, graph: Graph) -> Tensor:
         """The sampled latents of a graph that has to succeed."""
         name = f"t{time.monotonic_ns()}"
@@ -131,6 +143,14 @@ class Host:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(15)
+
+
+def with_nodes(base: Path, code: str, options: Sequence[str] = ()) -> Host:
+    """A host, not yet started, with one more custom node package of this code."""
+    package = base / "custom_nodes" / "tests"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(code)
+    return Host(base, options=options)
 
 
 def error_of(done: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Prompts for a real ComfyUI in which one node of ours is given anything, made from the node's own schema; and what counts as an answer.
+"""Random prompts for a real ComfyUI, made from the schema of a node, with valid and invalid inputs; and the check of how they end.
 
-Every prompt is made from its seed, node and number alone.
+A prompt depends on its seed, node and number alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fuzz_values import Random, value
 from tests.host import OPENER, Graph, Host
 
 ODD = '''
-"""A node that puts out anything under any type, as nodes of other packs do."""
+"""A node whose output has any type and value, as nodes of other packs may."""
 import json
 import torch
 
@@ -116,8 +116,8 @@ ANY = ("none", "object", "wide text")
 WORDS = ("", " ", "x", "\0", "..", "/", "\n", "\u202e", "../../x", "/etc/passwd", "x" * 300, "%date%", "share=0.3", "=", "lam=nan", "a=1 a=2", "{}",
          "[]", "nan", "1e999", "\U0001f3ac", '{"plan": {}}')  # fmt: skip
 AMOUNTS = (0, 1, -1, 2, 3, 1000, 2**31, 2**63, 10**30, 0.5, -0.0, 1e-300, 1e308, math.nan, math.inf, -math.inf, True)
-AT_ONCE, STUCK_S = 20, 120.0
-"""Prompts that wait in the host, and how long they may take together."""
+QUEUE_LENGTH, TIMEOUT_S = 20, 120.0
+"""Prompts in the queue of the host, and seconds in which they have to end."""
 MOST = {"width": 256, "height": 256, "length": 2000, "batch_size": 4}
 """What is really made stays small."""
 HELPERS: Graph = {
@@ -173,14 +173,14 @@ class Node:
     is_output: bool
 
     @classmethod
-    def of(cls, name: str, said: dict[str, Any]) -> Node:
-        """`said`: the host's /object_info of the node."""
-        found = [(key, kind, part == "required") for part in ("required", "optional") for key, kind in said["input"].get(part, {}).items()]
-        return cls(name, tuple(_input(key, kind, required) for key, kind, required in found), bool(said["output_node"]))
+    def of(cls, name: str, info: dict[str, Any]) -> Node:
+        """`info`: the host's /object_info of the node."""
+        found = [(key, rule, part == "required") for part in ("required", "optional") for key, rule in info["input"].get(part, {}).items()]
+        return cls(name, tuple(_input(key, rule, required) for key, rule, required in found), bool(info["output_node"]))
 
 
-def _input(name: str, said: list[Any], required: bool) -> Input:
-    kind, rule = said[0], said[1] if len(said) > 1 else {}
+def _input(name: str, info: list[Any], required: bool) -> Input:
+    kind, rule = info[0], info[1] if len(info) > 1 else {}
     return Input(name, "COMBO", required, {**rule, "options": kind}) if isinstance(kind, list) else Input(name, kind, required, rule)
 
 
@@ -199,24 +199,24 @@ class Prompt:
         return [name, slot]
 
     def odd(self, what: Any) -> list[Any]:
-        """A link to a node that puts this out: a name, or any JSON value."""
-        said = what if isinstance(what, str) and what in MADE_NAMES else json.dumps(what)
+        """A link to a node with this output: a name of `MADE`, or any JSON value."""
+        value = what if isinstance(what, str) and what in MADE_NAMES else json.dumps(what)
         name = f"odd {len(self.graph)}"
-        self.graph[name] = {"class_type": "Odd", "inputs": {"what": said}}
+        self.graph[name] = {"class_type": "Odd", "inputs": {"what": value}}
         return [name, 0]
 
 
 MADE_NAMES = frozenset(re.findall(r'^    "([a-z ]+)": lambda', ODD, re.MULTILINE))
 
 
-def ours(host: Host) -> list[Node]:
-    """All nodes of this pack, as the host has them."""
+def own_nodes(host: Host) -> list[Node]:
+    """All nodes of this pack, as the host lists them."""
     every = host.ask("/object_info")
-    return [Node.of(name, said) for name, said in sorted(every.items()) if said.get("python_module", "").endswith("custom_nodes.flowcache")]
+    return [Node.of(name, info) for name, info in sorted(every.items()) if info.get("python_module", "").endswith("custom_nodes.flowcache")]
 
 
-def sound(rng: Random, one: Input, prompt: Prompt) -> Any:
-    """A value that the schema allows, often at its limits."""
+def valid(rng: Random, one: Input, prompt: Prompt) -> Any:
+    """A value within the schema, often at its limits."""
     match one.kind:
         case "COMBO":
             return rng.choice(one.options or [""])
@@ -233,8 +233,8 @@ def sound(rng: Random, one: Input, prompt: Prompt) -> Any:
     return prompt.link(*rng.choice((LINKS.get(one.kind, ("loader", 0)), OF_FILM.get(one.kind, LINKS.get(one.kind, ("loader", 0))))))
 
 
-def wrong(rng: Random, one: Input, prompt: Prompt) -> Any:
-    """Anything else."""
+def invalid(rng: Random, one: Input, prompt: Prompt) -> Any:
+    """Mostly a value outside the schema."""
     match rng.randrange(9):
         case 0:
             return value(rng)
@@ -256,12 +256,12 @@ def wrong(rng: Random, one: Input, prompt: Prompt) -> Any:
 
 
 def inputs_of(rng: Random, node: Node, prompt: Prompt, share: float) -> Inputs:
-    """`share`: how likely an input is anything but sound."""
+    """`share`: probability that an input is invalid."""
     out: Inputs = {}
     for one in node.inputs:
         if not one.required and rng.random() < 0.3:
             continue
-        out[one.name] = wrong(rng, one, prompt) if rng.random() < share else sound(rng, one, prompt)
+        out[one.name] = invalid(rng, one, prompt) if rng.random() < share else valid(rng, one, prompt)
     if rng.random() < share:
         out.pop(rng.choice(list(out) or [""]), None)
     if rng.random() < share / 2:
@@ -272,7 +272,7 @@ def inputs_of(rng: Random, node: Node, prompt: Prompt, share: float) -> Inputs:
 
 
 def prompt_of(seed: int, node: Node, number: int) -> Graph:
-    """One node of ours with anything, as the node "node", and what makes it run."""
+    """One node of this pack as "node", with valid and invalid inputs, and the nodes it needs to run."""
     rng, prompt = Random(f"{seed} {node.name} {number}"), Prompt()
     inputs = inputs_of(rng, node, prompt, rng.choice((0.0, 0.1, 0.2, 0.4, 1.0)))
     shown = {} if node.is_output else {"shown": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}}}
@@ -283,7 +283,7 @@ def prompt_of(seed: int, node: Node, number: int) -> Graph:
 
 
 def film_of(seed: int, nodes: Iterable[Node], number: int) -> Graph:
-    """A small film that is really sampled: every node of ours that takes and gives a MODEL may stand in its way, with any settings."""
+    """A small film that is sampled, with random nodes of this pack on its MODEL and random settings."""
     rng, prompt = Random(f"{seed} film {number}"), Prompt()
     model = prompt.link("loader", 0)
     chain = [
@@ -292,12 +292,12 @@ def film_of(seed: int, nodes: Iterable[Node], number: int) -> Graph:
         if {"MODEL"} == {i.kind for i in one.inputs if i.linked} and one.name not in ("FlowCacheLatent", "FlowCachePolicy", "FlowCacheScheduler")
     ]
     for place, node in enumerate(rng.sample(chain, rng.randrange(len(chain) + 1))):
-        inputs = {one.name: sound(rng, one, prompt) for one in node.inputs if one.required or rng.random() < 0.7}
+        inputs = {one.name: valid(rng, one, prompt) for one in node.inputs if one.required or rng.random() < 0.7}
         prompt.graph[f"on model {place}"] = {"class_type": node.name, "inputs": {**inputs, "model": model}}
         model = [f"on model {place}", 0]
     named = {one.name: one for one in nodes}
     latent, sampler = named["FlowCacheLatent"], named["FlowCacheSampler"]
-    size = {one.name: sound(rng, one, prompt) for one in latent.inputs}
+    size = {one.name: valid(rng, one, prompt) for one in latent.inputs}
     size |= {name: min(most, max(size[name], least)) for name, most, least in (("width", 64, 16), ("height", 64, 16), ("length", 33, 1),
                                                                                 ("batch_size", 2, 1))}  # fmt: skip
     text, empty = (prompt.odd(rng.choice(TEXTS)) if rng.random() < 0.1 else prompt.link("text", 0) for _ in range(2))
@@ -310,7 +310,7 @@ def film_of(seed: int, nodes: Iterable[Node], number: int) -> Graph:
         "guider": {"class_type": "CFGGuider", "inputs": {"model": model, "positive": text, "negative": empty, "cfg": rng.choice((1.0, 3.0))}},
         "own": {
             "class_type": sampler.name,
-            "inputs": {one.name: sound(rng, one, prompt) for one in sampler.inputs if rng.random() < 0.9 or one.required},
+            "inputs": {one.name: valid(rng, one, prompt) for one in sampler.inputs if rng.random() < 0.9 or one.required},
         },
     }
     if rng.random() < 0.15:
@@ -327,17 +327,17 @@ RAW = re.compile(
     r"cannot convert|could not convert|object is not|has no attribute|unexpected keyword|invalid literal|math domain|must be real|size mismatch|"
     r"must match the size|out of range|allocate|expected scalar|not supported between|Expected|shape '\[|dimension"
 )
-"""Words of Python and torch, not ours."""
+"""Parts of messages of Python and torch."""
 KINDS = {"ValueError", "FileNotFoundError", "RuntimeError"}
 
 
 def fault_of(done: dict[str, Any]) -> str:
-    """What is wrong with how a prompt ended; "" for success, for a sentence, and for what the host raised before it came to us."""
-    for event, said in done["status"]["messages"]:
-        if event == "execution_error" and any("flowcache" in line for line in said["traceback"]):
-            kind, words = said["exception_type"].rpartition(".")[2], said["exception_message"].strip()
-            if kind not in KINDS or RAW.search(words) or len(words.split()) < 4 or len(words) > 1500 or not words.isprintable():
-                return f"{kind}: {words[:300]}\n{''.join(said['traceback'][-3:])}"
+    """An error of this pack that is no sentence; "" for success, for a sentence, and for errors of the host itself."""
+    for event, data in done["status"]["messages"]:
+        if event == "execution_error" and any("flowcache" in line for line in data["traceback"]):
+            kind, message = data["exception_type"].rpartition(".")[2], data["exception_message"].strip()
+            if kind not in KINDS or RAW.search(message) or len(message.split()) < 4 or len(message) > 1500 or not message.isprintable():
+                return f"{kind}: {message[:300]}\n{''.join(data['traceback'][-3:])}"
     return ""
 
 
@@ -350,7 +350,7 @@ def answers(host: Host, graphs: Iterable[Graph]) -> Iterator[tuple[Graph, dict[s
             yield graph, None
             continue
         waiting[name] = graph
-        if len(waiting) >= AT_ONCE:
+        if len(waiting) >= QUEUE_LENGTH:
             yield from _ended(host, waiting)
     yield from _ended(host, waiting)
 
@@ -368,7 +368,7 @@ def post(host: Host, graph: Graph) -> str | None:
 
 
 def _ended(host: Host, waiting: dict[str, Graph]) -> Iterator[tuple[Graph, dict[str, Any]]]:
-    end = time.monotonic() + STUCK_S
+    end = time.monotonic() + TIMEOUT_S
     while any(host.ask("/queue").values()):
         assert host.process.poll() is None, host.log.read_text()[-3000:]
         assert time.monotonic() < end, f"stuck over {json.dumps(_running(host, waiting))}"

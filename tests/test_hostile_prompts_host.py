@@ -1,4 +1,4 @@
-"""A thousand prompts for every node of ours, with anything in its inputs: each ends in success or in a sentence. And small films of any settings."""
+"""Random prompts for every node of this pack, and small films of random settings: each ends in success or in a sentence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from flowcache_core.models.bundle import files_of
 from flowcache_core.models.magi_family import MAGI
-from tests.host import NEEDS_HOST, Host
-from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, ours, prompt_of
+from tests.host import NEEDS_HOST, Host, with_nodes
+from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, own_nodes, prompt_of
 
 pytestmark = [*NEEDS_HOST, pytest.mark.slow]
 PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in (("PROMPTS", 1000), ("FILMS", 100), ("SEED", 1)))
@@ -23,35 +23,33 @@ PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     base = tmp_path_factory.mktemp("comfy")
-    (base / "custom_nodes" / "odd").mkdir(parents=True)
-    (base / "custom_nodes" / "odd" / "__init__.py").write_text(ODD)
     for folder in ("vae", "text_encoders"):
         (base / "models" / folder).mkdir(parents=True)
     shutil.copy(files_of(MAGI)[1], base / "models" / "vae" / "magi.safetensors")
     rows = np.random.default_rng(0).standard_normal((100, 256))
     np.savez(base / "models" / "text_encoders" / "special_tokens.npz", caption_token=rows[:1], logo_token=rows[1:2], other_tokens=rows)
-    with Host(base) as running:
+    with with_nodes(base, ODD) as running:
         yield running
 
 
 def test_any_inputs_of_a_node_end_in_success_or_in_a_sentence(host: Host) -> None:
-    found = [fault for node in ours(host) for fault in faults(host, node)]
+    found = [fault for node in own_nodes(host) for fault in faults(host, node)]
     assert not found, f"{len(found)} findings\n" + "\n\n".join(found)
 
 
 def faults(host: Host, node: Node) -> Iterator[str]:
-    """The node as it was asked, and how it ended."""
+    """Prompts of the node that end otherwise, with their errors."""
     ends = {"refused": 0, "success": 0, "error": 0}
     for graph, done in answers(host, (prompt_of(SEED, node, number) for number in range(PROMPTS))):
         ends["refused" if done is None else done["status"]["status_str"]] += 1
         if done is not None and (fault := fault_of(done)):
             yield f"{json.dumps(graph['node'])}\n{fault}"
     print(node.name, ends)
-    assert ends["success"], "some are sound, so that what comes after reading is met too"
+    assert ends["success"], "some prompts are valid, so that execution is tested too"
 
 
 def test_small_films_of_any_settings_end_in_success_or_in_a_sentence(host: Host) -> None:
-    nodes, found, succeeded = ours(host), [], 0
+    nodes, found, succeeded = own_nodes(host), [], 0
     for graph, done in answers(host, (film_of(SEED, nodes, number) for number in range(FILMS))):
         assert done is not None, json.dumps(graph)
         succeeded += done["status"]["status_str"] == "success"

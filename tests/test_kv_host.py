@@ -190,13 +190,5 @@ def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) 
     base = before(graph)
     first = host.latents(base)
     long = put(put(base, "BasicScheduler", steps=300), "RandomNoise", noise_seed=9)
-    running = host.ask("/prompt", {"prompt": put(long, "FlowCacheLatent", length=57, width=128, height=128)})["prompt_id"]
-    time.sleep(6)
-    host.ask("/interrupt", {})
-    end = time.monotonic() + 120
-    while not (done := host.ask(f"/history/{running}")) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
-    host.ask("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
+    host.interrupt(put(long, "FlowCacheLatent", length=57, width=128, height=128), after=6)
     assert torch.equal(host.latents(base), first)

@@ -19,7 +19,7 @@ from flowcache_core.models.magi import MagiConfig
 from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED
 from flowcache_core.models.magi_vae import normalise
 from flowcache_core.run.generate import Job, generate
-from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, refused, report_of, said, without_cache
+from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, refused, report_of, said, with_nodes, without_cache
 from tests.test_magi_checkpoint import fp8_of
 from tests.tiny_magi import tiny_magi
 
@@ -60,9 +60,8 @@ NODE_CLASS_MAPPINGS = {{"Changed": Changed}}
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     base = tmp_path_factory.mktemp("comfy")
-    for folder in ("models/diffusion_models", "models/vae", "models/text_encoders", "models/loras", "custom_nodes/texts"):
+    for folder in ("models/diffusion_models", "models/vae", "models/text_encoders", "models/loras"):
         (base / folder).mkdir(parents=True)
-    (base / "custom_nodes" / "texts" / "__init__.py").write_text(TEXTS.format())
     models, weights = base / "models" / "diffusion_models", tiny_magi(SMALL).state_dict()
     save_file(weights, models / "silent.safetensors")
     save_file(weights, models / "base.safetensors", {"architecture": MAGI.name})
@@ -77,7 +76,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     shutil.copy(files_of()[1], base / "models" / "vae" / "wan.safetensors")
     rows = np.random.default_rng(0).standard_normal((100, CHANNELS))
     np.savez(base / "models" / "text_encoders" / "special_tokens.npz", caption_token=rows[:1], logo_token=rows[1:2], other_tokens=rows)
-    with Host(base, options=("--fp32-unet", "--fp32-vae")) as running:
+    with with_nodes(base, TEXTS.format(), ("--fp32-unet", "--fp32-vae")) as running:
         yield running
 
 
@@ -182,15 +181,7 @@ def test_every_cache_works(host: Host, graph: Graph, kind: str, settings: dict[s
 
 def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) -> None:
     film = host.latents(graph)
-    running = host.ask("/prompt", {"prompt": sized(put(put(graph, "FlowCacheScheduler", steps=400), "RandomNoise", noise_seed=8), 96)})["prompt_id"]
-    time.sleep(3)
-    host.ask("/interrupt", {})
-    end = time.monotonic() + 120
-    while not (done := host.ask(f"/history/{running}")) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
-    host.ask("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
+    host.interrupt(sized(put(put(graph, "FlowCacheScheduler", steps=400), "RandomNoise", noise_seed=8), 96), after=3)
     assert torch.equal(host.latents(graph), film)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.models.adapter import Counting
+from flowcache_core.models.adapter import DurationTexts
 from flowcache_core.models.family import Family
 from flowcache_core.models.magi import Magi, rope_table
 from flowcache_core.models.magi_adapter import ALONE, NULL, TEXT, MagiAdapter
@@ -336,10 +336,10 @@ def test_what_is_left_open_is_as_published() -> None:
             require_stages(ChunkSchedule(24, 6, steps, published.stagger(steps), 5, pixels=FOUR_N, aligned=True))
 
 
-def test_an_adapter_that_counts_is_otherwise_the_same() -> None:
+def test_an_adapter_with_durations_is_otherwise_the_same() -> None:
     adapter = MagiAdapter(tiny_magi(PLAIN), torch.float64, distilled=True, ranges=(3, 2))
     durations = torch.randn(3, 12)
-    counting = adapter.counting(durations)
-    assert isinstance(adapter, Counting)
-    assert counting.durations is durations
-    assert (counting.network, counting.dtype, counting.distilled, counting.ranges) == (adapter.network, torch.float64, True, (3, 2))
+    announced = adapter.with_durations(durations)
+    assert isinstance(adapter, DurationTexts)
+    assert announced.durations is durations
+    assert (announced.network, announced.dtype, announced.distilled, announced.ranges) == (adapter.network, torch.float64, True, (3, 2))

@@ -18,7 +18,7 @@ from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.models.causal_wan import CausalWan
 from flowcache_core.run.footprint import readable
 from flowcache_core.run.sequential import SequentialFilm
-from tests.host import NEEDS_HOST, Graph, Host, error_of, refused, said
+from tests.host import NEEDS_HOST, Graph, Host, error_of, refused, said, with_nodes
 
 pytestmark = NEEDS_HOST
 KIND = "FlowCacheKVCompressor"
@@ -271,10 +271,7 @@ def film(*chain: Chain, frames: int = FRAMES, block: int = 3, cfg: float = 1.0, 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    base = tmp_path_factory.mktemp("comfy")
-    (base / "custom_nodes" / "causal").mkdir(parents=True)
-    (base / "custom_nodes" / "causal" / "__init__.py").write_text(TESTS)
-    with Host(base) as running:
+    with with_nodes(tmp_path_factory.mktemp("comfy"), TESTS) as running:
         yield running
 
 

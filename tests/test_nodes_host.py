@@ -419,13 +419,5 @@ def test_a_refused_run_leaves_the_host_able_to_run(host: Host, graph: Graph) -> 
 def test_an_interrupted_run_leaves_the_next_one_right(host: Host, graph: Graph) -> None:
     base = small(graph)
     before = host.latents(base)
-    running = host.ask("/prompt", {"prompt": put(small(graph, steps=400, length=57), "RandomNoise", noise_seed=9)})["prompt_id"]
-    time.sleep(5)
-    host.ask("/interrupt", {})
-    end = time.monotonic() + 120
-    while not (done := host.ask(f"/history/{running}")) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert "execution_interrupted" in [kind for kind, _ in done[running]["status"]["messages"]]
-    host.ask("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
+    host.interrupt(put(small(graph, steps=400, length=57), "RandomNoise", noise_seed=9), after=5)
     assert torch.equal(host.latents(base), before)

@@ -147,7 +147,7 @@ def projecting(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.
     server.sockets, server.sockets_metadata = {"page": None}, {"page": {"feature_flags": {"supports_preview_metadata": True}}}  # type: ignore[attr-defined]
 
     def make(hindrance: Callable[[], str] = lambda: "", pieces: Any = None, go_on: Callable[[], None] = lambda: None) -> Any:
-        so_far = module.FilmSoFar(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
+        so_far = module.PartialFilm(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
         so_far.ready = 2
         return so_far
 
@@ -245,8 +245,8 @@ def test_a_decoder_that_fails_ends_no_run_but_an_interrupt_does(projecting: Call
 def test_nothing_is_kept_of_a_film_when_its_run_is_over(fails: bool, projecting: Callable[..., Any], nodes: Callable[[str], Any]) -> None:
     pieces = Frames()
     so_far, alive = projecting(pieces=pieces), weakref.ref(pieces)
-    projector = SimpleNamespace(start=lambda page, run, shape: so_far)
-    progress = nodes("progress").Progress(FILM.clone(), RUN, "7", None, True, projector)
+    preview = SimpleNamespace(start=lambda page, run, shape: so_far)
+    progress = nodes("progress").Progress(FILM.clone(), RUN, "7", None, True, preview)
     del pieces
     with suppress(KeyboardInterrupt), progress:
         progress.step(report(nodes), SimpleNamespace(index=0, step=0, steps=4, start=0, frames=3), FILM[:, :, :3], FILM)

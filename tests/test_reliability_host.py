@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, small, without_cache
+from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, small, with_nodes, without_cache
 
 pytestmark = NEEDS_HOST
 KV = "FlowCacheKVCompressor"
@@ -111,10 +111,7 @@ NODE_CLASS_MAPPINGS = {"Faults": Faults}
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    base = tmp_path_factory.mktemp("comfy")
-    (base / "custom_nodes" / "faults").mkdir(parents=True)
-    (base / "custom_nodes" / "faults" / "__init__.py").write_text(FAULTS)
-    with Host(base) as running:
+    with with_nodes(tmp_path_factory.mktemp("comfy"), FAULTS) as running:
         yield running
 
 
@@ -200,10 +197,8 @@ def test_a_node_that_was_taken_out_leaves_nothing_behind(host: Host, graph: Grap
 def test_a_host_that_keeps_nothing_makes_the_same_film(
     graph: Graph, reference: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "custom_nodes" / "faults").mkdir(parents=True)
-    (tmp_path / "custom_nodes" / "faults" / "__init__.py").write_text(FAULTS)
     monkeypatch.setenv("COMFYUI_ARGS", f"{os.environ.get('COMFYUI_ARGS', '')} --disable-smart-memory --cache-none")
-    with Host(tmp_path) as fresh:
+    with with_nodes(tmp_path, FAULTS) as fresh:
         assert torch.equal(fresh.latents(graph), reference)
         assert torch.equal(fresh.latents(graph), reference)
 

@@ -108,7 +108,7 @@ def put(*way: str, value: Any) -> Callable[[Path], None]:
     return lambda path: tampered(path, change)
 
 
-def retold(**metadata: Any) -> Callable[[Path], None]:
+def with_metadata(**metadata: Any) -> Callable[[Path], None]:
     def change(header: dict[str, Any]) -> None:
         header["__metadata__"]["metadata"] = json.dumps(metadata)
 
@@ -132,8 +132,8 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "a model": lambda path: save_file({"weight": torch.zeros(3)}, path),
     "another format": lambda path: save_file({"0": torch.zeros(3)}, path, {"format": "flowcache-state-0", "metadata": "{}"}),
-    "of another film": retold(film={"seed": "9"}),
-    "of no film": retold(),
+    "of another film": with_metadata(film={"seed": "9"}),
+    "of no film": with_metadata(),
     "nothing in it": lambda path: tampered(path, lambda tree: tree.clear()),
     "no session": lambda path: tampered(path, lambda tree: tree.pop("session")),
     "a list": put("session", value=[]),
@@ -155,7 +155,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_what_is_no_state_of_this_run_is_told_and_the_film_comes_out_right(kind: str, make: Make, state: Path) -> None:
+def test_a_damaged_or_foreign_state_is_named_and_the_film_is_right(kind: str, make: Make, state: Path) -> None:
     HOSTILE[kind](state)
     film, report = make(state.parent)
     assert torch.equal(film, make()[0])

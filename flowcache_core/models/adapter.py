@@ -94,11 +94,11 @@ class ChunkTexts(ModelAdapter, Protocol):
 
 
 @runtime_checkable
-class Counting(ModelAdapter, Protocol):
-    """An adapter of a network that can be told in words how many chunks are still to come."""
+class DurationTexts(ModelAdapter, Protocol):
+    """An adapter of a network that reads a duration token: how many chunks are still to come."""
 
-    def counting(self, durations: Tensor) -> ModelAdapter:
-        """The same, with the words [n, channels] for 0, 1, ... chunks to come."""
+    def with_durations(self, durations: Tensor) -> ModelAdapter:
+        """The same adapter, with the embeddings [n, channels] of 0, 1, ... chunks to come."""
         ...
 
 

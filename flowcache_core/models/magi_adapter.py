@@ -70,8 +70,8 @@ class MagiAdapter(SquarePatches):
         self.query_heads, self.text_channels = config.heads, 2 * config.layers * config.kv_heads * config.head_dim
         self.rotary: Rotary = Rope(lambda: network.rope.bands)
 
-    def counting(self, durations: Tensor) -> MagiAdapter:
-        """The same, with these words [n, text_dim] for the number of chunks to come."""
+    def with_durations(self, durations: Tensor) -> MagiAdapter:
+        """The same adapter, with these embeddings [n, text_dim] of the number of chunks to come."""
         return MagiAdapter(self.network, self.dtype, self.distilled, self.ranges, durations)
 
     def branch_texts(self, context: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:

@@ -170,14 +170,14 @@ def require_stages(schedule: ChunkSchedule) -> None:
         )
 
 
-def require_told(levels: Sequence[float]) -> None:
-    """Raises ValueError for noise levels whose steps are not as long as a distilled network is told."""
+def require_step_lengths(levels: Sequence[float]) -> None:
+    """Raises ValueError for noise levels other than those of the step length that is an input of a distilled network."""
     steps, first, noise = len(levels) - 1, levels[0], MagiNoise()
     shift = noise.shift
     begun = sqrt(max(1 - first / (shift - (shift - 1) * first), 0.0))
     even = [begun + (1 - begun) * i / steps for i in range(steps + 1)]
-    told = places(steps) if begun < NEAR else even
-    if any(abs(noise.level(place, shift) - level) > NEAR for place, level in zip(told, levels, strict=True)):
+    expected = places(steps) if begun < NEAR else even
+    if any(abs(noise.level(place, shift) - level) > NEAR for place, level in zip(expected, levels, strict=True)):
         grid = f"{steps} steps of its shortcut, of which every third is long" if steps == SHORTCUT else f"{steps} steps at shift {shift:g}"
         raise ValueError(
             f"MAGI-1 distilled is told how long its steps are, and these noise levels are not those of {grid}: take them from AR Video Scheduler, or "
@@ -217,7 +217,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
         blocks=LAYERS,
         check=require_stages,
-        check_levels=require_told if distilled else any_levels,
+        check_levels=require_step_lengths if distilled else any_levels,
         clean_pass=clean_pass,
         published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),
         words=WORDS,
