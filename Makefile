@@ -27,10 +27,11 @@ bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, i
 	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
 
 BENCH := $(BIN)/python -m flowcache_core bench
-measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (two hours on two idle cores)
+measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (three hours on two idle cores)
 	$(BIN)/python -m flowcache_core demo --out out/demo && cp out/demo/report.json docs/bench/demo.json
 	$(BENCH) recall --clips 6 --json docs/bench/recall.json
 	$(BENCH) seam --prompts 2 --json docs/bench/seam.json
+	$(BENCH) kv --workers 2 --json docs/bench/kv.json
 	$(BENCH) kv --precision float32 --policies even --prompts 6 --clips 1 --json docs/bench/kv-float32.json
 	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --json docs/bench/kv-stands-for.json
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json

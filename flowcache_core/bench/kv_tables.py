@@ -7,8 +7,46 @@ from typing import Any
 
 from .measured import data, origin, table
 
-EXACT, STANDS_FOR = "kv-float32", "kv-stands-for"
-"""The runs: fewer bits without rounding, and limits of what a kept token counts for."""
+NAME, EXACT, STANDS_FOR = "kv", "kv-float32", "kv-stands-for"
+"""The runs: all policies, fewer bits without rounding, and limits of what a kept token counts for."""
+FRACTIONS = {0.5: "half of the history", 0.25: "a quarter", 0.125: "an eighth"}
+SHOWN = {
+    "even": "`even` (default): thinned evenly, what stays counts for what went",
+    "h2o": "`h2o`",
+    "importance-redundancy": "`importance-redundancy` (FlowCache)",
+    "salience": "`salience` (PaFu-KV)",
+    "sink-recent": "`sink-recent`",
+    "random": "`random`, the control",
+}
+"""Policies of the short table."""
+MIB = 2**20
+
+
+def policies() -> str:
+    """The short table: PSNR and SSIM of some policies by fraction."""
+    rows = {(row["policy"], row["fraction"]): row for row in data(NAME)["rows"] if row["dtype"] == "as computed"}
+    lines = [(text, *(", ".join(_close(rows[policy, fraction])) for fraction in FRACTIONS)) for policy, text in SHOWN.items()]
+    return table(["policy", *FRACTIONS.values()], lines)
+
+
+def everything() -> str:
+    lines = []
+    for row in data(NAME)["rows"]:
+        close = ("—", "—") if row["psnr"] is None else (f"{row['psnr']:.1f}", f"{row['ssim']:.3f}")
+        gain = "—" if not row["gain_error"] else f"{row['gain']:+.1f} ± {row['gain_error']:.1f}"
+        lines.append((
+            row["policy"], f"{row['fraction']:g}", row["dtype"], close[0], gain, close[1], f"{row['drift']:.1f}", f"{row['attention_error']:.3f}",
+            f"{row['reappearing_error']:.2f}", f"{row['kv_peak_bytes'] / MIB:.1f}",
+        ))  # fmt: skip
+    return table(["policy", "fraction", "stored", "PSNR, dB", "to chance, dB", "SSIM", "drift", "attention error", "reappearing error",
+                  "KV peak, MiB"], lines)  # fmt: skip
+
+
+def by_layer() -> str:
+    """The attention error of every layer at a quarter, as computed."""
+    rows = [row for row in data(NAME)["rows"] if row["fraction"] == 0.25 and row["dtype"] == "as computed"]
+    layers = range(len(rows[0]["attention_error_by_layer"]))
+    return table(["policy", *layers], [(row["policy"], *(f"{error:.3f}" for error in row["attention_error_by_layer"])) for row in rows])
 
 
 def bits() -> str:
@@ -43,9 +81,13 @@ def stands_for() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "kv": policies,
+    "kv-everything": everything,
+    "kv-by-layer": by_layer,
     "kv-bits": bits,
     "kv-budget": budget,
     "kv-stands-for": stands_for,
+    "kv-origin": lambda: origin(NAME),
     "kv-bits-origin": lambda: origin(EXACT),
     "kv-stands-for-origin": lambda: origin(STANDS_FOR),
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "make demo",
     "recall": f"{BENCH} recall --clips 6",
     "seam": f"{BENCH} seam --prompts 2",
+    "kv": f"{BENCH} kv --workers 2",
     "kv-float32": f"{BENCH} kv --precision float32 --policies even --prompts 6 --clips 1",
     "kv-stands-for": f'{BENCH} kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1',
     "frontier": f"{BENCH} frontier --workers 2",
