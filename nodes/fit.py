@@ -33,7 +33,7 @@ def require_film(host: HostModel, frames: int, prefix: int = 0, suffix: int = 0)
     """Raises ValueError for a film of so many latent frames, some of them given, that the model does not make, in whatever steps."""
     layout, family = host.layout, host.family
     if family.check is not any_schedule:
-        apart = -(-STEPS // min(layout.window, STEPS))
+        apart = family.published.stagger(STEPS)
         family.check(ChunkSchedule(frames, layout.chunk_frames, STEPS, apart, layout.window, prefix, suffix, family.frames, layout.aligned))
 
 

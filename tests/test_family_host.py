@@ -16,13 +16,14 @@ from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.models.word_text import encode_prompt
 from flowcache_core.run.generate import Job, generate
+from flowcache_core.sampling.solvers import Renoise
 from tests.host import NEEDS_HOST, PACK, Graph, Host, error_of, node, put
-from tests.toy_family import TOY, Renoise, toy_network
+from tests.toy_family import TOY, toy_network
 
 pytestmark = NEEDS_HOST
 
 LOADER = '''
-"""The pack, with one more family and one more solver in their tuples."""
+"""The pack, with one more family in its tuple."""
 import importlib.util, sys
 sys.path.append({tests!r})
 spec = importlib.util.spec_from_file_location("flowcache_pack", {pack!r} + "/__init__.py", submodule_search_locations=[{pack!r}])
@@ -34,7 +35,6 @@ for name in [name for name in sys.modules if name.startswith("flowcache_pack.flo
     sys.modules[name.removeprefix("flowcache_pack.")] = sys.modules[name]
 import toy_family
 core.models.FAMILIES = (*core.models.FAMILIES, toy_family.TOY)
-core.sampling.solvers.SOLVERS = (*core.sampling.solvers.SOLVERS, toy_family.Renoise)
 comfy_entrypoint, WEB_DIRECTORY = pack.comfy_entrypoint, {pack!r} + "/web"
 '''
 FILE = "toy.safetensors"

@@ -42,8 +42,8 @@ from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import GivenNoise
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
-from flowcache_core.sampling.solvers import SOLVERS, Solver
-from tests.toy_family import TOY, Renoise, toy_network
+from flowcache_core.sampling.solvers import SOLVERS, Renoise, Solver
+from tests.toy_family import TOY, toy_network
 
 STEPS, SIDE = 5, 4
 LONG = ChunkSchedule(12, 3, STEPS, 2, window=3)

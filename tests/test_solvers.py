@@ -1,4 +1,4 @@
-"""Euler and UniPC against references written from the formulas, in float64."""
+"""Solvers against references written from the formulas, in float64."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.schedule import ChunkSchedule
-from flowcache_core.sampling.solvers import SOLVERS, Euler, Solver, UniPC, require_finite, solver
+from flowcache_core.sampling.solvers import SOLVERS, Euler, Renoise, Solver, UniPC, require_finite, solver
 from tests.driven import Driven
 
+SEED = 0
+"""Of the first chunk of a run with this seed."""
 Field = Callable[[Tensor, float], Tensor]
 
 
 def integrate(kind: Solver, field: Field, x: Tensor, sigmas: tuple[float, ...]) -> Tensor:
-    memory = kind.start(torch.Generator())
+    memory = kind.start(torch.Generator().manual_seed(SEED))
     for i in range(len(sigmas) - 1):
         x = kind.step(x, field(x, sigmas[i]), i, Path.whole(sigmas), memory)
     return x
@@ -92,6 +94,28 @@ def test_a_solver_equals_its_formulas(kind: Solver, reference: Callable[[Field, 
         torch.testing.assert_close(integrate(kind, field, x, sigmas), reference(field, x, sigmas), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_renoise_lays_fresh_noise_of_the_steps_own_seed_on_the_clean_latent(steps: int) -> None:
+    """x = (1 - s') D + s' eps, with D = x - s v; eps has the seed of the chunk plus the step, as ComfyUI's sampler of such models has it."""
+    start, sigmas, field = torch.randn(4, 6, dtype=torch.float64), flow_sigmas(steps), random_field(1, 6)
+    x = start
+    for step, (now, to) in enumerate(pairwise(sigmas)):
+        clean = x - now * field(x, now)
+        torch.manual_seed(SEED + step)
+        x = (1 - to) * clean + to * torch.randn_like(clean)
+    torch.testing.assert_close(integrate(Renoise(), field, start, sigmas), x, rtol=1e-12, atol=1e-12)
+
+
+def test_renoise_has_the_noise_of_a_step_whatever_a_plan_leaves_out() -> None:
+    sigmas, x = flow_sigmas(4), torch.randn(3)
+    whole, part = (Path(sigmas, steps) for steps in ((0, 1, 2, 3), (0, 2, 3)))
+    rng = torch.Generator().manual_seed(7)
+    mine = Renoise().step(x, torch.zeros(3), 1, part, rng)
+    torch.manual_seed(7 + 2)
+    torch.testing.assert_close(mine, (1 - sigmas[3]) * x + sigmas[3] * torch.randn(3))
+    assert not torch.equal(mine, Renoise().step(x, torch.zeros(3), 1, whole, rng))
+
+
 @pytest.mark.parametrize("kind", [k() for k in SOLVERS])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_a_solver_is_exact_where_the_clean_latent_is_constant(kind: Solver, steps: int) -> None:
@@ -113,7 +137,7 @@ def test_chunks_do_not_share_memory(kind: Solver) -> None:
     field, sigmas = random_field(0, 6), flow_sigmas(5)
     a, b = torch.randn(2, 4, 6, dtype=torch.float64)
     alone = [integrate(kind, field, x, sigmas) for x in (a, b)]
-    memories = kind.start(torch.Generator()), kind.start(torch.Generator())
+    memories = [kind.start(torch.Generator().manual_seed(SEED)) for _ in range(2)]
     for i in range(5):
         a = kind.step(a, field(a, sigmas[i]), i, Path.whole(sigmas), memories[0])
         b = kind.step(b, field(b, sigmas[i]), i, Path.whole(sigmas), memories[1])
@@ -145,7 +169,7 @@ def test_a_solver_leaves_its_arguments_alone(kind: Solver) -> None:
 
 def test_solvers_are_found_by_name() -> None:
     assert [solver(kind.name) for kind in SOLVERS] == [kind() for kind in SOLVERS]
-    with pytest.raises(ValueError, match="no solver is called 'heun': use one of unipc, euler"):
+    with pytest.raises(ValueError, match="no solver is called 'heun': use one of unipc, euler, renoise"):
         solver("heun")
 
 

@@ -1,6 +1,6 @@
 """A family for tests, as unlike the first as the seam allows, in one file: chunks of 6 latent frames, films of 4n frames, three branches of
 guidance inside the run, a text for every chunk, grouped-query heads, a range of history that depends on step and branch, a commit level
-above 0, and a solver that adds noise again. Nothing elsewhere knows of it.
+above 0. Nothing elsewhere knows of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from flowcache_core.models.family import Bundled, ChunkLayout, Family, Latents, 
 from flowcache_core.network import Attend, Rotary
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.frames import Frames
-from flowcache_core.sampling.path import Path
 
 CHANNELS, PATCH, HEAD_DIM = 16, 2, 8
 
@@ -198,27 +197,6 @@ class ThreeBranches:
         text, null, alone = velocities
         p, w = (1.5, scale) if sigma > 0.5 else (1.0, 1.0)
         return (1 - p) * alone + (p - w) * null + w * text
-
-
-@dataclass(frozen=True)
-class Renoise:
-    """To the clean latent, and back to the next level with fresh noise."""
-
-    name: ClassVar[str] = "renoise"
-    order: ClassVar[int] = 1
-
-    @property
-    def skipping(self) -> Renoise:
-        return self
-
-    def start(self, rng: torch.Generator) -> torch.Generator:
-        return rng
-
-    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
-        assert isinstance(memory, torch.Generator)
-        now, to = path.sigmas[number], path.sigmas[number + 1]
-        clean = x - now * velocity
-        return (1 - to) * clean + to * torch.randn(x.shape, generator=memory).to(x)
 
 
 def config_of(shapes: Shapes, name: str) -> ToyConfig:

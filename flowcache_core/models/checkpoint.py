@@ -69,7 +69,7 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     if family not in (AUTO, *names):
         raise ValueError(f"{name} is said to be of the family {short(family)!r}: there are {', '.join(names)}")
     chosen = family if family != AUTO else metadata.get(ARCHITECTURE, AUTO)
-    known = [one for one in families if one.name == chosen] or list(families)
+    known = [one for one in families if one.name == chosen] or _candidates(families, weights, metadata)
     found, reasons, looked = list[Found](), list[ValueError](), list[Shapes]()
     for one in known:
         original = one.original_names(weights, (MARKER,))
@@ -91,9 +91,15 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles(families)}: it has {_first(sorted(weights))}")
 
 
+def _candidates(families: Sequence[Family], weights: Mapping[str, Shaped], metadata: Mapping[str, str]) -> list[Family]:
+    """Those of which the file says that it is; where it says nothing, those that shapes can tell."""
+    return [one for one in families if one.says(weights, metadata)] or [one for one in families if one.shapes_tell]
+
+
 def titles(families: Sequence[Family] = ()) -> str:
     """The families that are known, in words; none: those that the nodes offer."""
-    return " or ".join(family.title for family in families or models.FAMILIES)
+    *others, last = [family.title for family in families or models.FAMILIES]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def load_network(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device | str = "cpu",

@@ -121,6 +121,11 @@ def any_levels(levels: Sequence[float]) -> None:
     """Whatever falls to 0."""
 
 
+def says_nothing(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    """A file that does not say of which family it is."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """What a family was published with, where a user leaves it open.
@@ -173,6 +178,10 @@ class Family:
     takes_rate: Callable[[Any], bool]
     """Whether a network of this config takes the frame rate at all."""
     loaders: Loaders
+    shapes_tell: bool = True
+    """Whether shapes can tell the family: otherwise a file has to say it, or the user."""
+    says: Callable[[Iterable[str], Mapping[str, str]], bool] = says_nothing
+    """(keys of a file, its metadata) -> whether it says that it is of this family, or of one like it; then shapes of others do not count."""
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""

@@ -1,4 +1,4 @@
-"""SkyReels-V2 behind the adapter seam: timesteps, rotary positions of a chunk, and what a replayed step costs."""
+"""SkyReels-V2 behind the adapter seam, and what it shares with other models of its network: timesteps, rotary positions of a chunk, replay."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
 from .skyreels_polynomials import POLYNOMIALS
 
 
-class SkyReelsAdapter(SquarePatches):
+class WanAdapter(SquarePatches):
     """`network` in whatever place the caller keeps it, computing in `dtype` (default: that of the weights)."""
 
-    name: ClassVar[str] = "skyreels-v2-df"
+    name: ClassVar[str]
 
     def __init__(self, network: SkyReelsV2, dtype: torch.dtype | None = None) -> None:
         self.network, self.dtype = network, dtype or network.dtype
@@ -32,7 +32,11 @@ class SkyReelsAdapter(SquarePatches):
 
     @property
     def polynomial(self) -> tuple[float, ...]:
-        return POLYNOMIALS.get((self.width, self.layers), ())
+        return ()
+
+    def timestep(self, sigma: float) -> float:
+        """What the network is given for a noise level."""
+        return timestep(sigma)
 
     def text(self, context: Tensor) -> TextKV:
         return self.network.text_kv(context)
@@ -60,18 +64,9 @@ class SkyReelsAdapter(SquarePatches):
     def output(self, call: Call, residual: Tensor) -> Tensor:
         return self.network.embed(call.x) + residual
 
-    def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
-        levels = ((sigma, len(list(same))) for sigma, same in groupby(sigmas))
-        e, e0 = self.network.modulation(_timesteps(levels, x.device)[None], fps, x.dtype)
-        grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
-        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, rope_table(0, *grid, x.device), bidirectional), e, grid)
-
-    def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return SkyReelsV2.forward(self.network, x, timestep.floor().view(-1, 1), self.text(context), bidirectional)
-
     def time_changes(self, sigmas: Sequence[float], fps: int, device: torch.device) -> list[float]:
         """Mean absolute change of e0 from step to step over its mean magnitude, all on one small matrix."""
-        t = _timesteps(((sigma, 1) for sigma in sigmas), device)
+        t = self._timesteps(((sigma, 1) for sigma in sigmas), device)
         e0 = self.network.modulation(t[:, None], fps, self.dtype)[1].float().flatten(1)
         change = (e0[1:] - e0[:-1]).abs().mean(1) / e0[:-1].abs().mean(1)
         return [0.0, *change.tolist()]
@@ -79,7 +74,7 @@ class SkyReelsAdapter(SquarePatches):
     def _modulation(self, call: Call) -> tuple[Tensor, Tensor]:
         chunk = call.chunk
         levels = [(call.sigma, chunk.frames - chunk.held), (0.0, chunk.held)] if chunk.held else [(call.sigma, 1)]
-        return self.network.modulation(_timesteps(levels, call.x.device)[None], call.fps, call.x.dtype)
+        return self.network.modulation(self._timesteps(levels, call.x.device)[None], call.fps, call.x.dtype)
 
     def _grid(self, call: Call) -> tuple[int, int, int]:
         return call.chunk.frames, call.x.shape[3] // PATCH, call.x.shape[4] // PATCH
@@ -88,10 +83,26 @@ class SkyReelsAdapter(SquarePatches):
         """Made for every evaluation: that is cheap beside the blocks, and kept tables would grow with the film."""
         return rope_table(call.chunk.start, *self._grid(call), call.x.device)
 
+    def _timesteps(self, levels: Iterable[tuple[float, int]], device: torch.device) -> Tensor:
+        """Noise levels, and how many latent frames in a row have each -> [frames]. Made on the device: what is sent there is waited for."""
+        return torch.cat([torch.full((frames,), self.timestep(sigma), device=device) for sigma, frames in levels])
 
-def _timesteps(levels: Iterable[tuple[float, int]], device: torch.device) -> Tensor:
-    """Noise levels, and how many latent frames in a row have each -> int64 [frames]. Made on the device: what is sent there is waited for."""
-    return torch.cat([torch.full((frames,), timestep(sigma), device=device) for sigma, frames in levels])
+
+class SkyReelsAdapter(WanAdapter):
+    name: ClassVar[str] = "skyreels-v2-df"
+
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        return POLYNOMIALS.get((self.width, self.layers), ())
+
+    def whole(self, x: Tensor, sigmas: Sequence[float], text: TextKV, fps: int) -> Tensor:
+        levels = ((sigma, len(list(same))) for sigma, same in groupby(sigmas))
+        e, e0 = self.network.modulation(self._timesteps(levels, x.device)[None], fps, x.dtype)
+        grid = (x.shape[2], x.shape[3] // PATCH, x.shape[4] // PATCH)
+        return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, rope_table(0, *grid, x.device), bidirectional), e, grid)
+
+    def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return SkyReelsV2.forward(self.network, x, timestep.floor().view(-1, 1), self.text(context), bidirectional)
 
 
 def _per_token(modulation: Tensor, frame: Tensor | None) -> Tensor:

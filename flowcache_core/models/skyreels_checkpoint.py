@@ -22,7 +22,7 @@ def claims(shapes: Shapes) -> bool:
 
 def skyreels_config(shapes: Shapes, name: str) -> SkyReelsConfig:
     """Sizes of the network. Raises ValueError for a file that is nearly one: image-to-video, or Wan 2.1 itself."""
-    _refuse_image_to_video(shapes, name)
+    refuse_image_to_video(shapes, name, "SkyReels-V2 diffusion forcing")
     config = SkyReelsConfig.from_shapes(shapes)
     if (config.dim, config.ffn_dim, config.layers, not config.fps) in RELEASES and not config.fps:
         raise ValueError(
@@ -38,12 +38,13 @@ def release_of(config: SkyReelsConfig) -> str:
     return RELEASES.get((config.dim, config.ffn_dim, config.layers, config.fps), sizes)
 
 
-def _refuse_image_to_video(shapes: Shapes, name: str) -> None:
+def refuse_image_to_video(shapes: Shapes, name: str, title: str) -> None:
+    """Raises ValueError. `title`: what the file was taken to be."""
     takes, gives = (*shapes.get(ANCHOR, ()), 0, 0)[1], (*shapes.get("head.head.weight", ()), 0)[0] // PATCH**2
     image = next((key for key in shapes if any(part in key for part in IMAGE_KEYS)), None)
     if image or (takes and gives and takes != gives):
         why = f"it has {image}" if image else f"it takes {takes} channels and gives {gives}"
         raise ValueError(
-            f"{name} is an image-to-video or control checkpoint ({why}): SkyReels-V2 diffusion forcing needs no such weights, "
-            "it takes the first frames as finished latents; load a SkyReels-V2-DF checkpoint"
+            f"{name} is an image-to-video or control checkpoint ({why}): {title} needs no such weights, "
+            "it takes the first frames as finished latents; load a text-to-video checkpoint of it"
         )

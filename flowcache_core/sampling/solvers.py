@@ -210,7 +210,34 @@ def begun(x: Tensor, velocity: Tensor, number: int, path: Path) -> Tensor:
     return at / start * x + ((1 - at) - (1 - start) * at / start) * clean
 
 
-SOLVERS: tuple[type[Solver], ...] = (UniPC, Euler)
+@dataclass(frozen=True, slots=True)
+class Renoise:
+    """To the clean latent, and back to the next level with fresh noise: how models are sampled that were distilled to few steps.
+
+    Consistency models (arXiv 2303.01469), algorithm 1. A chunk's random numbers at a step have a seed of their own, the one of the chunk plus
+    the step, so that nothing has to be remembered and a plan changes no others.
+    """
+
+    name: ClassVar[str] = "renoise"
+    order: ClassVar[int] = 1
+
+    @property
+    def skipping(self) -> Renoise:
+        return self
+
+    def start(self, rng: torch.Generator) -> torch.Generator:
+        return rng
+
+    def step(self, x: Tensor, velocity: Tensor, number: int, path: Path, memory: object) -> Tensor:
+        assert isinstance(memory, torch.Generator)
+        clean, to = x - path.sigmas[number] * velocity, path.sigmas[number + 1]
+        if to == 0:
+            return clean
+        rng = torch.Generator(x.device).manual_seed((memory.initial_seed() + path.steps[number]) % 2**64)
+        return (1 - to) * clean + to * torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+
+
+SOLVERS: tuple[type[Solver], ...] = (UniPC, Euler, Renoise)
 
 
 def solver(name: str) -> Solver:

@@ -39,7 +39,7 @@ class Walk(Protocol):
 
 def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver: Solver,
           rng: Callable[[int], torch.Generator]) -> dict[int, Walk]:  # fmt: skip
-    """By chunk. `rng`: index of a chunk -> its random numbers."""
+    """By chunk. `rng`: index of a chunk among those that are generated -> its random numbers."""
     out: dict[int, Walk] = {}
     skipping, jumps = solver.skipping, schedule.jumps
     sums = isinstance(skipping, Multistep) and skipping.sums
@@ -47,7 +47,7 @@ def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver
         if plan.is_partial(index):
             out[index] = CellWalk(skipping.order, levels, jumps, sums)
         else:
-            out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), rng(index))
+            out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), rng(index - schedule.given))
     return out
 
 

@@ -1,0 +1,15 @@
+"""Causal Wan models behind the adapter seam: the network of SkyReels-V2 without frame rate, its timesteps not rounded. It only looks back."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..sampling.noise import TRAIN_STEPS
+from .skyreels_adapter import WanAdapter
+
+
+class CausalWanAdapter(WanAdapter):
+    name: ClassVar[str] = "causal-wan"
+
+    def timestep(self, sigma: float) -> float:
+        return TRAIN_STEPS * sigma
