@@ -1,4 +1,4 @@
-"""What comes from outside, JSON, safetensors and NumPy files: read within bounds or refused with a sentence. What it is for is unknown here."""
+"""What comes from outside, JSON, safetensors, PyTorch and NumPy files: read within bounds or refused with a sentence. What it is for is unknown here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -16,11 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 JSON_BYTES = 16 << 20
 """No index and no report of a run comes near."""
 HEADER_BYTES = 32 << 20
 """Those of the largest models take less than one MB; what tools write into the metadata may take a few."""
+OUTLINE_BYTES = 4 << 20
+"""What a PyTorch file says of its tensors. That of a training state with two networks of 40 layers takes less than one MB."""
+NESTED = 4
+"""Dictionaries within each other."""
 TENSORS = 1 << 16
 KEY_LENGTH = 1024
 DIMENSIONS = 8
@@ -139,6 +145,79 @@ def _entry(opened: Any, key: str, name: str) -> Entry:
     if len(shape) > DIMENSIONS or math.prod(max(n, 1) for n in shape) > ELEMENTS:
         raise ValueError(f"{short(name)}: {short(key)} has shape {short(shape)}, which no tensor of a model has; download the file again")
     return shape, DTYPES[kind]
+
+
+def torch_file(path: Path) -> dict[str, Tensor]:
+    """A file of torch.save -> its tensors, the keys of nested dictionaries joined by dots; what else it holds is left out.
+
+    Tensors are views of the mapped file, and nothing in it is run: the file may name no code but that of plain tensors. Raises ValueError for
+    a missing, foreign or damaged file, and for one that names other code.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {short(path.name)}: choose another, or download it again")
+    try:
+        _check_archive(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:
+        raise _no_torch_file(path, error) from None
+    if named:
+        raise ValueError(
+            f"{short(path.name)} holds code or objects beside tensors ({short(', '.join(sorted(map(str, named))))}), and a file that can run code is not "
+            "opened: use a safetensors file of this model, or save its tensors alone"
+        )
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {key: _plain_tensor(key, tensor) for key, tensor in _tensors_in(held)}
+    except Exception as error:
+        raise _no_torch_file(path, error) from None
+
+
+def _check_archive(path: Path) -> None:
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise ValueError(f"PyTorch {torch.__version__} cannot look into it without opening it, 2.6 and newer can")
+    with zipfile.ZipFile(path) as packed:
+        inside = packed.infolist()
+    outline = sum(one.file_size for one in inside if one.filename.endswith(".pkl"))
+    if len(inside) > 2 * TENSORS or outline > OUTLINE_BYTES or any(one.compress_type for one in inside):
+        raise ValueError(f"it has {len(inside)} parts and {outline} bytes that describe them, and at most {2 * TENSORS} and {OUTLINE_BYTES} are read")
+
+
+def _no_torch_file(path: Path, why: Exception) -> ValueError:
+    first = str(why).partition("\n")[0]
+    return ValueError(
+        f"{short(path.name)} ({path.stat().st_size} bytes) is not a whole PyTorch file of tensors: {short(first)}; download it again, or use a "
+        "safetensors file"
+    )
+
+
+def _tensors_in(held: object) -> Iterator[tuple[str, Tensor]]:
+    """Raises ValueError for more entries than any model has."""
+    waiting: list[tuple[str, object, int]] = [("", held, 0)]
+    for _ in range(TENSORS):
+        if not waiting:
+            return
+        key, value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            yield key, value
+        elif isinstance(value, Mapping) and depth < NESTED:
+            if len(value) > TENSORS:
+                break
+            waiting += [(f"{key}.{name}" if depth else str(name), one, depth + 1) for name, one in value.items() if isinstance(name, str)]
+    raise ValueError(f"it holds more than {TENSORS} entries")
+
+
+def _plain_tensor(key: str, tensor: Tensor) -> Tensor:
+    """Raises ValueError for what a safetensors file could not hold either."""
+    if (
+        type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.dtype not in DTYPES.values()
+    ):
+        raise ValueError(f"{short(key)} is no plain tensor of numbers ({tensor.dtype}, {tensor.layout})")
+    if len(key) > KEY_LENGTH or tensor.ndim > DIMENSIONS or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{short(key)} has shape {short(tuple(tensor.shape))} and only {tensor.untyped_storage().nbytes()} bytes")
+    return tensor.detach()
 
 
 def array_file(path: Path, members: int, most: int) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .settings_on_model import nodes_of, wrong_sampler
+from .native_model import frames_per_block, host_has, require_block
+from .settings_on_model import nodes_of, policy_node, wrong_sampler
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -10,6 +11,10 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     around = getattr(sampler, "around", None)
     if around is not None:
         return around(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
-    if nodes := nodes_of(executor.class_obj.model_options):
+    model, options = executor.class_obj.model_patcher.model, executor.class_obj.model_options
+    frames = frames_per_block(sampler) if host_has(model.family) else None
+    if frames is not None:
+        require_block(model, frames)
+    if nodes := nodes_of(options) if frames is None else policy_node(options):
         raise ValueError(wrong_sampler(nodes))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

@@ -24,6 +24,7 @@ from .guidance import alone, conds_of, scale_of, unread
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
+from .native_model import SAMPLER
 from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
 from .projector import FilmPreview
@@ -35,6 +36,8 @@ NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
 PUBLISHED = "auto"
 """Solver: what the family was published with."""
+START = "ar_config"
+"""Key in transformer_options under which the host's node hands a start image to its own sampler."""
 
 
 def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
@@ -49,7 +52,7 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
 
 @dataclass(frozen=True)
 class ChunkSampler(comfy.samplers.Sampler):
-    """Settings of the node; `chunk_frames`, `window` and `window_frames` 0 mean the model's own, as do `ar_step` and `addnoise_condition` below 0."""
+    """Settings of the node; `chunk_frames`, `window`, `window_frames` and `fps` 0 mean the model's own, as do `ar_step` and `addnoise_condition` below 0."""
 
     solver: str
     ar_step: int
@@ -93,21 +96,23 @@ class ChunkSampler(comfy.samplers.Sampler):
         """Raises ValueError, with the way out, for a run that cannot be made."""
         model, options = require_ours(guider.model_patcher, NODE), guider.model_options
         self._require(noise, latent_image, sigmas)
-        family, latent = model.family, (noise.shape[1], *noise.shape[3:])
+        family, latent, fps = model.family, (noise.shape[1], *noise.shape[3:]), self.rate(model)
         if family.takes_rate(model.diffusion_model.config):
-            family.require_rate(self.fps)
-        elif self.fps != model.layout.fps:
+            family.require_rate(fps)
+        elif fps != model.layout.fps:
             raise ValueError(
-                f"{NODE}: fps {self.fps} would change nothing, this model has no frame-rate tensors "
+                f"{NODE}: fps {fps} would change nothing, this model has no frame-rate tensors "
                 f"({family.release(model.diffusion_model.config)}): set fps to {model.layout.fps}"
             )
+        if options.get("transformer_options", {}).get(START):
+            raise ValueError(f"{NODE}: ARVideoI2V gives its start image to {SAMPLER} alone: use AR Video Frames In, or that sampler")
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
         conds = conds_of(guider, family)
         adapter = model.adapter(model.dtype_of(guider.model_patcher))
         require_texts(conds, family, adapter, model.diffusion_model.config.text_dim)
         return Run(
             family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options),
-            compressor_of(options), self.fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
+            compressor_of(options), fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
         )  # fmt: skip
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
@@ -147,6 +152,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         """Raises ValueError, with the way out, for a film that these settings cannot make."""
         layout, pixels = model.layout, model.family.frames
         chunk, window = self.chunk_frames or layout.chunk_frames, self.window or layout.window
+        model.family.require_chunk(chunk, layout)
         causal = layout.causal if self.attention == AUTO else self.attention == CAUSAL
         ar_step = model.family.published.stagger(steps) if self.ar_step < 0 else self.ar_step
         if causal:
@@ -154,6 +160,10 @@ class ChunkSampler(comfy.samplers.Sampler):
         self._require_whole_rows(model_options)
         length = pixels.latent(self.window_frames) if self.window_frames else chunk * window
         return sections_of(frames, chunk, steps, ar_step, length, pixels.latent(self.overlap_history), prefix, suffix, pixels)
+
+    def rate(self, model: HostModel) -> int:
+        """Frames per second that the network is told, and by which seconds are counted."""
+        return self.fps or model.layout.fps
 
     def _solver(self, family: Family) -> str:
         return family.published.solver if self.solver == PUBLISHED else self.solver

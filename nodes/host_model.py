@@ -33,7 +33,9 @@ class HostModel(comfy.model_base.BaseModel):
 
     def __init__(self, model_config: HostConfig, layout: ChunkLayout, device: Any = None) -> None:
         family = model_config.found.family
-        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=host_network(family))
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=self.network_of(family)
+        )  # by name: the models of the host that may stand between take no network
         self.device = None  # the patcher decides where it is
         if isinstance(family.noise, Curved):
             self.model_sampling = curved_sampling(family.noise)(model_config)
@@ -43,8 +45,18 @@ class HostModel(comfy.model_base.BaseModel):
         """From which the weights were read."""
         self._expected: Run | None = None
 
+    @staticmethod
+    def network_of(family: Family) -> type[Any]:
+        """The class of the network."""
+        return host_network(family)
+
+    @property
+    def network(self) -> Any:
+        """What an adapter runs."""
+        return self.diffusion_model
+
     def adapter(self, dtype: torch.dtype | None = None) -> ModelAdapter:
-        return self.family.adapter(self.diffusion_model, dtype or self.get_dtype_inference())
+        return self.family.adapter(self.network, dtype or self.get_dtype_inference())
 
     def dtype_of(self, patcher: Any) -> torch.dtype:
         """In what a MODEL will be computed: this one may still be as another clone of it wanted."""
@@ -144,8 +156,12 @@ class HostConfig(comfy.supported_models_base.BASE):
         self.found = found
         self.latent_format = film_format(found.family.latents, preview or found.family.latents.preview)
         self.sampling_settings = {"shift": found.family.noise.shift}
-        super().__init__({"config": found.config})
+        super().__init__(self.sizes())
         self.unet_config = Sizes(self.unet_config)
         self.memory_usage_factor = found.config.dim / 2222
         self.quant_config = {"mixed_ops": True} if quantised else None
         self.custom_operations = operations
+
+    def sizes(self) -> dict[str, Any]:
+        """What the network is made with."""
+        return {"config": self.found.config}

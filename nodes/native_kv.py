@@ -115,7 +115,10 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """Around every run of the MODEL: settles it before weights are moved, and gives it a KV cache until it ends, however it ends."""
+    """Around every run of the MODEL: settles it before weights are moved, and gives it a KV cache until it ends, however it ends. A sampler of
+    this pack has one of its own."""
+    if hasattr(sampler, "around"):
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     guider = executor.class_obj
     film = settled(guider, noise, sampler, sigmas, denoise_mask)
     for sentence in film.forecast():

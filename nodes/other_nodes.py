@@ -51,7 +51,11 @@ def _unserved(model: Any) -> Iterator[str]:
     network = getattr(getattr(model, "model", model), "diffusion_model", None)
     if COMPILE in keys or any(map(is_compiled, (network, *patches.values()))):
         yield "the model goes through torch.compile (TorchCompileModel and its like), which would not see the chunks and the KV cache of a run"
-    yield from (f"{name} of the network was replaced by {made_by(patch)}" for name, patch in patches.items() if name.startswith("diffusion_model"))
+    yield from (
+        f"{name} of the network was replaced by {made_by(patch)}"
+        for name, patch in patches.items()
+        if name.startswith("diffusion_model") and not of_this_pack(patch)
+    )
     inside = wrappers.get(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, {})
     yield from (f"{key or made_by(one)} wraps the network as it is in another model" for key, some in inside.items() for one in some)
     yield from (why for key, why in MODEL.items() if options.get(key) is not None)
@@ -61,6 +65,12 @@ def _unserved(model: Any) -> Iterator[str]:
     if (family := getattr(getattr(model, "model", model), "family", None)) is not None and family.guidance.inside:
         yield from (f"{made_by(one)} changes how texts are combined, and {family.title} does that inside the run" for one in _on_guidance(options))
     yield from _unserved_patches(options.get("transformer_options", {}), type(network))
+
+
+def of_this_pack(patch: Any) -> bool:
+    """Whether KV Compressor put it there, for the host's sampler of causal models: other samplers do not come across it."""
+    module: str = getattr(getattr(patch, "func", None), "__module__", "")
+    return module.rpartition(".")[0] == __package__
 
 
 def is_compiled(thing: Any) -> bool:

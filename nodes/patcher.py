@@ -20,6 +20,7 @@ from ..flowcache_core.models.quantised import FLOAT8, is_companion
 from .around_run import outer_sample
 from .host_model import HostConfig, HostModel
 from .model_files import open_model
+from .native_model import NativeConfig, host_has, native_model
 from .settings_on_model import OPTIONS
 
 
@@ -34,7 +35,8 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     """
     file = open_model(path, name, family)
     quantised = any(key.endswith(".comfy_quant") for key in file.weights)
-    host = HostConfig(file.found, quantised, file.operations, preview_of(file.found.family, path))
+    native = host_has(file.found.family)
+    host = (NativeConfig if native else HostConfig)(file.found, quantised, file.operations, preview_of(file.found.family, path))
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     stored, supported = comfy.utils.weight_dtype(file.weights), host.supported_inference_dtypes
     if stored in FLOAT8 and not quantised:
@@ -47,7 +49,7 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
         dtype, cast = stored, None
     logging.info(f"FlowCache: {name} is computed in {str(cast or dtype).removeprefix('torch.')} on {device}")
     host.set_inference_dtype(dtype, cast)
-    model = HostModel(host, file.layout, None if quantised else torch.device("meta"))
+    model = (native_model() if native else HostModel)(host, file.layout, None if quantised else torch.device("meta"))
     model.files = file.files
     plain = disable_dynamic or file.patcher is not None
     patcher = (comfy.model_patcher.ModelPatcher if plain else comfy.model_patcher.CoreModelPatcher)(model, load_device=device, offload_device=offload)

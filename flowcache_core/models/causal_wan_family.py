@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
 
 from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.guidance import ClassifierFree
@@ -54,11 +57,12 @@ class FewSteps:
         return tuple(self.level(place / whole, shift) for place in range(whole - steps, whole + 1))
 
     def level(self, place: float, shift: float) -> float:
-        """At a place 0..1 of a run whose steps are equally long."""
+        """At a place 0..1 of a run whose steps are equally long; of a tensor of places, of each."""
         times = [*(unshifted(level, self.shift) for level in self.trained), 0.0]
-        before = min(int(place * len(self.trained)), len(self.trained) - 1)
-        beyond = place * len(self.trained) - before
-        return shifted(times[before] + beyond * (times[before + 1] - times[before]), shift)
+        time = 1.0
+        for step, (now, to) in enumerate(pairwise(times)):
+            time = time + (to - now) * _within(place * len(self.trained) - step)
+        return shifted(time, shift)
 
     def timestep(self, sigma: float) -> float:
         return TRAIN_STEPS * sigma
@@ -74,6 +78,11 @@ class FewSteps:
             f"{title} was distilled on {n} noise levels, {known}, and {strange:.4g} is none of them ({len(levels) - 1} steps were asked for): take "
             f"them from AR Video Scheduler with {' or '.join(counts)} step{'s' * (n > 1)}, without a node that changes the shift"
         )
+
+
+def _within(part: float) -> float:
+    """Of a step, as far as it has been gone: 0..1."""
+    return part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0.0), 1.0)
 
 
 FOUR = FewSteps(tuple(shifted(time, SHIFT) for time in (1.0, 0.75, 0.5, 0.25)))
@@ -112,7 +121,9 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         takes_rate=lambda config: False,
         shapes_tell=False,
         says=says_causal,
+        file_names=(name,),
         loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
+        one_length=True,
         check=partial(require_sequence, title),
         check_levels=partial(noise.require_trained, title),
         published=Published("renoise", lambda steps: steps, given_noise=0, scale=None),

@@ -82,13 +82,27 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
         except ValueError as error:
             reasons.append(error)
     if len(found) > 1:
-        fitting = " or ".join(one.family.title for one in found)
+        fitting = titles([one.family for one in found])
         raise ValueError(f"{name} could be {fitting}, which have the same shapes: choose one in the input family")
     if found:
+        if found[0].family.name != chosen:
+            _require_no_other_name(found[0].family, families, name)
         return found[0]
     for other in looked:
         _refuse_other_models(other, name, families)
     raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles(families)}: it has {_first(sorted(weights))}")
+
+
+def _require_no_other_name(found: Family, families: Sequence[Family], name: str) -> None:
+    """Raises ValueError for a file that does not say what it is, under the name of a model with the same shapes."""
+    plain = name.lower().replace("_", "-")
+    others = [word for one in families if not one.shapes_tell for word in one.file_names]
+    if not found.shapes_tell or any(word in plain for word in found.file_names):
+        return
+    if other := next((word for word in (*others, *found.other_names) if word in plain), None):
+        raise ValueError(
+            f"{name} has the shapes of {found.title}, and of other models; its name speaks of {other!r}: choose what it is in the input family"
+        )
 
 
 def _candidates(families: Sequence[Family], weights: Mapping[str, Shaped], metadata: Mapping[str, str]) -> list[Family]:

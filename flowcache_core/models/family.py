@@ -182,6 +182,10 @@ class Family:
     """Whether shapes can tell the family: otherwise a file has to say it, or the user."""
     says: Callable[[Iterable[str], Mapping[str, str]], bool] = says_nothing
     """(keys of a file, its metadata) -> whether it says that it is of this family, or of one like it; then shapes of others do not count."""
+    file_names: tuple[str, ...] = ()
+    """Words in the names of its published files, in lower case with hyphens. Under such a name a silent file is no other family's."""
+    other_names: tuple[str, ...] = ()
+    """The same of models that are no family here and have the same shapes."""
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""
@@ -189,6 +193,8 @@ class Family:
     """Raises ValueError, with the way out, for a schedule that the network was not trained for."""
     check_levels: Callable[[Sequence[float]], None] = any_levels
     """The same for the noise levels of a run."""
+    one_length: bool = False
+    """Whether it makes chunks of the trained length alone."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
     published: Published = Published()
@@ -206,6 +212,14 @@ class Family:
                 f"{fps} frames per second were asked for: the network has learnt {' and '.join(map(str, self.rates))}, choose one of them"
             )
         return fps
+
+    def require_chunk(self, frames: int, layout: ChunkLayout) -> None:
+        """Raises ValueError for chunks of so many latent frames where the network was trained with others and can make no others."""
+        if self.one_length and frames != layout.chunk_frames:
+            raise ValueError(
+                f"{self.title} was trained with {layout.chunk_frames} latent frame{'s' * (layout.chunk_frames > 1)} per chunk, and chunk_frames is "
+                f"{frames}: set it to 0 or {layout.chunk_frames}; if the file is of another model, choose that in the input family of its loader"
+            )
 
     def layout_of(self, metadata: Mapping[str, str]) -> ChunkLayout:
         """What a file says of its training; where it says nothing, that of the released models."""

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..untrusted import JSON_BYTES, entries, json_file, open_tensors, short
+from ..untrusted import JSON_BYTES, entries, json_file, open_tensors, short, torch_file
 
 SUFFIX = ".safetensors"
+TORCH_SUFFIX = ".pt"
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)\.safetensors")
 GLANCE_BYTES = 4 << 20
@@ -44,14 +45,14 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
     def tensors(self, keys: Iterable[str] | None = None, read_file: ReadFile | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Key and tensor, file after file; a file is let go when its last tensor has been handed out.
+        """Key and tensor, file after file; a file is let go when its last tensor has been handed out. `read_file`: reads safetensors files.
 
         A tensor is a view of the mapped file: whoever keeps it as it is takes up no memory of its own, whoever converts it
         holds the converted values and at most one file.
         """
         wanted = set(self.stored if keys is None else keys)
         for file in self.files:
-            tensors = (read_file or (lambda path: read(path)[0]))(file)
+            tensors = torch_file(file) if file.suffix == TORCH_SUFFIX else (read_file or (lambda path: read(path)[0]))(file)
             for key in [k for k in tensors if k in wanted]:
                 yield key, tensors.pop(key)
 
@@ -93,8 +94,11 @@ def _files_of(path: Path) -> tuple[tuple[Path, ...], set[str]]:
         return _files_in(path)
     if not path.is_file():
         raise ValueError(f"there is no file {short(path.name)}: choose another, or download it again")
-    if path.suffix not in (SUFFIX, ".sft"):
-        raise ValueError(f"{path.name} is no safetensors file: only .safetensors files are read, because other kinds can run code when opened")
+    if path.suffix not in (SUFFIX, ".sft", TORCH_SUFFIX):
+        raise ValueError(
+            f"{path.name} is no safetensors file: only .safetensors files, and {TORCH_SUFFIX} files of tensors alone, are read, because other "
+            "kinds can run code when opened"
+        )
     if match := _numbered(path.name):
         return _of_numbers(path.parent, match["stem"], match["count"])
     for index in _named(path.parent, INDEX):
@@ -207,6 +211,8 @@ def _incomplete(folder: Path, gone: int, total: int, first: Sequence[str], other
 
 
 def _header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    if file.suffix == TORCH_SUFFIX:
+        return {key: StoredTensor(file, tuple(tensor.shape), tensor.dtype) for key, tensor in torch_file(file).items()}, {}
     with open_tensors(file) as opened:
         stored = {key: StoredTensor(file, shape, dtype) for key, (shape, dtype) in entries(opened, file.name).items()}
         return stored, dict(opened.metadata() or {})

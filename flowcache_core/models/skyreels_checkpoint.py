@@ -27,7 +27,8 @@ def skyreels_config(shapes: Shapes, name: str) -> SkyReelsConfig:
     if (config.dim, config.ffn_dim, config.layers, not config.fps) in RELEASES and not config.fps:
         raise ValueError(
             f"{name} has the sizes of SkyReels-V2-DF 1.3B but not its frame-rate tensors (fps_embedding, fps_projection): "
-            "it is Wan 2.1 or a model made from it, which has not learnt a noise level per chunk, or a repack that lost them"
+            "it is Wan 2.1 or a model made from it, which has not learnt a noise level per chunk, or a repack that lost them; a causal model "
+            "(Self-Forcing, Causal-Forcing, CausVid, LongLive) has these shapes too: then choose it in the input family"
         )
     return config
 

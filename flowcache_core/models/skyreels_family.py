@@ -52,6 +52,8 @@ SKYREELS = Family(
     guidance=ClassifierFree(),
     rates=FPS,
     takes_rate=lambda config: config.fps,
+    file_names=("skyreels",),
+    other_names=("wan2", "wan-2"),
     loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
     bundled=Bundled("tiny-skyreels", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
 )
