@@ -1,4 +1,4 @@
-"""What comes from outside, JSON, safetensors, PyTorch and NumPy files: read within bounds or refused with a sentence. What it is for is unknown here."""
+"""JSON, safetensors, PyTorch and NumPy files from outside: read within bounds or refused with a sentence. What they are for is unknown here."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         raise _no_torch_file(path, error) from None
     if named:
         raise ValueError(
-            f"{short(path.name)} holds code or objects beside tensors ({short(', '.join(sorted(map(str, named))))}), and a file that can run code is not "
-            "opened: use a safetensors file of this model, or save its tensors alone"
+            f"{short(path.name)} holds code or objects beside tensors ({short(', '.join(sorted(map(str, named))))}), and a file that can run code is "
+            "not opened: use a safetensors file of this model, or save its tensors alone"
         )
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -208,12 +208,8 @@ def _tensors_in(held: object) -> Iterator[tuple[str, Tensor]]:
 
 def _plain_tensor(key: str, tensor: Tensor) -> Tensor:
     """Raises ValueError for what a safetensors file could not hold either."""
-    if (
-        type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
-        or tensor.dtype not in DTYPES.values()
-    ):
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.dtype not in DTYPES.values():
         raise ValueError(f"{short(key)} is no plain tensor of numbers ({tensor.dtype}, {tensor.layout})")
     if len(key) > KEY_LENGTH or tensor.ndim > DIMENSIONS or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise ValueError(f"{short(key)} has shape {short(tuple(tensor.shape))} and only {tensor.untyped_storage().nbytes()} bytes")

@@ -52,7 +52,7 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
 
 @dataclass(frozen=True)
 class ChunkSampler(comfy.samplers.Sampler):
-    """Settings of the node; `chunk_frames`, `window`, `window_frames` and `fps` 0 mean the model's own, as do `ar_step` and `addnoise_condition` below 0."""
+    """Settings of the node; `chunk_frames`, `window`, `window_frames`, `fps` 0: the model's, as are `ar_step` and `addnoise_condition` below 0."""
 
     solver: str
     ar_step: int

@@ -126,6 +126,6 @@ def require_block(model: HostModel, frames: int) -> None:
     trained = model.layout.chunk_frames
     if frames != trained:
         raise ValueError(
-            f"{SAMPLER}: {model.family.title} was trained with {trained} latent frame{'s' * (trained > 1)} per block, and {BLOCK} is {frames}: set it "
-            f"to {trained}; if the file is of another model, choose that in the input family of Load AR Video Model"
+            f"{SAMPLER}: {model.family.title} was trained with {trained} latent frame{'s' * (trained > 1)} per block, and {BLOCK} is {frames}: set "
+            f"it to {trained}; if the file is of another model, choose that in the input family of Load AR Video Model"
         )

@@ -26,16 +26,15 @@ class ARChunkSampler(io.ComfyNode):
             search_aliases=["flowcache", "diffusion forcing", "skyreels", "image to video", "extend video", "long video"],
             inputs=[
                 io.Combo.Input("solver", options=[*(kind.name for kind in SOLVERS), PUBLISHED], default=PUBLISHED,
-                               tooltip="auto: as the model was published, SkyReels-V2 with unipc, MAGI-1 with euler, Self-Forcing and its kin with renoise."),
+                               tooltip="auto: as published, SkyReels-V2 with unipc, MAGI-1 with euler, few-step causal models with renoise."),
                 io.Int.Input("ar_step", default=-1, min=-1, max=1000,
                              tooltip="How many rows a chunk starts after the one before it. -1: as published, 5 for SkyReels-V2, a quarter of the "
-                                     "steps for MAGI-1, one after the other for Self-Forcing and its kin. 0: all together. As many as steps: one "
+                                     "steps for MAGI-1, one after the other for few-step causal models. 0: all together. As many as steps: one "
                                      "after the other."),
                 io.Int.Input("chunk_frames", default=0, min=0, max=64, advanced=True, tooltip="Latent frames per chunk. 0: as trained."),
                 io.Int.Input("window", default=0, min=0, max=1000, advanced=True, tooltip="Chunks a chunk sees, itself included. 0: as trained."),
                 io.Combo.Input("fps", options=["24", "16", PUBLISHED], default=PUBLISHED, advanced=True,
-                               tooltip="Frame rate the network is told; SkyReels-V2 1.3B has learnt these two. auto: that of the model, 24, and 16 for "
-                                       "Self-Forcing and its kin."),
+                               tooltip="Frame rate the network is told; SkyReels-V2 1.3B has learnt these two. auto: that of the model."),
                 io.Combo.Input("attention", options=[AUTO, CAUSAL, BIDIRECTIONAL], optional=True,
                                tooltip="Block-causal: a chunk sees itself and the KV cache of earlier chunks, so idle chunks cost nothing and "
                                        "caching works; a model trained bidirectionally then sees less than it is used to and makes another film. "

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -80,8 +81,8 @@ class FewSteps:
         )
 
 
-def _within(part: float) -> float:
-    """Of a step, as far as it has been gone: 0..1."""
+def _within(part: Any) -> Any:
+    """Of a step, as far as it has been gone: 0..1; of a tensor, of each."""
     return part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0.0), 1.0)
 
 
