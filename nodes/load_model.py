@@ -16,6 +16,7 @@ from ..flowcache_core.models.bundle import files_of
 from ..flowcache_core.models.checkpoint import titles
 from ..flowcache_core.models.family import AUTO, Family
 from .bundled_clip import bundled_clip
+from .lora import NONE, lora_files, with_lora
 from .magi_vae import MagiHostVAE
 from .model_files import choices, path_of
 from .patcher import load
@@ -40,7 +41,7 @@ class LoadARVideoModel(io.ComfyNode):
             display_name="Load AR Video Model",
             category="FlowCache",
             description=f"Loads {titles()}, or a bundled tiny model, which brings its CLIP and VAE along.",
-            search_aliases=["skyreels", "diffusion forcing", "autoregressive video"],
+            search_aliases=["skyreels", "diffusion forcing", "autoregressive video", "self-forcing", "causal-forcing", "causvid", "longlive", "krea"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -56,6 +57,15 @@ class LoadARVideoModel(io.ComfyNode):
                     advanced=True,
                     tooltip="What kind of model the file is. Auto: as its metadata say, or its shapes; some kinds have the same shapes.",
                 ),
+                io.Combo.Input(
+                    "lora",
+                    options=lora_files(),
+                    default=NONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA that belongs to the model as published, such as lora.pt of LongLive, in models/loras, at full strength. "
+                    "For others use Load LoRA behind this node.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="For Empty AR Video Latent, the cache nodes, the guider and the scheduler."),
@@ -66,11 +76,15 @@ class LoadARVideoModel(io.ComfyNode):
 
     @classmethod
     @within_schema
-    def execute(cls, model_name: str, family: str = AUTO) -> io.NodeOutput:
+    def execute(cls, model_name: str, family: str = AUTO, lora: str = NONE) -> io.NodeOutput:
         if model_name not in bundled():
             model = load(path_of(model_name), model_name, family)
+            if lora != NONE:
+                model = with_lora(model, lora)
             beside = model.model.family.loaders
             return io.NodeOutput(model, _absent("CLIP", beside.clip), _absent("VAE", beside.vae))
+        if lora != NONE:
+            raise ValueError(f"{model_name} comes whole, and {lora} is for another model: set lora to {NONE}")
         mine = bundled()[model_name]
         assert mine.bundled is not None
         network, vae_file = files_of(mine)

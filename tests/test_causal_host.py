@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowcache_core.kv.compressor import Compressor
+from flowcache_core.kv.scores.even import Even
 from flowcache_core.models.bundle import Bundle
-from flowcache_core.models.causal_wan_family import SELF_FORCING
+from flowcache_core.models.causal_wan_family import CAUSVID, FRAMEWISE, SELF_FORCING
+from flowcache_core.models.family import Family
+from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.models.word_text import encode_prompt
 from flowcache_core.run.generate import Job, generate
@@ -21,9 +24,10 @@ from tests.host import NEEDS_HOST, Graph, Host, error_of, put, with_nodes
 from tests.tiny_causal import PUBLISHED, TO_HOST, tiny_causal
 
 pytestmark = NEEDS_HOST
-FILE, REPACK, LONE = "self_forcing.pt", "repack.safetensors", "lone.safetensors"
+FILE, REPACK, LONE, LORA = "self_forcing.pt", "repack.safetensors", "lone.safetensors", "lora.pt"
 TEXT_DIM = 256
 """That of the CLIP that comes with the bundled model."""
+LORA_LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.v")
 TEXT, NEGATIVE = "red circle moves right", "blue"
 KINDS = '''
 """What a MODEL is."""
@@ -52,12 +56,36 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     base = tmp_path_factory.mktemp("comfy")
     folder = base / "models" / "diffusion_models"
     folder.mkdir(parents=True)
+    (base / "models" / "loras").mkdir()
     weights = tiny_causal(text_dim=TEXT_DIM).state_dict()
     torch.save(PUBLISHED["training state"](weights), folder / FILE)
     save_file(weights, folder / REPACK, TO_HOST)
     save_file(weights, folder / LONE)
+    torch.save(longlive_lora(), base / "models" / "loras" / LORA)
+    torch.save(
+        {"generator_lora": {"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(2, 256)}}, base / "models" / "loras" / "other.pt"
+    )
     with with_nodes(base, KINDS, ("--fp32-unet",)) as running:
         yield running
+
+
+def longlive_lora() -> dict[str, dict[str, Tensor]]:
+    """As LongLive publishes it: of the generator and of the critic, as PEFT names them."""
+    generator = torch.Generator().manual_seed(11)
+    parts: dict[str, Tensor] = {}
+    for layer in LORA_LAYERS:
+        parts[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
+        parts[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
+    return {"generator_lora": parts, "critic_lora": {key: value * 7 for key, value in parts.items()}}
+
+
+def with_longlive() -> SkyReelsV2:
+    """The network with the LoRA in its weights."""
+    network, parts = tiny_causal(text_dim=TEXT_DIM), longlive_lora()["generator_lora"]
+    for layer in LORA_LAYERS:
+        down, up = (parts[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
+        network.get_submodule(layer).weight += up @ down
+    return network
 
 
 def linked(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -99,10 +127,11 @@ class Words(Bundle):
         return encode_prompt(prompt, TEXT_DIM)
 
 
-def alone(**changes: Any) -> Tensor:
+def alone(family: Family = SELF_FORCING, network: SkyReelsV2 | None = None, compressor: Compressor | None = None, **changes: Any) -> Tensor:
     """The film without a host."""
-    bundle = Words(SELF_FORCING, tiny_causal(text_dim=TEXT_DIM), nn.Identity(), SELF_FORCING.layout)
-    return generate(bundle, Job.usual(SELF_FORCING, TEXT, **{"frames": 33, "seed": 7, "size": 64, "negative": NEGATIVE, **changes}))[0]
+    bundle = Words(family, network or tiny_causal(text_dim=TEXT_DIM), nn.Identity(), family.layout)
+    job = Job.usual(family, TEXT, **{"frames": 33, "seed": 7, "size": 64, "negative": NEGATIVE, **changes})
+    return generate(bundle, job, compressor=compressor)[0]
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -129,3 +158,71 @@ def test_a_file_is_loaded_as_the_hosts_own_causal_model(host: Host, graph: Graph
     assert {"WAN21_CausalAR", "WAN21", "HostModel"} <= set(model)
     assert {"CausalWanModel", "WanModel"} <= set(network)
     assert set(keys) == set(tiny_causal(text_dim=TEXT_DIM).state_dict())
+
+
+@pytest.mark.parametrize("family", [FRAMEWISE, CAUSVID], ids=lambda family: family.name)
+def test_other_recipes_are_sampled_alike_by_both(host: Host, graph: Graph, family: Family) -> None:
+    """Blocks of one latent frame; three noise levels."""
+    steps = len(family.noise.levels(family.usual.steps, family.noise.shift)) - 1
+    graph = put(put(graph, "FlowCacheScheduler", steps=steps), "FlowCacheLatent", length=17)
+    graph["model"]["inputs"]["family"] = family.name
+    ours = host.latents(graph)
+    close(ours, host.latents(by_host(graph, family.layout.chunk_frames)))
+    close(normalise(ours), alone(family, frames=17))
+
+
+def test_the_hosts_scheduler_gives_the_trained_levels(host: Host, graph: Graph) -> None:
+    ours = host.latents(graph)
+    basic = {**graph, "sigmas": linked("BasicScheduler", model=["model", 0], scheduler="simple", steps=4, denoise=1.0)}
+    close(host.latents(basic), ours)
+
+
+def test_guidance_which_the_hosts_sampler_cannot_do(host: Host, graph: Graph) -> None:
+    guided = put(graph, "CFGGuider", cfg=3.0)
+    close(normalise(host.latents(guided)), alone(cfg=3.0))
+    assert refusal(host, by_host(guided))
+
+
+def test_a_budget_makes_one_film_under_both_samplers(host: Host, graph: Graph) -> None:
+    """With KV Compressor between, whose hooks on the host's sampler leave ours alone."""
+    budget = {"budget": 2.0, "unit": "chunks", "policy": "even", "dtype": "as computed", "offload": False, "soft": 0.0, "granularity": "frame"}
+    graph["kv"] = linked("FlowCacheKVCompressor", model=["model", 0], sink=1, recent=1, **budget)
+    graph = put(put(graph, "CFGGuider", model=["kv", 0]), "FlowCacheLatent", length=57)
+    ours = host.latents(graph)
+    close(ours, host.latents(by_host(graph)))
+    close(normalise(ours), alone(frames=57, compressor=Compressor(Even(), 2.0, sink=1, recent=1, granularity="frame")))
+    assert not torch.allclose(normalise(ours), alone(frames=57), atol=2e-3)
+
+
+def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: Host, graph: Graph) -> None:
+    graph["model"]["inputs"]["lora"] = LORA
+    ours = host.latents(graph)
+    close(ours, host.latents(by_host(graph)))
+    close(normalise(ours), alone(network=with_longlive()))
+    graph["model"]["inputs"]["lora"] = "other.pt"
+    assert "other.pt: 1 of 1 tensors are for no layer of this model, such as blocks.9.self_attn.q.lora_A.weight" in refusal(host, graph)
+
+
+def test_another_model_in_between_and_a_second_run_change_nothing(host: Host, graph: Graph) -> None:
+    first = host.latents(graph)
+    other = host.latents(by_host(put(graph, "FlowCacheLatent", width=32)))
+    host.ask("/free", {"unload_models": True, "free_memory": True})
+    assert torch.equal(first, host.latents(put(graph, "RandomNoise", noise_seed=7)))
+    assert other.shape != first.shape
+
+
+def test_what_does_not_fit_is_refused_before_it_runs(host: Host, graph: Graph) -> None:
+    loads = host.log.read_text().count("Requested to load NativeModel")
+    said = {
+        "3 latent frames per block, and num_frame_per_block is 1: set it to 3": by_host(graph, 1),
+        "3 latent frames per chunk, and chunk_frames is 1: set it to 0 or 3": put(graph, "FlowCacheSampler", chunk_frames=1),
+        "was distilled on 4 noise levels, 1, 0.9375, 0.8333, 0.625, and 0.9615 is none of them (6 steps were asked for)": put(
+            graph, "FlowCacheScheduler", steps=6
+        ),
+        "finishes every chunk before the next begins, and with ar_step 1 and 4 steps": put(graph, "FlowCacheSampler", ar_step=1),
+        "causal-wan looks back only, bidirectional attention is not for it": put(graph, "FlowCacheSampler", attention="bidirectional (as trained)"),
+        "fps 24 would change nothing": put(graph, "FlowCacheSampler", fps="24"),
+    }
+    for sentence, one in said.items():
+        assert sentence in refusal(host, one)
+    assert host.log.read_text().count("Requested to load NativeModel") == loads, "no weights are loaded for a refusal"
