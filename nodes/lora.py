@@ -26,8 +26,9 @@ def with_lora(model: Any, name: str) -> Any:
     patches = comfy.lora.load_lora(weights, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
     known = {layer for patch in patches.values() for layer in getattr(patch, "loaded_keys", ())}
     if strange := sorted(weights.keys() - known):
+        first = strange[0].removeprefix("diffusion_model.")
         raise ValueError(
-            f"{name}: {len(strange)} of {len(weights)} tensors are for no layer of this model, such as {strange[0].removeprefix('diffusion_model.')}: "
+            f"{name}: {len(strange)} of {len(weights)} tensors are for no layer of this model, such as {first}: "
             "it is no LoRA, or one for another model; choose another"
         )
     patched = model.clone()
