@@ -43,6 +43,7 @@ export class Panel {
     this.root.style.cssText = `min-height:${height}px; ${STYLE}`;
     this.headline = add(this.root, "headline");
     this.pace = add(this.root, "pace");
+    this.drift = add(this.root, "drift", "white-space:nowrap; overflow:hidden; text-overflow:ellipsis;");
     this.memory = add(this.root, "memory", "position:relative; padding:0 3px;");
     this.legend = add(this.root, "legend", "display:flex; gap:10px; align-items:flex-end;");
     const field = add(this.root, "map", "flex:1 1 0; min-height:40px; position:relative;");
@@ -91,6 +92,7 @@ export class Panel {
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
     this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
+    this.drift.textContent = (!state?.stopped && state?.drift) || "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);
     this.legend.replaceChildren(...(state ? legend(state, palette) : []));

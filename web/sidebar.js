@@ -9,7 +9,7 @@ import { STRINGS } from "./strings.js";
 
 /** @typedef {import("./graph.js").Place} Place */
 
-const LOOKS_AGAIN_MS = 1000; // at which samplers there are: nobody tells of nodes that come, go and are named anew
+const LOOKS_AGAIN_MS = 1000; // at which samplers there are: no event announces nodes that come, go or are renamed
 const MAP_LINE = 14; // pixels of a chunk
 const HEIGHT = { least: 150, most: 420, beside: 96, film: 220 }; // of a panel, of what it has beside the map, and of a film
 const LIST = "display:flex; flex-direction:column; gap:10px; padding:10px; height:100%; overflow-y:auto; box-sizing:border-box;";
@@ -42,7 +42,7 @@ class Entry {
   show(place, run) {
     this.place = place;
     const name = `${place.titles.join(" › ")} #${place.path}`;
-    const now = [name, run, run.state, run.status, run.note, run.film, run.film?.end, run.film?.note];
+    const now = [name, run, run.state, run.status, run.note, run.film, run.film?.begin, run.film?.end, run.film?.note];
     if (now.every((one, n) => one === this.shown[n])) return;
     this.shown = now;
     const [mark, title, status] = ["span", "strong", "span"].map((kind) => document.createElement(kind));
