@@ -26,8 +26,8 @@ class LivePanel:
 
     `run` and `number` say in which order they belong. `map` has, by the number of a chunk, a letter per step: 0 has not run, 1 reused or skipped,
     2 computed, a to j computed in part, by tenths of its tokens. `plan` has a string per chunk and a 1 where the plan computes; None where it is
-    as it was. `kept` is the share of the budget that history takes, `drift` that of the chunks under way. `workflow` is the id of the one that was queued. Sentences are ready to be
-    shown: the page rounds nothing.
+    as it was. `kept` is the share of the budget that history takes, `drift` that of the chunks under way. `workflow` is the id of the one that was
+    queued. Sentences are ready to be shown: the page rounds nothing.
     """
 
     def __init__(self, page: Page, run: Run) -> None:

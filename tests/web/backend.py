@@ -95,7 +95,7 @@ class Backend:
         return socket
 
     async def _next(self, request: web.Request) -> web.Response:
-        """`events`: how many of the recorded ones are sent; `end`: what is sent in place of the rest, [type, data] or None; `kept`: nothing is run."""
+        """`events`: how many of the recorded ones are sent; `end`: what is sent in place of the rest, [type, data] or None; `kept`: nothing runs."""
         self.next = await request.json()
         return web.json_response({})
 
