@@ -56,6 +56,12 @@ def test_the_page_s_links_agree_with_its_nodes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_has_a_note(name: str) -> None:
+    page, _ = both(name)
+    assert any(len(node["widgets_values"][0]) > 100 for node in page["nodes"] if node["type"] in NOTES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_has_a_small_thumbnail(name: str) -> None:
     path = FOLDER / f"{name}.jpg"
     assert path.stat().st_size < 100_000

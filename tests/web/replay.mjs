@@ -2,7 +2,7 @@
 // URL is that of backend.py: the page is the real one, the runs are recorded or made up here.
 import fs from "node:fs";
 import { CHUNKS, STEPS, measure } from "./large.mjs";
-import { fit, launch, load, open, queue, ready } from "./page.mjs";
+import { fit, inSight, launch, load, open, queue, ready } from "./page.mjs";
 
 const [url, file, renderer] = process.argv.slice(2);
 const { workflow: shipped, events: happened } = JSON.parse(fs.readFileSync(file, "utf8"));
@@ -15,7 +15,7 @@ const found = {};
 const browser = await launch();
 try {
   const page = await open(browser, url, { vue, light: vue });
-  for (const step of [recorded, intoView, kept, events, ends, zoom, large, two, inside, removed]) await step(page);
+  for (const step of [recorded, intoView, kept, events, ends, zoom, large, two, inside, removed, every]) await step(page);
   found.faults = page.faults;
 } finally {
   await browser.close();
@@ -78,8 +78,16 @@ function saved(page) {
   return page.evaluate(() => {
     const graph = window.app.graph.serialize();
     const nodes = graph.nodes.map((node) => (node.type.startsWith("FlowCache") ? node : { ...node, size: null }));
-    return JSON.stringify({ ...graph, nodes, extra: { ...graph.extra, ds: null } });
+    return { ...graph, nodes, extra: { ...graph.extra, ds: null } };
   });
+}
+
+/** Where two values differ, and how. */
+function changes(before, after, where = "") {
+  if (before === after) return [];
+  const both = [before, after];
+  if (both.some((one) => one === null || typeof one !== "object")) return [`${where}: ${both.map((one) => JSON.stringify(one)).join(" -> ")}`];
+  return [...new Set(both.flatMap(Object.keys))].flatMap((key) => changes(before[key], after[key], `${where}/${key}`));
 }
 
 async function recorded(page) {
@@ -92,7 +100,11 @@ async function recorded(page) {
   await page.waitForTimeout(300);
   found.after = await shown(page);
   found.painted = await painted(page);
-  found.sameGraph = before === (await saved(page));
+  found.colours = await page.evaluate(() => {
+    const { color, backgroundColor } = getComputedStyle(document.querySelector(".flowcache-panel"));
+    return [color, backgroundColor].map((one) => one.match(/[\d.]+/g).slice(0, 3).map(Number));
+  });
+  found.changes = changes(before, await saved(page));
   await page.waitForTimeout(2500); // until the page has stored what is on it
   await page.reload({ waitUntil: "domcontentloaded" });
   await ready(page);
@@ -108,7 +120,7 @@ async function intoView(page) {
   await page.evaluate(() => (window.app.canvas.ds.offset = [-9000, -9000]));
   await page.click(".flowcache-sidebar button");
   found.inView = await comesIntoView(page, id);
-  found.sameGraphInView = before === (await saved(page));
+  found.changesInView = changes(before, await saved(page));
 }
 
 /** Whether the middle of a node comes into view, and stays there: the canvas moves for some time. */
@@ -213,4 +225,15 @@ async function removed(page) {
   await send(page, steps(id, "late", 1), ["flowcache.film", { node: id, run: "late", first: 0, frames: 1, fps: 24, picture: "", note: "" }]);
   await page.waitForTimeout(1200);
   found.removed = await shown(page);
+}
+
+/** Every node of the pack, as it is when it is put into a graph. */
+async function every(page) {
+  await load(page, { ...workflow, id: crypto.randomUUID(), nodes: [], links: [] });
+  await page.evaluate(() => {
+    const types = Object.keys(window.LiteGraph.registered_node_types).filter((type) => type.startsWith("FlowCache"));
+    for (const type of types) window.app.graph.add(window.LiteGraph.createNode(type));
+  });
+  await page.waitForTimeout(500);
+  found.rows = await inSight(page, vue);
 }
