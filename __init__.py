@@ -13,7 +13,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.frames_in import ARVideoFramesIn
     from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
-    from .nodes.latest_runs import open_route
+    from .nodes.latest_runs import open_routes
     from .nodes.load_magi_vae import LoadMagiVAE
     from .nodes.load_model import LoadARVideoModel
     from .nodes.magi_tokens import MagiSpecialTokens
@@ -27,7 +27,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     class FlowCache(ComfyExtension):
         async def on_load(self):  # type: ignore[no-untyped-def]
             if (server := getattr(PromptServer, "instance", None)) is not None:
-                open_route(server)
+                open_routes(server)
 
         async def get_node_list(self):  # type: ignore[no-untyped-def]
             inputs = [LoadARVideoModel, LoadMagiVAE, MagiSpecialTokens, EmptyARVideoLatent, ARVideoFramesIn]

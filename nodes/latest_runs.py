@@ -1,13 +1,18 @@
-"""The latest message of every sampler's run, for a page that was loaded after it was sent: GET /flowcache/runs?workflow=ID."""
+"""The latest message of every sampler's run, for a page that was loaded after it was sent.
+
+GET /flowcache/runs?workflow=ID answers with those of a workflow, GET /flowcache/film?run=NAME with the messages of a run's partial film.
+"""
 
 from __future__ import annotations
 
 from threading import Lock
 from typing import Any
 
+from .latest_films import FILMS
+
 KEPT = 32
 """Runs, of all workflows. One of 500 chunks x 64 steps takes some 40 kB."""
-ROUTE = "/flowcache/runs"
+RUNS, FILM = "/flowcache/runs", "/flowcache/film"
 
 Message = dict[str, Any]
 
@@ -40,10 +45,14 @@ def _joined(before: Message, message: Message) -> Message:
 LATEST = LatestRuns()
 
 
-def open_route(server: Any) -> None:
+def open_routes(server: Any) -> None:
     """Where a page asks. `server`: the host's."""
     from aiohttp import web
 
-    @server.routes.get(ROUTE)
+    @server.routes.get(RUNS)
     async def runs(request: Any) -> Any:
         return web.json_response(LATEST.of(request.rel_url.query.get("workflow")))
+
+    @server.routes.get(FILM)
+    async def film(request: Any) -> Any:
+        return web.json_response(FILMS.of(request.rel_url.query.get("run")))

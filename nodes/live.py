@@ -9,7 +9,7 @@ from uuid import uuid4
 import numpy as np
 
 from ..flowcache_core.run.footprint import readable
-from ..flowcache_core.run.report import COMPUTED, REFRESHED, RunReport
+from ..flowcache_core.run.report import COMPUTED, NOT_RUN, REFRESHED, RunReport
 from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.chunk import Chunk
 from .latest_runs import LATEST
@@ -26,13 +26,14 @@ class LivePanel:
 
     `run` and `number` say in which order they belong. `map` has, by the number of a chunk, a letter per step: 0 has not run, 1 reused or skipped,
     2 computed, a to j computed in part, by tenths of its tokens. `plan` has a string per chunk and a 1 where the plan computes; None where it is
-    as it was. `kept` is the share of the budget that history takes. `workflow` is the id of the one that was queued. Sentences are ready to be
-    shown: the page rounds nothing.
+    as it was. `kept` is the share of the budget that history takes, `drift` that of the chunks under way. `workflow` is the id of the one that was
+    queued. Sentences are ready to be shown: the page rounds nothing.
     """
 
     def __init__(self, page: Page, run: Run) -> None:
         self.page, self.name, self.number = page, uuid4().hex, 0
         self.total, self.budget = run.steps, run.budget.slots if run.budget else 0
+        self._chunks = run.rows
         self._rows = {(chunk.index, chunk.step): n for n, row in enumerate(run.rows, 1) for chunk in row}
         self._row = 0
         self._sent = time.perf_counter()
@@ -51,7 +52,7 @@ class LivePanel:
     def end(self, report: RunReport) -> dict[str, Any]:
         """The last message, with all chunks; Cache Report sends it again where the host keeps the result."""
         self._shown = []
-        message = {**self.message(report, self.total), "ended": True, "left": ""}
+        message = {**self.message(report, self.total), "ended": True, "left": "", "drift": ""}
         self._send(message)
         return message
 
@@ -71,7 +72,7 @@ class LivePanel:
             "chunks": chunks, "steps": steps, "map": changed,
             "plan": ["".join(map(str, row)) for row in report.planned] if whole and report.plans else None, "done": done, "total": self.total,
             "headline": self._headline(report, done), "pace": report.pace(self._row), "left": self._left(report, done),
-            "note": report.notes[0] if report.notes else "", **self._memory(report), "ended": False,
+            "drift": self._drift(report), "note": report.notes[0] if report.notes else "", **self._memory(report), "ended": False,
         }  # fmt: skip
 
     def _headline(self, report: RunReport, done: int) -> str:
@@ -83,6 +84,16 @@ class LivePanel:
         run, all_run = (int((report.map == COMPUTED).sum()), int(report.planned.sum())) if report.plans else (done, self.total)
         seconds = round(report.wall_s / max(run, 1) * (all_run - run))
         return f"{seconds // 60} min {seconds % 60} s left" if seconds >= 60 else f"{seconds} s left" if run else ""
+
+    def _drift(self, report: RunReport) -> str:
+        """Of the chunks under way, "" where a policy goes by no drift."""
+        row = self._chunks[self._row - 1] if self._row and report.drift.any() else ()
+        under_way = [chunk for chunk in row if report.map[chunk.index, chunk.step] != NOT_RUN]
+        if not under_way:
+            return ""
+        first, last = under_way[0].index + 1, under_way[-1].index + 1
+        values = " ".join(f"{report.drift[chunk.index, chunk.step]:.2f}" for chunk in under_way)
+        return f"drift of chunk {first}: {values}" if first == last else f"drift of chunks {first} to {last}: {values}"
 
     def _memory(self, report: RunReport) -> dict[str, Any]:
         if not report.history.frames:

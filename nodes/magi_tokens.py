@@ -48,8 +48,8 @@ class MagiSpecialTokens(io.ComfyNode):
                 io.Boolean.Input("duration", default=True,
                                  tooltip="How many chunks are still to come, anew for every chunk. On in the released settings."),
                 io.Combo.Input("motion", options=[NONE, "static", "dynamic"], tooltip="Whether the first frames stand still or move."),
-                io.Combo.Input("style", options=[NONE, "3d", "2d"], tooltip="3d: rendered; 2d: drawn."),
-                io.Boolean.Input("border", default=False, tooltip="Bars around the picture."),
+                io.Combo.Input("style", options=[NONE, "3d", "2d"], advanced=True, tooltip="3d: rendered; 2d: drawn."),
+                io.Boolean.Input("border", default=False, advanced=True, tooltip="Bars around the picture."),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the positive input of CFGGuider, or for BasicGuider.")],
         )  # fmt: skip

@@ -18,7 +18,7 @@ from .live import LivePanel
 from .page import Page
 
 if TYPE_CHECKING:
-    from .film_so_far import PartialFilm
+    from .partial_film import PartialFilm
     from .projector import FilmPreview
 
 

@@ -10,8 +10,8 @@ import comfy.model_management
 import torch
 
 from ..flowcache_core.run.footprint import readable
-from .film_so_far import PartialFilm
 from .page import Page
+from .partial_film import PartialFilm
 from .vae_pieces import decoder_of
 
 

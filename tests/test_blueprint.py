@@ -65,11 +65,16 @@ def test_our_nodes_list_all_of_their_inputs(inside: dict[str, Any]) -> None:
             assert widgets == [name for name in wanted if name in widgets]
 
 
-def test_its_nodes_and_values_are_those_of_text_to_video(inside: dict[str, Any]) -> None:
+def test_its_nodes_links_and_values_are_those_of_text_to_video(inside: dict[str, Any]) -> None:
     workflow = json.loads((PACK / "workflows" / "text_to_video.json").read_text(encoding="utf-8"))
     left_out = ("SaveVideo", "MarkdownNote")
     wanted = {node["id"]: (node["type"], node.get("widgets_values")) for node in workflow["nodes"] if node["type"] not in left_out}
     assert {node["id"]: (node["type"], node.get("widgets_values")) for node in inside["nodes"]} == wanted
+    names = {(node["id"], slot): one["name"] for node in inside["nodes"] for slot, one in enumerate(node["inputs"])}
+    ends = [(link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"]) for link in inside["links"]]
+    inner = {(start, out, end, names[end, slot]) for start, out, end, slot in ends if start != INPUT and end != OUTPUT}
+    slots = {(node["id"], slot): one["name"] for node in workflow["nodes"] for slot, one in enumerate(node.get("inputs", []))}
+    assert inner == {(start, out, end, slots[end, slot]) for _, start, out, end, slot, _ in workflow["links"] if {start, end} <= set(wanted)}
 
 
 @pytest.mark.host

@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from tests.host import PACK
+from tests.host import NEEDS_HOST, OPENER, PACK, Host
 from tests.node_texts import read
 
 FOLDER = PACK / "web" / "docs"
@@ -55,3 +55,11 @@ def test_a_page_names_every_setting_of_its_node(node: str) -> None:
     page = (FOLDER / f"{node}.md").read_text(encoding="utf-8")
     plain = {"model", "width", "height", "batch_size", "vae", "model_name", "latent", "samples", "images"}
     assert [name for name in read("en", "nodeDefs.json")[node]["inputs"] if name not in plain and name not in page] == []
+
+
+@pytest.mark.host
+@pytest.mark.skipif(NEEDS_HOST[1].args[0], reason=NEEDS_HOST[1].kwargs["reason"])
+def test_the_host_serves_every_page_and_picture(host: Host) -> None:
+    for path in FOLDER.iterdir():
+        with OPENER.open(f"{host.url}/extensions/flowcache/docs/{path.name}") as answer:
+            assert answer.read() == path.read_bytes()

@@ -85,6 +85,19 @@ def test_without_a_page_or_a_server_nothing_is_sent(nodes: Callable[[str], Any],
     assert not server.sent
 
 
+def test_the_drift_of_the_chunks_under_way_is_shown(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
+    rows = ((SimpleNamespace(index=0, step=0),), (SimpleNamespace(index=0, step=1), SimpleNamespace(index=1, step=0)))
+    live = nodes("live").LivePanel(nodes("page").Page("7"), SimpleNamespace(steps=4, chunks=2, budget=None, rows=rows))
+    one = importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(2, 2)
+    live.show(one, 0)
+    for done, (chunk, drift) in enumerate([(rows[0][0], 0.0), (rows[1][0], 0.04), (rows[1][1], 0.125)], 1):
+        one.map[chunk.index, chunk.step], one.drift[chunk.index, chunk.step] = 1, drift
+        live.show(one, done, chunk)
+    live.end(one)
+    assert [sent["drift"] for sent in server.sent] == ["", "", "drift of chunk 1: 0.04", "drift of chunks 1 to 2: 0.04 0.12", ""]
+
+
 @pytest.mark.parametrize(
     "times", [[100.0], [1e6, 1e6 - 5, 0.0, 3.0, -1e9, 0.0], [0.0, 1e12, 2e12, 3e12, 4e12, 5e12]], ids=["stands", "backwards", "leaps"]
 )
@@ -142,14 +155,14 @@ class Frames:
 @pytest.fixture
 def projecting(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A film of six latent frames, of which two are finished, before a page that can show it."""
-    module = nodes("film_so_far")
+    module = nodes("partial_film")
     monkeypatch.setattr(module, "PAUSE_S", 0.0)
     server.sockets, server.sockets_metadata = {"page": None}, {"page": {"feature_flags": {"supports_preview_metadata": True}}}  # type: ignore[attr-defined]
 
     def make(hindrance: Callable[[], str] = lambda: "", pieces: Any = None, go_on: Callable[[], None] = lambda: None) -> Any:
-        so_far = module.PartialFilm(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
-        so_far.ready = 2
-        return so_far
+        partial = module.PartialFilm(pieces or Frames(), nodes("page").Page("7"), "run", 24, hindrance, go_on)
+        partial.ready = 2
+        return partial
 
     return make
 
@@ -158,23 +171,23 @@ FILM = torch.linspace(0, 1, 6).view(1, 1, 6, 1, 1)
 
 
 def test_finished_frames_are_sent_piece_by_piece_and_counted(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
-    so_far, one = projecting(), report(nodes)
+    partial, one = projecting(), report(nodes)
     for _ in range(4):
-        so_far.advance(FILM, one)
+        partial.advance(FILM, one)
     assert [(sent["first"], sent["frames"], sent["fps"], sent["run"]) for sent in server.sent] == [(0, 4, 24, "run"), (4, 4, 24, "run")]
     picture = np.asarray(Image.open(BytesIO(b64decode(server.sent[1]["picture"]))))
     assert picture.shape == (40, 4 * 64, 3)
     assert abs(int(picture.mean()) - round(0.2 * 255)) <= 1
-    so_far.ready = 6
-    so_far.finish(FILM, one)
+    partial.ready = 6
+    partial.finish(FILM, one)
     assert [sent["first"] for sent in server.sent] == [0, 4, 8, 12, 16, 20]
     assert (one.shown.frames, one.host_syncs) == (24, 6)
     assert one.shown.seconds > 0
 
 
 def test_a_film_whose_chunks_end_together_is_not_decoded_twice(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
-    so_far = projecting()
-    so_far.finish(FILM, report(nodes))
+    partial = projecting()
+    partial.finish(FILM, report(nodes))
     assert not server.sent
 
 
@@ -182,16 +195,16 @@ def test_no_more_than_ten_messages_a_second(
     projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, slept = [100.0], []
-    monkeypatch.setattr(nodes("film_so_far"), "PAUSE_S", 0.1)
+    monkeypatch.setattr(nodes("partial_film"), "PAUSE_S", 0.1)
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), now.__setitem__(0, now[0] + seconds)))
-    so_far, one = projecting(), report(nodes)
+    partial, one = projecting(), report(nodes)
     for _ in range(30):
         now[0] += 0.02
-        so_far.advance(FILM, one)
+        partial.advance(FILM, one)
     assert len(server.sent) == 2
-    so_far.ready = 6
-    so_far.finish(FILM, one)
+    partial.ready = 6
+    partial.finish(FILM, one)
     assert len(server.sent) == 6
     assert sum(slept) >= 0.3
 
@@ -206,17 +219,17 @@ def test_nothing_is_decoded_where_nobody_looks(who: str, projecting: Callable[..
         case _:
             server.sockets = {}  # type: ignore[attr-defined]
     pieces = Frames()
-    so_far, one = projecting(pieces=pieces), report(nodes)
-    so_far.advance(FILM, one)
-    so_far.finish(FILM, one)
+    partial, one = projecting(pieces=pieces), report(nodes)
+    partial.advance(FILM, one)
+    partial.finish(FILM, one)
     assert (pieces.done, one.shown.as_dict(), server.sent) == (0, {}, [])
 
 
 def test_what_hinders_is_told_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
     hindrances = iter(["that needs 2 GiB of free memory, and 1 GiB are free"] * 3 + [""] * 9)
-    so_far, one = projecting(lambda: next(hindrances)), report(nodes)
+    partial, one = projecting(lambda: next(hindrances)), report(nodes)
     for _ in range(5):
-        so_far.advance(FILM, one)
+        partial.advance(FILM, one)
     note, *frames = server.sent
     assert note["note"] == "The film is not shown while it grows: that needs 2 GiB of free memory, and 1 GiB are free"
     assert [sent["first"] for sent in frames] == [0, 4]
@@ -233,9 +246,9 @@ def test_a_decoder_that_fails_ends_no_run_but_an_interrupt_does(projecting: Call
     def interrupt() -> None:
         raise Interrupted
 
-    so_far = projecting(pieces=Failing())
+    partial = projecting(pieces=Failing())
     for _ in range(3):
-        so_far.advance(FILM, report(nodes))
+        partial.advance(FILM, report(nodes))
     assert [sent["note"] for sent in server.sent] == ["The film cannot be shown while it grows: 16 channels were expected"]
     with pytest.raises(Interrupted):
         projecting(go_on=interrupt).advance(FILM, report(nodes))
@@ -244,8 +257,8 @@ def test_a_decoder_that_fails_ends_no_run_but_an_interrupt_does(projecting: Call
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_kept_of_a_film_when_its_run_is_over(fails: bool, projecting: Callable[..., Any], nodes: Callable[[str], Any]) -> None:
     pieces = Frames()
-    so_far, alive = projecting(pieces=pieces), weakref.ref(pieces)
-    preview = SimpleNamespace(start=lambda page, run, shape: so_far)
+    partial, alive = projecting(pieces=pieces), weakref.ref(pieces)
+    preview = SimpleNamespace(start=lambda page, run, shape: partial)
     progress = nodes("progress").Progress(FILM.clone(), RUN, "7", None, True, preview)
     del pieces
     with suppress(KeyboardInterrupt), progress:
@@ -259,7 +272,7 @@ def test_nothing_is_kept_of_a_film_when_its_run_is_over(fails: bool, projecting:
 
 def test_a_picture_has_its_most_bytes(nodes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     film = importlib.import_module(f"{PACK}.flowcache_core.show.film")
-    noise, most = np.random.default_rng(0).integers(0, 256, (32, 192, 320, 3), np.uint8), nodes("film_so_far").AT_MOST
+    noise, most = np.random.default_rng(0).integers(0, 256, (32, 192, 320, 3), np.uint8), nodes("partial_film").AT_MOST
     assert 0 < len(film.strip_of(noise[:12], most)) <= most
     assert len(film.strip_of(noise[:12], 10 * most)) > most, "the first try is of better quality"
     assert film.strip_of(noise, 1000) is None
@@ -273,6 +286,25 @@ def test_of_few_runs_the_latest_is_kept(nodes: Callable[[str], Any], server: Ser
     for n in range(2 * latest.KEPT):
         runs.put({"workflow": "w", "node": str(n), "run": "r", "map": {}, "plan": None})
     assert [message["node"] for message in runs.of("w")] == [str(n) for n in range(latest.KEPT, 2 * latest.KEPT)]
+
+
+def test_a_partial_film_is_kept_for_a_page_that_is_loaded_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+    films = nodes("latest_films").FILMS
+    partial = projecting()
+    for _ in range(2):
+        partial.advance(FILM, report(nodes))
+    assert films.of("run") == server.sent
+    assert not films.of("another")
+
+
+def test_of_many_films_the_latest_pictures_are_kept(nodes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nodes("latest_films")
+    monkeypatch.setattr(module, "MOST", 4 * (100 + module.BESIDE))
+    films = module.LatestFilms()
+    for n in range(8):
+        films.put({"run": "ab"[n // 5], "first": n, "picture": "x" * 100})
+    assert [message["first"] for message in films.of("a")] == [4]
+    assert [message["first"] for message in films.of("b")] == [5, 6, 7]
 
 
 class Closed:

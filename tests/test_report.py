@@ -143,6 +143,17 @@ def test_what_was_saved_is_what_the_skipped_tokens_would_have_taken(report: RunR
     assert (report.pace(0), RunReport(1, 1).pace(4)) == ("", "")
 
 
+def test_what_the_panel_shows_is_in_the_json_too(report: RunReport) -> None:
+    report.close()
+    report.clock.seconds.update(total=3.0, network=2.5)
+    report.rows = 4
+    numbers = report.as_dict()
+    assert (numbers["rows"], numbers["drift"]) == (4, [[0.0, 0.25], [0.0, 0.0]])
+    assert numbers["seconds"] == {"network": 2.5, "rest": 0.5, "per_row": 0.75, "per_full_row": 1.0}
+    bare = RunReport(1, 1).as_dict()
+    assert (bare["drift"], set(bare["seconds"])) == ([], {"network", "rest"})
+
+
 def test_after_the_run_nothing_lies_ahead(report: RunReport) -> None:
     report.notes = ("2 of 4 chunk-steps will be computed",)
     assert report.text().endswith("\n2 of 4 chunk-steps were to be computed")

@@ -12,6 +12,7 @@ from PIL import Image
 from flowcache_core.policies.presets import PLANS
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.sampling.schedule import ChunkSchedule
+from tests.host import NEEDS_HOST, OPENER, Host
 
 FOLDER = Path(__file__).parent.parent / "workflows"
 NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
@@ -56,6 +57,12 @@ def test_the_page_s_links_agree_with_its_nodes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_has_a_note(name: str) -> None:
+    page, _ = both(name)
+    assert any(len(node["widgets_values"][0]) > 100 for node in page["nodes"] if node["type"] in NOTES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_has_a_small_thumbnail(name: str) -> None:
     path = FOLDER / f"{name}.jpg"
     assert path.stat().st_size < 100_000
@@ -73,3 +80,12 @@ def test_fewer_steps_of_prove_it_take_at_least_the_compute_of_the_cached_run_and
     computed = sum(map(len, plan.computed))
     assert schedule.chunks * (fewer - 1) < computed <= schedule.chunks * fewer
     assert closer / fewer == apart / whole
+
+
+@pytest.mark.host
+@pytest.mark.skipif(NEEDS_HOST[1].args[0], reason=NEEDS_HOST[1].kwargs["reason"])
+def test_the_host_lists_them_with_their_thumbnails(host: Host) -> None:
+    assert sorted(host.ask("/workflow_templates")["flowcache"]) == NAMES
+    for name in NAMES:
+        with OPENER.open(f"{host.url}/api/workflow_templates/flowcache/{name}.jpg") as answer:
+            assert answer.read() == (FOLDER / f"{name}.jpg").read_bytes()

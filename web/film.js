@@ -34,21 +34,29 @@ export class Film {
     return last ? last.first + last.frames : 0;
   }
 
-  /** @param {FilmMessage} message @returns {boolean} whether it brought anything */
-  add({ first, frames, fps, picture, note }) {
-    if (note) this.note = note;
-    if (!(frames > 0 && fps > 0) || typeof picture !== "string" || first < this.end) return Boolean(note);
-    if (first !== this.end) this.clear(); // frames between were not seen
-    const image = new Image();
-    image.src = `data:image/jpeg;base64,${picture}`;
-    this.strips.push({ first, frames, picture: image, size: picture.length });
-    Object.assign(this, { fps, note: "", size: this.size + picture.length });
-    while (this.size > MOST && this.strips.length > 1) this.size -= this.strips.shift()?.size ?? 0;
-    return true;
+  /**
+   * In any order: those that are there already change nothing, and what comes before a gap is left out.
+   * @param {FilmMessage[]} messages @returns {boolean} whether they brought anything
+   */
+  add(messages) {
+    const [notes, fresh] = [messages.filter(({ note }) => note), messages.filter((one) => this.isNew(one))];
+    if (fresh.length) this.put(fresh);
+    if (notes.length || fresh.length) this.note = messages.at(-1)?.note ?? "";
+    return notes.length + fresh.length > 0;
   }
 
-  clear() {
-    Object.assign(this, { strips: [], size: 0 });
+  /** @param {FilmMessage} message */
+  isNew({ first, frames, fps, picture }) {
+    const there = (/** @type {Strip} */ one) => one.first < first + frames && first < one.first + one.frames;
+    return frames > 0 && fps > 0 && typeof picture === "string" && !this.strips.some(there);
+  }
+
+  /** @param {FilmMessage[]} fresh */
+  put(fresh) {
+    this.strips = sinceGap(inOrder([...this.strips, ...fresh.map(stripOf)]));
+    this.fps = fresh[0].fps;
+    this.size = this.strips.reduce((sum, { size }) => sum + size, 0);
+    while (this.size > MOST && this.strips.length > 1) this.size -= this.strips.shift()?.size ?? 0;
   }
 
   /** @param {number} frame its number @returns {Strip | undefined} the one that it is in */
@@ -61,6 +69,25 @@ export class Film {
     }
     return this.strips[low];
   }
+}
+
+/** @param {FilmMessage} message @returns {Strip} */
+function stripOf({ first, frames, picture: encoded }) {
+  const picture = new Image();
+  picture.src = `data:image/jpeg;base64,${encoded}`;
+  return { first, frames, picture, size: encoded.length };
+}
+
+/** By their first frame; of those that overlap one stays. @param {Strip[]} strips */
+function inOrder(strips) {
+  const sorted = [...strips].sort((one, other) => one.first - other.first);
+  return sorted.filter(({ first }, n) => n === 0 || first >= sorted[n - 1].first + sorted[n - 1].frames);
+}
+
+/** Those that follow the last gap. @param {Strip[]} strips in order */
+function sinceGap(strips) {
+  const begin = strips.findLastIndex(({ first }, n) => n > 0 && first !== strips[n - 1].first + strips[n - 1].frames);
+  return strips.slice(Math.max(begin, 0));
 }
 
 /** Plays a film over and over, as far as it has come; a click holds it. */

@@ -10,7 +10,9 @@ export const PALETTES = {
   dark: { none: "#33373f", planned: "#4d5566", reused: "#a86f2b", part: "#55b98a", computed: "#a9d1ff" },
   light: { none: "#d5d8de", planned: "#b9c2d3", reused: "#dd9a3c", part: "#2b8457", computed: "#15407f" },
 };
-const LEAST = 4; // pixels of a line from which height can be told
+/** Pixels of a line, at most. */
+export const LINE = 14;
+const LEAST = 4; // pixels of a line from which its height is seen
 
 /** @param {string} letter @param {boolean} planned */
 function kind(letter, planned) {
@@ -53,7 +55,7 @@ export class LiveMap {
     if (this.canvas.width !== wide || this.canvas.height !== high) Object.assign(this.canvas, { width: wide, height: high });
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const line = Math.min(14, height / state.chunks);
+    const line = Math.min(LINE, height / state.chunks);
     if (line >= LEAST && width / state.steps >= 2) this.shapes(pen, state, palette, width, line);
     else this.pixels(pen, state, palette, width, line * state.chunks);
     this.palette = palette;

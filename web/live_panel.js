@@ -1,9 +1,10 @@
 // @ts-check
 // One run to look at, under AR Chunk Sampler and in the sidebar: what is computed and reused, what that saves, and what a budget keeps. Shows
 // what the server sends; computes nothing.
+import { FIELD } from "./field.js";
 import { Screen } from "./film.js";
 import { nodeAt } from "./graph.js";
-import { LiveMap, PALETTES } from "./live_map.js";
+import { LINE, LiveMap, PALETTES } from "./live_map.js";
 import { Run, watch } from "./runs.js";
 import { STRINGS } from "./strings.js";
 import { after } from "./widgets.js";
@@ -11,9 +12,7 @@ import { after } from "./widgets.js";
 const NODE = "FlowCacheSampler";
 const HEIGHT = 150;
 const FILM_HEIGHT = 150;
-const STYLE =
-  "box-sizing:border-box; display:flex; flex-direction:column; gap:3px; overflow:hidden; padding:4px 6px; border-radius:4px; " +
-  "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
+const STYLE = `${FIELD} display:flex; flex-direction:column; gap:3px; overflow:hidden;`;
 
 /** @type {WeakMap<object, Panel>} */
 const panels = new WeakMap();
@@ -43,19 +42,20 @@ export class Panel {
     this.root.style.cssText = `min-height:${height}px; ${STYLE}`;
     this.headline = add(this.root, "headline");
     this.pace = add(this.root, "pace");
+    this.drift = add(this.root, "drift", "white-space:nowrap; overflow:hidden; text-overflow:ellipsis;");
     this.memory = add(this.root, "memory", "position:relative; padding:0 3px;");
     this.legend = add(this.root, "legend", "display:flex; gap:10px; align-items:flex-end;");
-    const field = add(this.root, "map", "flex:1 1 0; min-height:40px; position:relative;");
+    this.field = add(this.root, "map", "flex:1 1 0; min-height:40px; position:relative;");
     this.canvas = document.createElement("canvas");
     this.canvas.style.cssText = "position:absolute; inset:0; width:100%; height:100%;";
-    field.append(this.canvas);
+    this.field.append(this.canvas);
     this.map = new LiveMap(this.canvas);
     this.screen = new Screen();
     this.root.append(this.screen.root);
     this.height = height;
     this.run = new Run();
     this.drawing = 0;
-    new ResizeObserver(() => this.draw()).observe(field);
+    new ResizeObserver(() => this.draw()).observe(this.field);
     this.draw();
   }
 
@@ -91,9 +91,11 @@ export class Panel {
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
     this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note;
     this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
+    this.drift.textContent = (!state?.stopped && state?.drift) || "";
     this.memory.textContent = state?.memory ?? "";
     this.memory.style.background = bar(state?.kept ?? null, palette);
     this.legend.replaceChildren(...(state ? legend(state, palette) : []));
+    this.field.style.maxHeight = state ? `${state.chunks * LINE}px` : "none"; // the rest is for the film
     this.canvas.hidden = !state;
     if (state) this.map.draw(state, palette);
   }

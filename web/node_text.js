@@ -1,5 +1,6 @@
 // @ts-check
 // Shows on a node the text that it sent when it ran: what its settings come to, what was snapped or found, the report.
+import { FIELD } from "./field.js";
 import { onOutput } from "./outputs.js";
 import { STRINGS } from "./strings.js";
 
@@ -16,9 +17,7 @@ const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheCompare: 110,
   FlowCacheSaveVideo: 40,
 });
-const STYLE =
-  "box-sizing:border-box; overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; user-select:text; padding:4px 6px; border-radius:4px; " +
-  "font:11px/1.35 sans-serif; color:var(--input-text, #ddd); background:var(--comfy-input-bg, #222);";
+const STYLE = `${FIELD} overflow:auto; white-space:pre-wrap; overflow-wrap:anywhere; user-select:text;`;
 
 /** @type {WeakMap<object, HTMLElement>} */
 const texts = new WeakMap();

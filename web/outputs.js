@@ -15,7 +15,7 @@ const listeners = [];
 /** @type {(() => void)[]} */
 const afterwards = [];
 /** Nodes that something was shown on since they were made. */
-const told = new WeakSet();
+const shown = new WeakSet();
 
 /** @param {Listener} listener called with every output of a node of this pack */
 export function onOutput(listener) {
@@ -28,9 +28,9 @@ export function onRestored(listener) {
 }
 
 /** @param {any} node @param {Output | null | undefined} output */
-function tell(node, output) {
+function handOn(node, output) {
   if (!node?.comfyClass?.startsWith("FlowCache") || !output) return;
-  told.add(node);
+  shown.add(node);
   for (const listener of listeners) listener(node, output);
 }
 
@@ -45,7 +45,7 @@ function unchanged(node, inputs) {
   });
 }
 
-/** Shows again what the host still knows of this workflow's runs, the latest first, on nodes that have not been told anything. */
+/** Shows again what the host still knows of this workflow's runs, the latest first, on nodes that nothing was shown on yet. */
 async function restore() {
   const workflow = rootGraph()?.id;
   const answer = await api.fetchApi(`/history?max_items=${LOOKED_THROUGH}`);
@@ -56,7 +56,7 @@ async function restore() {
     for (const [id, output] of Object.entries(outputs ?? {})) {
       const node = nodeAt(id);
       const ran = prompt[2][id];
-      if (node && ran?.class_type === node.comfyClass && !told.has(node) && unchanged(node, ran.inputs)) tell(node, output);
+      if (node && ran?.class_type === node.comfyClass && !shown.has(node) && unchanged(node, ran.inputs)) handOn(node, output);
     }
   }
 }
@@ -64,10 +64,10 @@ async function restore() {
 app.registerExtension({
   name: "flowcache.outputs",
   setup() {
-    api.addEventListener("executed", (/** @type {any} */ { detail }) => tell(nodeAt(detail?.display_node ?? detail?.node), detail?.output));
+    api.addEventListener("executed", (/** @type {any} */ { detail }) => handOn(nodeAt(detail?.display_node ?? detail?.node), detail?.output));
   },
   onNodeOutputsUpdated(/** @type {Record<string, Output>} */ outputs) {
-    for (const [name, output] of Object.entries(outputs ?? {})) tell(nodeNamed(name), output);
+    for (const [name, output] of Object.entries(outputs ?? {})) handOn(nodeNamed(name), output);
   },
   async afterConfigureGraph() {
     try {

@@ -6,8 +6,8 @@
  * computed in part, the more of its tokens the later the letter. A `whole` message has all chunks, others those that have changed.
  * `node` is the sampler's id in the execution, `workflow` the id of the workflow that it is in, where the server knows it.
  * @typedef {{node: string, workflow?: string | null, run: string, number: number, whole: boolean, chunks: number, steps: number,
- *   map: Record<string, string>, plan: string[] | null, done: number, total: number, headline: string, pace: string, left: string, note: string,
- *   memory: string, kept: number | null, ended: boolean, stopped?: boolean}} Message
+ *   map: Record<string, string>, plan: string[] | null, done: number, total: number, headline: string, pace: string, left: string, drift?: string,
+ *   note: string, memory: string, kept: number | null, ended: boolean, stopped?: boolean}} Message
  * @typedef {Omit<Message, "map" | "whole" | "plan" | "stopped"> & {map: string[], plan: string[], stopped: boolean}} State
  */
 

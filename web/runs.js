@@ -1,5 +1,5 @@
 // @ts-check
-// The latest run of every AR Chunk Sampler, as the server tells of it, and who looks at it. Draws nothing.
+// The latest run of every AR Chunk Sampler, as the server announces it, and who looks at it. Draws nothing.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Film } from "./film.js";
@@ -24,6 +24,7 @@ export class Run {
     /** @type {Film | null} */
     this.film = null;
     this.note = STRINGS.waiting; // where no run is shown
+    this.asked = ""; // the run whose film the server was asked for
   }
 
   /** @returns {Status} */
@@ -33,7 +34,7 @@ export class Run {
   }
 }
 
-/** @type {Map<string, Run>} by workflow and id of the execution, those that were last told of at the end */
+/** @type {Map<string, Run>} by workflow and id of the execution, the latest at the end */
 const runs = new Map();
 /** @type {Set<(path: string, run: Run) => void>} */
 const watchers = new Set();
@@ -50,14 +51,14 @@ export const runAt = (path) => runs.get(key(path, null));
 /** Every sampler of the open workflow, in subgraphs too, in the order of the graph. */
 export const samplers = () => walk().filter(({ node }) => node.comfyClass === NODE);
 
-/** @param {(path: string, run: Run) => void} watcher called when something is told of a sampler of the open workflow */
+/** @param {(path: string, run: Run) => void} watcher called when the run of a sampler of the open workflow has changed */
 export function watch(watcher) {
   watchers.add(watcher);
   return () => watchers.delete(watcher);
 }
 
 /** @param {string} path @param {string | null | undefined} workflow @param {(run: Run) => boolean} change whether it changed anything */
-function tell(path, workflow, change) {
+function update(path, workflow, change) {
   const at = key(path, workflow);
   const run = runs.get(at) ?? new Run();
   if (!change(run)) return;
@@ -76,7 +77,7 @@ function notify(path, run) {
 /** @param {Message} message @param {string | null | undefined} workflow */
 function show(message, workflow) {
   if (nodeAt(message?.node)?.comfyClass !== NODE && workflow == null) return;
-  tell(String(message?.node), workflow, (run) => {
+  update(String(message?.node), workflow, (run) => {
     const state = next(run.state, message);
     if (state === run.state) return false;
     run.state = state;
@@ -85,14 +86,19 @@ function show(message, workflow) {
   });
 }
 
-/** @param {import("./film.js").FilmMessage} message */
-function showFilm(message) {
+/** @param {import("./film.js").FilmMessage[]} messages of one run */
+function showFilm(messages) {
+  const [message] = messages;
   if (!message?.run || (nodeAt(message.node)?.comfyClass !== NODE && message.workflow == null)) return;
-  tell(String(message.node), message.workflow, (run) => {
-    if (run.state && run.state.run !== message.run) return false;
-    if (run.film?.run !== message.run) run.film = new Film(message.run);
-    return run.film.add(message);
-  });
+  update(String(message.node), message.workflow, (run) => addFilm(run, messages));
+}
+
+/** @param {Run} run @param {import("./film.js").FilmMessage[]} messages @returns {boolean} whether they brought anything */
+function addFilm(run, messages) {
+  const { run: name } = messages[0];
+  if (run.state && run.state.run !== name) return false;
+  if (run.film?.run !== name) run.film = new Film(name);
+  return run.film.add(messages);
 }
 
 /** The host has ended what was running. */
@@ -109,11 +115,31 @@ function stop() {
 async function restore() {
   const workflow = rootGraph()?.id;
   if (!workflow) return;
+  for (const message of await ask(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`)) show(message, workflow);
+  await Promise.all(samplers().map(({ path }) => restoreFilm(path)));
+}
+
+/**
+ * Of the run that a sampler shows: the film as far as the server still has it, unless the page has it from its first frame on.
+ * @param {string} path
+ */
+async function restoreFilm(path) {
+  const run = runAt(path);
+  const name = run?.state?.run ?? "";
+  if (!run || run.asked === name || run.film?.begin === 0) return;
+  run.asked = name;
+  const messages = await ask(`/flowcache/film?run=${encodeURIComponent(name)}`);
+  if (messages.length) update(path, null, (now) => addFilm(now, messages));
+}
+
+/** @param {string} route @returns {Promise<any[]>} nothing, where the server does not answer */
+async function ask(route) {
   try {
-    const answer = await api.fetchApi(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`);
-    if (answer.ok) for (const message of await answer.json()) show(message, workflow);
+    const answer = await api.fetchApi(route);
+    return answer.ok ? await answer.json() : [];
   } catch (error) {
     console.debug("FlowCache: the server does not say what ran before", error);
+    return [];
   }
 }
 
@@ -123,16 +149,20 @@ async function nothingSampled(ids) {
   if (!mine.length) return;
   await restore();
   for (const id of mine) {
-    tell(id, null, (run) => {
+    update(id, null, (run) => {
       run.note = STRINGS.kept;
       return !run.state;
     });
   }
 }
 
-// Cache Report brings the end of the run that it tells of
+// Cache Report brings the last message of its run
 onOutput((_node, output) => {
-  for (const written of output.flowcache ?? []) show(JSON.parse(written), null);
+  for (const written of output.flowcache ?? []) {
+    const message = JSON.parse(written);
+    show(message, null);
+    restoreFilm(String(message?.node));
+  }
 });
 onRestored(restore); // the server knows of later runs than the history, which has only those that ended well
 
@@ -140,7 +170,7 @@ app.registerExtension({
   name: "flowcache.runs",
   setup() {
     api.addEventListener(EVENT, (/** @type {any} */ { detail }) => show(detail, detail?.workflow));
-    api.addEventListener(FILM, (/** @type {any} */ { detail }) => showFilm(detail));
+    api.addEventListener(FILM, (/** @type {any} */ { detail }) => showFilm([detail]));
     for (const end of ["execution_start", "execution_interrupted", "execution_error"]) api.addEventListener(end, stop);
     /** @type {string[]} */
     let kept = [];

@@ -3,14 +3,14 @@
 // changes nothing of it.
 import { app } from "../../scripts/app.js";
 import { bringIntoView } from "./graph.js";
+import { LINE } from "./live_map.js";
 import { Panel } from "./live_panel.js";
 import { Run, runAt, samplers, watch } from "./runs.js";
 import { STRINGS } from "./strings.js";
 
 /** @typedef {import("./graph.js").Place} Place */
 
-const LOOKS_AGAIN_MS = 1000; // at which samplers there are: nobody tells of nodes that come, go and are named anew
-const MAP_LINE = 14; // pixels of a chunk
+const LOOKS_AGAIN_MS = 1000; // at which samplers there are: no event announces nodes that come, go or are renamed
 const HEIGHT = { least: 150, most: 420, beside: 96, film: 220 }; // of a panel, of what it has beside the map, and of a film
 const LIST = "display:flex; flex-direction:column; gap:10px; padding:10px; height:100%; overflow-y:auto; box-sizing:border-box;";
 const TITLE =
@@ -42,7 +42,7 @@ class Entry {
   show(place, run) {
     this.place = place;
     const name = `${place.titles.join(" › ")} #${place.path}`;
-    const now = [name, run, run.state, run.status, run.note, run.film, run.film?.end, run.film?.note];
+    const now = [name, run, run.state, run.status, run.note, run.film, run.film?.begin, run.film?.end, run.film?.note];
     if (now.every((one, n) => one === this.shown[n])) return;
     this.shown = now;
     const [mark, title, status] = ["span", "strong", "span"].map((kind) => document.createElement(kind));
@@ -52,7 +52,7 @@ class Entry {
     title.style.cssText = "flex:1; min-width:0; overflow-wrap:anywhere;";
     status.textContent = STRINGS[run.status];
     this.button.replaceChildren(mark, title, status);
-    const high = run.state ? HEIGHT.beside + run.state.chunks * MAP_LINE : HEIGHT.least;
+    const high = run.state ? HEIGHT.beside + run.state.chunks * LINE : HEIGHT.least;
     const film = run.film ? HEIGHT.film : 0;
     this.panel.root.style.height = `${Math.min(HEIGHT.most, Math.max(HEIGHT.least, high)) + film}px`;
     this.panel.look(run);

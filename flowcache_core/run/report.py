@@ -228,17 +228,23 @@ class RunReport:
         return (f"computed {n} of {m} chunk-steps{part}, {self.share:.0%} of all tokens, {self.wall_s:.1f} s, "
                 f"KV peak {self.kv_peak_bytes / 2**20:.1f} MiB")  # fmt: skip
 
-    def pace(self, rows: int) -> str:
-        """What skipping saved in the first `rows` rows, at the seconds that a computed token has taken in this run; "" where it saved nothing.
+    def row_seconds(self, rows: int) -> tuple[float, float] | None:
+        """Of one of the first `rows` rows: as it was, and with all of it computed, at the seconds that a computed token has taken in this run.
 
         The seconds are those of the network, and of everything while a device has not reported them. Those of `shown` are left out.
+        None where nothing was skipped.
         """
         skipped, took = self.tokens - self.tokens_computed, max(self.wall_s - self.shown.seconds, TICK)
         if not (rows and skipped and self.tokens_computed):
+            return None
+        return took / rows, (took + self.clock.seconds.get("network", took) / self.tokens_computed * skipped) / rows
+
+    def pace(self, rows: int) -> str:
+        """What skipping saved in the first `rows` rows; "" where it saved nothing."""
+        if (seconds := self.row_seconds(rows)) is None:
             return ""
-        saved = self.clock.seconds.get("network", took) / self.tokens_computed * skipped
-        full = took + saved
-        fast = f"{took / rows:.2g} s per row, {full / rows:.2g} s with all of it computed: {full / took:.2f}x as fast, {saved:.1f} s saved"
+        row, full = seconds
+        fast = f"{row:.2g} s per row, {full:.2g} s with all of it computed: {full / row:.2f}x as fast, {(full - row) * rows:.1f} s saved"
         return f"{fast}; {CLOSENESS}"
 
     def text(self) -> str:
@@ -251,10 +257,10 @@ class RunReport:
         """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
 
         `plan` is what `Plan.from_dict` reads, of bidirectional sections a list; None where nothing was settled before the run.
-        `shares` has the share of the chunk's tokens that ran, per chunk and step. `history` has, per finished chunk, tokens per
+        `shares` has the share of the chunk's tokens that ran, per chunk and step; so has `drift` what a chunk had drifted, [] where no drift was
+        measured. `seconds` has `per_row` and `per_full_row` where something was skipped. `history` has, per finished chunk, tokens per
         layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
         """
-        network = self.clock.seconds.get("network", 0.0)
         return {
             "chunk_steps": self.chunk_steps,
             "chunk_steps_computed": self.chunk_steps_computed,
@@ -267,15 +273,23 @@ class RunReport:
             "expected_bytes": self.expected.as_dict() if self.expected else {},
             "host_syncs": self.host_syncs,
             "wall_s": round(self.wall_s, 3),
-            "seconds": {"network": round(network, 3), "rest": round(self.wall_s - network, 3)},
+            "rows": self.rows,
+            "seconds": self._seconds_as_dict(),
             "map": ["".join(map(str, row)) for row in self.map],
             "shares": [[round(float(s), 3) for s in row] for row in self.shares],
+            "drift": [[round(float(d), 4) for d in row] for row in self.drift] if self.drift.any() else [],
             "plan": self._plan_as_dict(),
             "notes": list(self.notes),
             "history": self.history.as_dict(),
             "saves": self.saves.as_dict(),
             "shown": self.shown.as_dict(),
         }
+
+    def _seconds_as_dict(self) -> dict[str, float]:
+        network = self.clock.seconds.get("network", 0.0)
+        row, full = self.row_seconds(self.rows) or (None, None)
+        seconds = {"network": network, "rest": self.wall_s - network, "per_row": row, "per_full_row": full}
+        return {name: round(value, 3) for name, value in seconds.items() if value is not None}
 
     def _plan_as_dict(self) -> dict[str, Any] | list[dict[str, Any]] | None:
         each = [plan.as_dict() for plan in self.plans]

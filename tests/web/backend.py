@@ -9,9 +9,10 @@ prompt's and the workflow's own ids. `POST /test/next` tells how the next one go
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,26 +32,29 @@ EMPTY: dict[str, Any] = {
 """What the host would answer that has nothing installed and nothing queued."""
 
 
-def latest_runs() -> Any:
-    """The module of the pack: it needs no host."""
-    spec = importlib.util.spec_from_file_location("latest_runs", PACK / "nodes" / "latest_runs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pack_modules() -> tuple[Any, Any]:
+    """`latest_films` and `latest_runs` of the pack's nodes: they need no host."""
+    nodes = types.ModuleType("flowcache_nodes")
+    nodes.__path__ = [str(PACK / "nodes")]
+    sys.modules[nodes.__name__] = nodes
+    films, runs = (importlib.import_module(f"{nodes.__name__}.{name}") for name in ("latest_films", "latest_runs"))
+    return films, runs
 
 
 class Backend:
-    """`recorded`: `object_info`, and of one run its `events` [type, data] and the `outputs` that the history has of it."""
+    """`recorded`: `object_info`, and of one run its `events` [type, data] and the `outputs` that the history has of it.
+
+    Every replay is a run of its own: it has a name that no other has.
+    """
 
     def __init__(self, recorded: dict[str, Any]) -> None:
         self.recorded = recorded
+        self.run = next(data["run"] for kind, data in recorded["events"] if kind == "flowcache.steps")
         self.pages: dict[str, web.WebSocketResponse] = {}
         self.history: dict[str, Any] = {}
         self.next: dict[str, Any] = {}
         self.replays: set[asyncio.Task[None]] = set()
-        self.runs = latest_runs()
+        self.films, self.runs = pack_modules()
 
     def app(self) -> web.Application:
         inner = web.RouteTableDef()
@@ -61,7 +65,7 @@ class Backend:
         inner.post("/test/send")(self._send_any)
         for path, answer in EMPTY.items():
             inner.get(path)(lambda request, answer=answer: _answer(answer))
-        self.runs.open_route(type("Server", (), {"routes": inner}))
+        self.runs.open_routes(type("Server", (), {"routes": inner}))
         app, api = web.Application(client_max_size=2**26), web.Application(client_max_size=2**26)
         api.add_routes(inner)
         app.router.add_get("/ws", self._socket)
@@ -91,13 +95,13 @@ class Backend:
         return socket
 
     async def _next(self, request: web.Request) -> web.Response:
-        """`events`: how many of the recorded ones are sent; `end`: what is sent in place of the rest, [type, data] or None."""
+        """`events`: how many of the recorded ones are sent; `end`: what is sent in place of the rest, [type, data] or None; `kept`: nothing runs."""
         self.next = await request.json()
         return web.json_response({})
 
     async def _send_any(self, request: web.Request) -> web.Response:
         for kind, data in await request.json():
-            await self._tell(list(self.pages), kind, data)
+            await self._send(list(self.pages), kind, data)
         return web.json_response({})
 
     async def _prompt(self, request: web.Request) -> web.Response:
@@ -111,19 +115,35 @@ class Backend:
     async def _replay(self, name: str, asked: dict[str, Any], how: dict[str, Any]) -> None:
         extra = asked.get("extra_data", {})
         workflow = extra.get("extra_pnginfo", {}).get("workflow", {}).get("id")
-        events = self.recorded["events"][: how.get("events")]
+        if not how.get("kept"):
+            self._rename(uuid4().hex)
+        events = self._kept() if how.get("kept") else self.recorded["events"][: how.get("events")]
         for kind, data in [*events, *([how["end"]] if how.get("end") else [])]:
             mine = {**data, **({"prompt_id": name} if "prompt_id" in data else {}), **({"workflow": workflow} if "workflow" in data else {})}
-            await self._tell([asked["client_id"]], kind, mine)
+            await self._send([asked["client_id"]], kind, mine)
             await asyncio.sleep(0.005)
         if not how:
             status = {"status_str": "success", "completed": True, "messages": []}
             prompt = [len(self.history), name, asked["prompt"], extra, []]
             self.history[name] = {"prompt": prompt, "outputs": self.recorded["outputs"], "status": status, "meta": {}}
 
-    async def _tell(self, pages: list[str], kind: str, data: Any) -> None:
+    def _rename(self, run: str) -> None:
+        self.recorded = json.loads(json.dumps(self.recorded).replace(self.run, run))
+        self.run = run
+
+    def _kept(self) -> list[Any]:
+        """What a host sends that has kept every result."""
+        outputs, of_prompt = self.recorded["outputs"], {"prompt_id": "", "timestamp": 0}
+        nodes = [str(node["id"]) for node in self.recorded["workflow"]["nodes"]]
+        shown = [["executed", {**of_prompt, "node": node, "display_node": node, "output": output}] for node, output in outputs.items()]
+        ends = [["execution_success", of_prompt], ["executing", {**of_prompt, "node": None}]]
+        return [["execution_start", of_prompt], ["execution_cached", {**of_prompt, "nodes": nodes}], *shown, *ends]
+
+    async def _send(self, pages: list[str], kind: str, data: Any) -> None:
         if kind == "flowcache.steps" and isinstance(data, dict) and "workflow" in data:
             self.runs.LATEST.put(data)
+        if kind == "flowcache.film" and isinstance(data, dict) and "picture" in data:
+            self.films.FILMS.put(data)
         for page in pages:
             if page in self.pages:
                 await self.pages[page].send_json({"type": kind, "data": data})

@@ -82,6 +82,7 @@ async function film(page) {
     const save = window.LiteGraph.createNode("SaveLatent");
     graph.add(save);
     graph.nodes.find((one) => one.type === "SamplerCustomAdvanced").connect(0, save, 0);
+    graph.nodes.find((one) => one.type === "FlowCacheSampler").disconnectInput("vae");
     window.flowcacheFilm = [];
     api.addEventListener("flowcache.film", ({ detail }) => window.flowcacheFilm.push(detail));
   });

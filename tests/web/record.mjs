@@ -1,7 +1,7 @@
 // Records what tests/test_page.py replays, from the page of a running host: record.mjs URL WORKFLOW.json OUT.json
-// The workflow is queued once, with the VAE at the sampler. Of the host's own nodes only names and types are kept.
+// The workflow is queued once. Of the host's own nodes only names and types are kept.
 import fs from "node:fs";
-import { connectVae, launch, load, open, queue } from "./page.mjs";
+import { launch, load, open, queue } from "./page.mjs";
 
 const [url, file, out] = process.argv.slice(2);
 const KEPT = /^(flowcache\.|execut|progress$)/;
@@ -20,7 +20,6 @@ try {
   const page = await open(browser, url);
   const events = [];
   await load(page, JSON.parse(fs.readFileSync(file, "utf8")));
-  await connectVae(page);
   await page.exposeFunction("flowcacheRecord", (kind, data) => events.push([kind, data]));
   await page.evaluate(() => {
     const { api } = window.app;

@@ -1,10 +1,12 @@
 // What tests/test_page.py asserts about, as one line of JSON: replay.mjs URL RECORDED.json canvas|vue
 // URL is that of backend.py: the page is the real one, the runs are recorded or made up here.
 import fs from "node:fs";
-import { fit, launch, load, open, queue, ready } from "./page.mjs";
+import { CHUNKS, STEPS, measure } from "./large.mjs";
+import { fit, inSight, launch, load, open, queue, ready } from "./page.mjs";
 
 const [url, file, renderer] = process.argv.slice(2);
-const { workflow, events: happened } = JSON.parse(fs.readFileSync(file, "utf8"));
+const { workflow: shipped, events: happened } = JSON.parse(fs.readFileSync(file, "utf8"));
+const workflow = { ...shipped, id: crypto.randomUUID() }; // of which the backend knows no run
 const vue = renderer === "vue";
 const SAMPLER = "FlowCacheSampler";
 const id = String(workflow.nodes.find((node) => node.type === SAMPLER).id);
@@ -13,7 +15,7 @@ const found = {};
 const browser = await launch();
 try {
   const page = await open(browser, url, { vue, light: vue });
-  for (const step of [recorded, intoView, events, ends, zoom, large, two, inside, removed]) await step(page);
+  for (const step of [recorded, intoView, kept, events, ends, zoom, large, two, inside, removed, every]) await step(page);
   found.faults = page.faults;
 } finally {
   await browser.close();
@@ -24,8 +26,8 @@ function post(path, body) {
   return fetch(url + path, { method: "POST", body: JSON.stringify(body) });
 }
 
-/** Told by the server; the page has drawn it when this returns. */
-async function tell(page, ...messages) {
+/** From the server; the page has drawn it when this returns. */
+async function send(page, ...messages) {
   await post("/test/send", messages);
   await page.waitForTimeout(150);
   await drawn(page);
@@ -71,12 +73,21 @@ function toggle(page) {
   return page.evaluate(() => window.app.extensionManager.sidebarTab.toggleSidebarTab("flowcache"));
 }
 
-/** The graph as it is saved, without what is seen of it. */
+/** The graph as it is saved, but for which part of it is seen and for the sizes of the host's own nodes, which grow with what they show. */
 function saved(page) {
   return page.evaluate(() => {
     const graph = window.app.graph.serialize();
-    return JSON.stringify({ ...graph, extra: { ...graph.extra, ds: null } });
+    const nodes = graph.nodes.map((node) => (node.type.startsWith("FlowCache") ? node : { ...node, size: null }));
+    return { ...graph, nodes, extra: { ...graph.extra, ds: null } };
   });
+}
+
+/** Where two values differ, and how. */
+function changes(before, after, where = "") {
+  if (before === after) return [];
+  const both = [before, after];
+  if (both.some((one) => one === null || typeof one !== "object")) return [`${where}: ${both.map((one) => JSON.stringify(one)).join(" -> ")}`];
+  return [...new Set(both.flatMap(Object.keys))].flatMap((key) => changes(before[key], after[key], `${where}/${key}`));
 }
 
 async function recorded(page) {
@@ -89,7 +100,11 @@ async function recorded(page) {
   await page.waitForTimeout(300);
   found.after = await shown(page);
   found.painted = await painted(page);
-  found.sameGraph = before === (await saved(page));
+  found.colours = await page.evaluate(() => {
+    const { color, backgroundColor } = getComputedStyle(document.querySelector(".flowcache-panel"));
+    return [color, backgroundColor].map((one) => one.match(/[\d.]+/g).slice(0, 3).map(Number));
+  });
+  found.changes = changes(before, await saved(page));
   await page.waitForTimeout(2500); // until the page has stored what is on it
   await page.reload({ waitUntil: "domcontentloaded" });
   await ready(page);
@@ -104,29 +119,43 @@ async function intoView(page) {
   const before = await saved(page);
   await page.evaluate(() => (window.app.canvas.ds.offset = [-9000, -9000]));
   await page.click(".flowcache-sidebar button");
-  await page.waitForTimeout(2500);
-  found.inView = await inView(page, id);
-  found.sameGraphInView = before === (await saved(page));
+  found.inView = await comesIntoView(page, id);
+  found.changesInView = changes(before, await saved(page));
 }
 
-function inView(page, path) {
-  return page.evaluate((path) => {
+/** Whether the middle of a node comes into view, and stays there: the canvas moves for some time. */
+async function comesIntoView(page, path) {
+  const seen = (path) => {
     const { canvas } = window.app;
     const node = canvas.graph.getNodeById(Number(path.split(":").at(-1)));
     const [left, top, width, height] = canvas.visible_area;
     const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + node.size[1] / 2];
-    return x > left && x < left + width && y > top && y < top + height;
-  }, path);
+    const [within, before] = [x > left && x < left + width && y > top && y < top + height, window.flowcacheView];
+    window.flowcacheView = canvas.ds.offset.join();
+    return within && window.flowcacheView === before;
+  };
+  return page.waitForFunction(seen, path, { timeout: 60_000, polling: 500 }).then(() => true, () => false);
+}
+
+/** A copy of the workflow, of which the host has kept every result: it samples nothing. */
+async function kept(page) {
+  await load(page, { ...workflow, id: crypto.randomUUID() });
+  await post("/test/next", { kept: true });
+  const end = await queue(page);
+  await page.waitForTimeout(300);
+  found.kept = { end, ...(await shown(page)) };
 }
 
 /** Messages in no order, of no node, of another workflow, or none. */
 async function events(page) {
   const wrong = [null, {}, 7, { node: id }, { node: "99:1", chunks: 1, steps: 1, map: {} }, steps(id, "one", 9, { map: null })[1]];
-  await tell(page, ...wrong.map((data) => ["flowcache.steps", data]), ...wrong.map((data) => ["flowcache.film", data]));
-  await tell(page, steps(id, "one", 5), steps(id, "one", 3), steps(id, "elsewhere", 9, { workflow: "another" }));
+  await send(page, ...wrong.map((data) => ["flowcache.steps", data]), ...wrong.map((data) => ["flowcache.film", data]));
+  await send(page, steps(id, "one", 5), steps(id, "one", 3), steps(id, "elsewhere", 9, { workflow: "another" }));
   const strips = happened.filter(([kind]) => kind === "flowcache.film").map(([kind, data]) => [kind, { ...data, workflow: null, run: "one" }]);
-  await tell(page, strips[0], strips[2], strips[1], strips[0]);
+  await send(page, strips[0], strips[2], strips[0]);
   found.order = await shown(page);
+  await send(page, strips[1], strips[0]);
+  found.healed = await shown(page);
 }
 
 /** A run that is interrupted, and one that fails: by the server's own events, in the middle of the recorded run. */
@@ -140,7 +169,7 @@ async function ends(page) {
 }
 
 async function zoom(page) {
-  await tell(page, steps(id, "zoomed", 1));
+  await send(page, steps(id, "zoomed", 1));
   found.zoom = {};
   for (const scale of [0.15, 1, 3]) {
     await page.evaluate((scale) => window.app.canvas.ds.changeScale(scale), scale);
@@ -151,46 +180,12 @@ async function zoom(page) {
   await fit(page);
 }
 
-/** 500 chunks of 64 steps: what is drawn is counted, how long a frame takes is only told. */
 async function large(page) {
-  const chunks = 500;
-  const whole = Object.fromEntries(Array.from({ length: chunks }, (_, k) => [k, "0".repeat(64)]));
-  await tell(page, steps(id, "large", 1, { chunks, steps: 64, map: whole }));
-  found.large = await page.evaluate(async (message) => {
-    const counts = {};
-    const pen = CanvasRenderingContext2D.prototype;
-    const before = {};
-    for (const name of ["fillRect", "strokeRect", "putImageData", "drawImage"]) {
-      before[name] = pen[name];
-      pen[name] = function (...given) {
-        if (this.canvas.closest(".flowcache-panel") || !this.canvas.isConnected) counts[name] = (counts[name] ?? 0) + 1;
-        return before[name].apply(this, given);
-      };
-    }
-    const frame = () => new Promise((done) => requestAnimationFrame(done));
-    const send = (number, map) => window.app.api.dispatchEvent(new CustomEvent("flowcache.steps", { detail: { ...message, number, map, headline: `message ${number}` } }));
-    await frame();
-    for (const name of Object.keys(counts)) delete counts[name];
-    for (let n = 0; n < 100; n++) send(2 + n, { [n]: "2".repeat(64) });
-    await frame();
-    await frame();
-    const once = { ...counts };
-    const pace = async (begin) => {
-      const took = [];
-      for (let n = 0; n < 40; n++) {
-        const began = performance.now();
-        begin(n);
-        await frame();
-        took.push(performance.now() - began);
-      }
-      return took.sort((one, other) => one - other)[20];
-    };
-    const idle = await pace(() => undefined);
-    const busy = await pace((n) => send(200 + n, { [100 + n]: "12ad".repeat(16) }));
-    await frame();
-    Object.assign(pen, before);
-    return { once, panels: document.querySelectorAll(".flowcache-panel").length, frame_ms: { idle, busy } };
-  }, steps(id, "large", 1, { chunks, steps: 64, whole: false })[1]);
+  const size = { chunks: CHUNKS, steps: STEPS };
+  const map = Object.fromEntries(Array.from({ length: CHUNKS }, (_, k) => [k, "0".repeat(STEPS)]));
+  await send(page, steps(id, "large", 1, { ...size, map }));
+  found.large = await measure(page, steps(id, "large", 1, { ...size, whole: false })[1]);
+  await drawn(page);
   found.largeText = await shown(page);
 }
 
@@ -201,7 +196,7 @@ async function two(page) {
     window.app.graph.add(node);
     return String(node.id);
   }, SAMPLER);
-  await tell(page, steps(id, "first", 1), steps(other, "second", 2));
+  await send(page, steps(id, "first", 1), steps(other, "second", 2));
   await page.waitForTimeout(1200); // the list looks again every second
   found.two = await shown(page);
   await page.evaluate((other) => window.app.graph.remove(window.app.graph.getNodeById(Number(other))), other);
@@ -217,18 +212,28 @@ async function inside(page) {
     return [node, again].map((one) => `${one.id}:${subgraph.nodes[0].id}`);
   }, id);
   await page.waitForTimeout(1200);
-  await tell(page, steps(paths[0], "first use", 1), steps(paths[1], "second use", 2));
+  await send(page, steps(paths[0], "first use", 1), steps(paths[1], "second use", 2));
   found.paths = paths;
   found.inside = await shown(page);
   await page.click(".flowcache-sidebar button");
-  await page.waitForTimeout(2500);
-  found.insideView = await inView(page, paths[0]);
+  found.insideView = await comesIntoView(page, paths[0]);
 }
 
 /** A workflow without the sampler that messages still come of. */
 async function removed(page) {
   await load(page, { ...workflow, id: crypto.randomUUID(), nodes: workflow.nodes.filter((node) => node.type !== SAMPLER), links: [] });
-  await tell(page, steps(id, "late", 1), ["flowcache.film", { node: id, run: "late", first: 0, frames: 1, fps: 24, picture: "", note: "" }]);
+  await send(page, steps(id, "late", 1), ["flowcache.film", { node: id, run: "late", first: 0, frames: 1, fps: 24, picture: "", note: "" }]);
   await page.waitForTimeout(1200);
   found.removed = await shown(page);
+}
+
+/** Every node of the pack, as it is when it is put into a graph. */
+async function every(page) {
+  await load(page, { ...workflow, id: crypto.randomUUID(), nodes: [], links: [] });
+  await page.evaluate(() => {
+    const types = Object.keys(window.LiteGraph.registered_node_types).filter((type) => type.startsWith("FlowCache"));
+    for (const type of types) window.app.graph.add(window.LiteGraph.createNode(type));
+  });
+  await page.waitForTimeout(500);
+  found.rows = await inSight(page, vue);
 }

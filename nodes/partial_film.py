@@ -17,6 +17,7 @@ import torch
 from ..flowcache_core.run.report import RunReport
 from ..flowcache_core.show.film import frames_of, shrunk, strip_of
 from ..flowcache_core.show.pieces import Pieces
+from .latest_films import FILMS
 from .page import Page
 
 EVENT = "flowcache.film"
@@ -108,4 +109,6 @@ class PartialFilm:
     def _send(self, **more: Any) -> None:
         self._sent = time.perf_counter()
         where = {"node": self.page.node, "workflow": self.page.workflow, "run": self.run}
-        self.page.send(EVENT, {**where, "first": self._frames, "fps": self.fps, **more})
+        message = {**where, "first": self._frames, "fps": self.fps, **more}
+        FILMS.put(message)
+        self.page.send(EVENT, message)
