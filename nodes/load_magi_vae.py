@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import comfy.utils
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
+from ..flowcache_core.models.shards import read
 from .magi_vae import MagiHostVAE
 from .within import within_schema
 
@@ -31,8 +33,8 @@ class LoadMagiVAE(io.ComfyNode):
     @classmethod
     @within_schema
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(FOLDER, vae_name)
+        weights, _ = read(Path(folder_paths.get_full_path_or_raise(FOLDER, vae_name)))
         try:
-            return io.NodeOutput(MagiHostVAE(comfy.utils.load_torch_file(path)))
+            return io.NodeOutput(MagiHostVAE(weights))
         except ValueError as error:
             raise ValueError(f"{vae_name}: {error}") from error

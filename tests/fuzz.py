@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import signal
 import struct
 import sys
@@ -30,7 +31,8 @@ from flowcache_core.kv.named import policy_named as kv_named
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
 from flowcache_core.models.checkpoint import load_network_file
-from flowcache_core.models.magi_text import ROWS, read_special_tokens
+from flowcache_core.models.magi_text import ROWS, TRAITS, prompt_text, read_special_tokens
+from flowcache_core.models.magi_vae import MagiVAE, MagiVAEConfig
 from flowcache_core.models.shards import open_checkpoint, read
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.policies import POLICIES
@@ -55,6 +57,7 @@ def with_header(header: bytes, data: bytes, length: int | None = None) -> bytes:
 
 
 SHAPES = ([], [0], [2], [2, 2], [1] * 9, [2**31, 2**31], [0, 2**63], [-1], [2**64], [1.5], ["2"], None)
+WIDTHS = {"F16": 2, "BF16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4, "I64": 8, "BOOL": 1}
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F4", "I64", "BOOL", "C64", "f32", "", 3, None)
 
 
@@ -80,11 +83,21 @@ def small_head(folder: Path) -> bytes:
     return data
 
 
-def small_special() -> bytes:
+def special_tokens(**changed: Any) -> bytes:
+    """A file with the learned tokens of MAGI-1, in some of which other values stand."""
     file = io.BytesIO()
     one = np.ones((1, 2), np.float16)
-    np.savez_compressed(file, caption_token=one, logo_token=one, other_tokens=np.ones((ROWS, 2), np.float16))
+    np.savez_compressed(file, **{"caption_token": one, "logo_token": one, "other_tokens": np.ones((ROWS, 2), np.float16), **changed})
     return file.getvalue()
+
+
+def array(rng: Random) -> Any:
+    """Anything that NumPy keeps without pickle, small."""
+    shape = rng.choice(((), (0,), (1,), (1, 2), (2, 1), (ROWS, 2), (ROWS + 9, 2), (ROWS, 0), (1, 1, 1), (ROWS, 3)))
+    if rng.random() < 0.1:
+        return np.array(rng.choice(TEXTS))
+    with np.errstate(all="ignore"):
+        return np.full(shape, rng.choice(NUMBERS[:6] + NUMBERS[13:]), np.float64).astype(rng.choice(("f2", "f4", "f8", "i4", "u1", "?", "c8", "S3")))
 
 
 class Inputs:
@@ -99,7 +112,9 @@ class Inputs:
         self.saved.unlink()
         self.plan = Plan.full(ChunkSchedule(9, 3, 6, 2)).as_dict()
         save_file({"z": torch.zeros(2)}, base / "out.safetensors")
-        self.special = small_special()
+        self.special = special_tokens()
+        with torch.device("meta"):
+            self.vae = {key: list(weight.shape) for key, weight in MagiVAE(MagiVAEConfig(256, 8, 2, 1, 1)).state_dict().items()}
         self.states = HostileStates(base / "states")
 
     def header(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
@@ -120,10 +135,40 @@ class Inputs:
         yield lambda: load_network_file(path)
 
     def head_file(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
-        """A salience head that was whole."""
+        """A salience head that was whole, damaged or with other metadata and tensors."""
         path = folder / "head.safetensors"
-        path.write_bytes(damaged(rng, self.head))
+        path.write_bytes(damaged(rng, self.head) if rng.random() < 0.5 else self._other_head(rng))
         yield lambda: SalienceHead.load(path)
+
+    def _other_head(self, rng: Random) -> bytes:
+        length = struct.unpack("<Q", self.head[:8])[0] + 8
+        header, data = json.loads(self.head[8:length]), self.head[length:]
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            metadata, key = header["__metadata__"], rng.choice(list(header))
+            if rng.random() < 0.6:
+                metadata[rng.choice(list(metadata))] = str(rng.choice((*NUMBERS, *TEXTS[:8], "1,nan,1", "1,2")))
+            elif key != "__metadata__":
+                header[key] = {**header[key], **rng.choice(({"shape": rng.choice(SHAPES)}, {"dtype": rng.choice(DTYPES)}))}
+        return with_header(text(header), data)
+
+    def vae_file(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
+        """A MAGI-1 VAE of zeros, in which some keys, shapes or types are others."""
+        shapes, path = dict(self.vae), folder / "vae.safetensors"
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            key = rng.choice(list(shapes))
+            other = rng.choice((*KEYS, "encoder.blocks.", "encoder.blocks.x.norm1.weight", f"encoder.blocks.{'9' * 900}.norm1.weight", key))
+            shapes[other] = rng.choice(([], [0], [1], shapes[key][::-1], [2, 2], [0, 2**40], [2] * 9, shapes[key]))
+            if rng.random() < 0.3:
+                del shapes[key]
+        dtypes, header, end = rng.choice((("F16",), ("F32",), ("F8_E4M3",), ("BF16", "I32"), ("I64",), ("BOOL", "F16"))), {}, 0
+        for key, shape in shapes.items():
+            dtype = rng.choice(dtypes)
+            begin, end = end, end + math.prod(shape) * WIDTHS[dtype]
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        path.write_bytes(with_header(damaged(rng, text(header)) if rng.random() < 0.2 else text(header), b""))
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size + end)
+        yield lambda: MagiVAE.from_state_dict(read(path)[0])
 
     def index(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
         """An index beside files, a link and a set of shards; what it names may lie elsewhere."""
@@ -183,8 +228,12 @@ class Inputs:
 
     def learned(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
         """The special tokens of MAGI-1, as a file of NumPy arrays that was whole."""
-        (folder / "special_tokens.npz").write_bytes(damaged(rng, self.special))
-        yield lambda: read_special_tokens(folder / "special_tokens.npz")
+        changed = {rng.choice(("caption_token", "logo_token", "other_tokens", "x")): array(rng) for _ in range(rng.choice((0, 1, 1, 2)))}
+        data = damaged(rng, self.special) if rng.random() < 0.5 else special_tokens(**changed)
+        (folder / "special_tokens.npz").write_bytes(data)
+        mask = rng.choice((None, torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 4), torch.tensor([[0, 1, 1]])))
+        traits, words = rng.sample([*TRAITS, "nobody"], rng.randrange(3)), torch.ones(1, 3, rng.choice((1, 2)))
+        yield lambda: prompt_text(words, read_special_tokens(folder / "special_tokens.npz"), traits, mask)
 
     def resumed(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
         """The state of a run that was stopped, in place of which anything may lie."""
@@ -196,7 +245,7 @@ def checked(plan: Plan | tuple[Plan, ...]) -> object:
     return [one.check(ChunkSchedule(9, 3, 6, 2)) for one in (plan if isinstance(plan, tuple) else (plan,))]
 
 
-KINDS = ("header", "weights", "head_file", "index", "shards", "plans", "prompts", "work", "settings", "learned", "resumed")
+KINDS = ("header", "weights", "head_file", "vae_file", "index", "shards", "plans", "prompts", "work", "settings", "learned", "resumed")
 
 
 class Stuck(Exception):

@@ -1,4 +1,4 @@
-"""Saved states of runs, damaged at random, for `tests.fuzz`: the film is made, whatever was damaged. Of crafted ones the reading is tested."""
+"""Saved states of runs, damaged or crafted at random, for `tests.fuzz`: the run is resumed and goes on to its end."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ class Setup:
         self.run.sample(self.noise.clone(), counted)
         return count
 
-    def saved(self, folder: Path) -> tuple[str, bytes]:
-        """The last state that such a run writes: its name and what is in it."""
+    def saved(self, folder: Path, evaluations: int) -> tuple[str, bytes]:
+        """Name and contents of the last state that the run writes within so many evaluations."""
         with suppress(Stopped):
-            self.make(folder, self.evaluations - 1)
+            self.make(folder, evaluations)
         (path,) = folder.iterdir()
         found = path.name, path.read_bytes()
         path.unlink()
@@ -177,9 +177,17 @@ def reshaped(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def overwritten(rng: Random, header: dict[str, Any], tensors: bytes) -> bytes:
+    """One tensor, or a part of it, of other numbers: NaN, infinite, huge, negative, or any."""
+    begin, end = header[rng.choice([name for name in header if name.isdigit()])]["data_offsets"]
+    pattern = rng.choice((b"\xff", b"\x00", b"\x7f", b"\x00\x00\x80\x7f", rng.randbytes(4)))
+    begin += rng.choice((0, (end - begin) // 8 * 4))
+    return tensors[:begin] + (pattern * (end - begin))[: end - begin] + tensors[end:]
+
+
 def hostile(rng: Random, data: bytes) -> tuple[bytes, bool]:
     """-> a state, and whether it is crafted: with other values or tensors under a checksum that is right."""
-    parts, kind = Parts.of(data), rng.randrange(8)
+    parts, kind = Parts.of(data), rng.randrange(10)
     match kind:
         case 0:
             return damaged(rng, data), False
@@ -192,6 +200,8 @@ def hostile(rng: Random, data: bytes) -> tuple[bytes, bool]:
         case 4:
             said = json.loads(parts.header["__metadata__"]["metadata"])
             parts.header["__metadata__"]["metadata"] = json.dumps(changed(rng, said))
+        case 5 | 6:
+            parts.tensors = overwritten(rng, parts.header, parts.tensors)
         case _:
             parts.tree = changed(rng, parts.tree)
     return parts.whole(), kind not in (3, 4)
@@ -203,11 +213,12 @@ class HostileStates:
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self.setups = setups()
-        self.saved = [one.saved(folder) for one in self.setups]
+        self.saved = [one.saved(folder, one.evaluations - 1) for one in self.setups]
+        self.early = [one.saved(folder, one.evaluations * 2 // 3) for one in self.setups]
 
     def of(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:
         number = rng.randrange(len(self.setups))
-        setup, (name, data) = self.setups[number], self.saved[number]
+        setup, (name, data) = self.setups[number], rng.choice((self.saved, self.early))[number]
         path, other = folder / name, folder / "0123456789abcdef.safetensors"
         state, crafted = hostile(rng, data)
         path.write_bytes(state)
@@ -215,19 +226,16 @@ class HostileStates:
             other.symlink_to(rng.choice((name, other.name, "nowhere", "..")))
         yield lambda: metadata_of(path)
         yield lambda: read_state(path)
-        yield lambda: begun(setup, folder) if crafted else film_all_the_same(setup, folder)
+        yield lambda: resumed(setup, folder, crafted)
 
 
-def begun(setup: Setup, folder: Path) -> None:
-    """The state is put in place or refused, and the run comes to its first evaluation."""
-    with suppress(Stopped):
-        setup.make(folder, evaluations=0, every=LONG)
-
-
-def film_all_the_same(setup: Setup, folder: Path) -> None:
-    """The film is made; where the state is not used it is the film, and a sentence says so."""
+def resumed(setup: Setup, folder: Path, crafted: bool) -> None:
+    """The film is made, or refused where the state is crafted; where the state is not used it is the film, and a sentence says so."""
     film, report = setup.make(folder, every=LONG)
     notes = [note for note in report.notes if "state of this film was saved, but" in note]
     assert all(note.isprintable() and len(note) < NOTE for note in notes)
     if notes or not any("goes on" in note for note in report.notes):
         assert torch.equal(film, setup.whole)
+    assert film.shape == setup.noise.shape
+    assert torch.isfinite(film).all()
+    assert all((json.dumps(report.as_dict()), report.text(), report.summary()))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
 from flowcache_core.bench.frontier import Kept
+from flowcache_core.models.magi_text import ROWS, read_special_tokens
 from flowcache_core.policies.named import policy_named
 from flowcache_core.run.remembered import fits
+from flowcache_core.run.run import Evaluate
+from flowcache_core.run.states import States
+from flowcache_core.sampling.loop import LoopState
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.schedule import ChunkSchedule
-from tests.fuzz import KINDS, OPENED, Inputs, one
+from tests.fuzz import KINDS, OPENED, Inputs, one, special_tokens
 from tests.fuzz_states import LONG, Parts, Setup
 
 INPUTS = 1000
@@ -38,8 +46,9 @@ def test_damaged_inputs_succeed_or_are_refused_with_a_sentence(kind: str, inputs
 def test_what_is_opened_outside_a_folder_is_noticed(base: Path) -> None:
     folder = base / "inside"
     folder.mkdir()
+    (base / "elsewhere").touch()
     with pytest.raises(AssertionError, match="opened"), OPENED.only(folder, base):
-        (base / "out.safetensors").read_bytes()
+        (base / "elsewhere").read_bytes()
 
 
 def test_a_state_that_is_whole_is_used(inputs: Inputs, tmp_path: Path) -> None:
@@ -92,6 +101,69 @@ def test_a_state_without_its_loop_is_not_used(inputs: Inputs, tmp_path: Path) ->
     assert "it does not say where in the film it stands" in refused(inputs.states.setups[0], name, parts, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("plans", {"tuple": [7]}), ("notes", {"tuple": [7]}), ("clock", {"object": "Clock", "fields": {"spent": {"dict": [["network", "x"]]}}})],
+    ids=["plans", "notes", "clock"],
+)
+def test_a_state_whose_report_cannot_be_read_is_not_used(name: str, value: Any, inputs: Inputs, tmp_path: Path) -> None:
+    state, data = inputs.states.saved[0]
+    parts = Parts.of(data)
+    parts.tree["session"]["fields"]["report"]["fields"][name] = value
+    assert "it does not fit this run" in refused(inputs.states.setups[0], state, parts, tmp_path)
+
+
+@pytest.fixture
+def resumed(inputs: Inputs, tmp_path: Path) -> Callable[..., object]:
+    """A run that goes on from its state, with another evaluation of the network or other tensors in the state."""
+
+    def make(evaluate: Evaluate | None = None, number: float | None = None) -> object:
+        setup, (name, data) = inputs.states.setups[0], inputs.states.saved[0]
+        parts = Parts.of(data)
+        if number is not None:
+            begin, end = parts.header[str(parts.tree["loop"]["fields"]["moved"]["tensor"])]["data_offsets"]
+            parts.tensors = parts.tensors[:begin] + struct.pack("<f", number) * ((end - begin) // 4) + parts.tensors[end:]
+        (tmp_path / name).write_bytes(parts.whole())
+        own: Evaluate = lambda turn, x: turn.denoise(x, setup.text, ("cond",))  # noqa: E731
+        return setup.run.sample(setup.noise.clone(), evaluate or own, states=States(tmp_path, LONG))
+
+    return make
+
+
+def test_a_resumed_run_that_fails_names_its_state_and_leaves_it(resumed: Callable[..., object], tmp_path: Path) -> None:
+    for error in (RuntimeError("shapes"), KeyError("x"), TypeError("x"), ValueError("x"), AssertionError()):
+        with pytest.raises(ValueError, match=r"went on from the saved state [0-9a-f]{16}\.safetensors and failed .*remove that file") as found:
+            resumed(lambda turn, x, error=error: (_ for _ in ()).throw(error))
+        assert found.value.__cause__ is error
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("full"), MemoryError(), OSError(28, "full")], ids=repr)
+def test_what_no_state_leads_to_is_raised_as_it_is(error: BaseException, resumed: Callable[..., object]) -> None:
+    with pytest.raises(type(error)) as found:
+        resumed(lambda turn, x: (_ for _ in ()).throw(error))
+    assert found.value is error
+
+
+def test_a_film_of_a_state_that_is_no_numbers_does_not_end_in_success(resumed: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match="its latents hold NaN or infinity"):
+        resumed(number=math.nan)
+
+
+def test_latents_of_another_size_do_not_take_the_place_of_a_film() -> None:
+    state = LoopState(torch.zeros(1, 16, 4, 2, 2), torch.Generator())
+    with pytest.raises(ValueError, match=r"latents of \(1, 1, 2, 1, 1\) for a film of \(1, 16, 4, 2, 2\)"):
+        state.moved = torch.ones(1, 1, 2, 1, 1)
+
+
+def test_other_slots_than_those_of_the_layout_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    name, data = inputs.states.saved[0]
+    parts = Parts.of(data)
+    spans = parts.tree["session"]["fields"]["_kv"]["fields"]["layout"]["fields"]["spans"]["dict"]
+    spans[-1][1]["tuple"][1] -= 1
+    assert "other slots than this run" in refused(inputs.states.setups[0], name, parts, tmp_path)
+
+
 def test_a_plan_that_lists_too_few_chunks_in_part_is_refused() -> None:
     with pytest.raises(ValueError, match="a list per chunk"):
         Plan(3, ((0, 1, 2),) * 3, partial=((),)).check(ChunkSchedule(9, 3, 3, 3))
@@ -118,6 +190,13 @@ def test_values_are_held_against_types_as_annotations_write_them() -> None:
         (2, str | None),
     ):
         assert not fits(value, kind)
+
+
+def test_special_tokens_of_the_least_whole_number_are_refused(tmp_path: Path) -> None:
+    """Its absolute value overflows, and stays negative."""
+    (tmp_path / "tokens.npz").write_bytes(special_tokens(other_tokens=np.full((ROWS, 2), -(2**31), np.int32)))
+    with pytest.raises(ValueError, match="other_tokens has values that are no numbers or too large"):
+        read_special_tokens(tmp_path / "tokens.npz")
 
 
 def test_films_of_a_bench_that_are_no_text_are_made_again(tmp_path: Path) -> None:

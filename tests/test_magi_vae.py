@@ -423,6 +423,12 @@ def broken() -> Iterator[Any]:
     yield pytest.param({"encoder.blocks.999999999.norm2.weight": (256,)}, "names block 999999999, and at most 256 are known", id="deep")
 
 
+def test_a_vae_of_whole_numbers_is_refused(vae: MagiVAE) -> None:
+    weights = {key: weight.int() if key == "decoder.norm.weight" else weight for key, weight in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"decoder\.norm\.weight is stored as int32, and its weights are floating-point numbers"):
+        MagiVAE.from_state_dict(weights)
+
+
 @pytest.mark.parametrize(("changed", "said"), list(broken()))
 def test_a_vae_that_is_not_whole_is_refused(vae: MagiVAE, changed: dict[str, tuple[int, ...] | None], said: str) -> None:
     weights = {k: v for k, v in vae.state_dict().items() if k not in changed}

@@ -9,7 +9,9 @@ import { STRINGS } from "./strings.js";
 const CUSTOM = "custom";
 const custom = (/** @type {Values} */ value) => value("preset") === CUSTOM;
 const customThreshold = (/** @type {Values} */ value) => custom(value) && value("target") === "off";
-const bidirectional = (/** @type {Values} */ value) => !String(value("attention")).startsWith("block-causal");
+/** A saved workflow may hold anything in place of a text. @param {unknown} value */
+const text = (value) => (typeof value === "string" ? value : "");
+const bidirectional = (/** @type {Values} */ value) => !text(value("attention")).startsWith("block-causal");
 
 /** @param {string[]} names @param {(value: Values) => boolean} when */
 const all = (names, when) => Object.fromEntries(names.map((name) => [name, when]));
@@ -28,7 +30,7 @@ export const RULES = {
       threshold: customThreshold,
       ...all(["warmup_steps", "max_reuse", "signature", "replay", "order", "start_percent", "end_percent", "rescale"], custom),
     },
-    raised: { plan: (value) => String(value("plan") ?? "").trim() !== "" },
+    raised: { plan: (value) => text(value("plan")).trim() !== "" },
   },
   FlowCacheMotion: {
     first: ["preset"],

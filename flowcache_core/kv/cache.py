@@ -265,6 +265,10 @@ def _grouped(views: Sequence[T], q: Tensor, attend: Callable[[T, slice], Tensor]
     return out
 
 
+def _shapes(held: Held) -> dict[str, list[torch.Size]]:
+    return {kind: [tensor.shape for tensor in tensors] for kind, tensors in held.items()}
+
+
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
@@ -383,10 +387,13 @@ class KVStore:
 
     @held.setter
     def held(self, held: list[tuple[Branches, int, Held]]) -> None:
+        """Raises ValueError for other slots than those of the layout."""
         self._caches = [self._new(branches) for branches, _, _ in held]
         for cache, (_, syncs, slots) in zip(self._caches, held, strict=True):
             cache.hold(slots)
             cache.syncs = syncs
+            if _shapes(slots) != _shapes(cache.held(self.layout.kept, self.layout.active)):
+                raise ValueError("its KV cache has other slots than this run")
 
     def free(self) -> None:
         for cache in self._caches:

@@ -57,7 +57,7 @@ class SpecialTokens:
                 f"{name} does not hold the special tokens of MAGI-1, which are two rows and at least {ROWS} more of the same width ({found}): "
                 "use example/assets/special_tokens.npz of the MAGI-1 repository"
             )
-        wrong = [key for key in KEYS if not (np.abs(arrays[key]) <= np.finfo(np.float16).max).all()]
+        wrong = [key for key in KEYS if not (np.abs(arrays[key].astype(np.float64)) <= np.finfo(np.float16).max).all()]
         if wrong:
             raise ValueError(f"{name} is damaged: {wrong[0]} has values that are no numbers or too large; download it again")
         first, second, rest = (torch.from_numpy(arrays[key].astype(np.float16)).float() for key in KEYS)

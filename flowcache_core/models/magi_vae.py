@@ -225,6 +225,9 @@ def _require_whole(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         if keys:
             raise ValueError(f"this is not a whole MAGI-1 VAE: {len(keys)} of {len(wanted)} keys are {what}, such as {short(min(keys))}; {WHERE}")
     for key, weight in wanted.items():
+        if not weights[key].is_floating_point():
+            kind = str(weights[key].dtype).removeprefix("torch.")
+            raise ValueError(f"this is not a whole MAGI-1 VAE: {key} is stored as {kind}, and its weights are floating-point numbers; {WHERE}")
         if weights[key].shape != weight.shape:
             raise ValueError(
                 f"this is not a whole MAGI-1 VAE: {key} has shape {tuple(weights[key].shape)}, its other sizes ask for {tuple(weight.shape)}; {WHERE}"

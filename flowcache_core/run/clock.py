@@ -53,7 +53,7 @@ class Clock:
 
     @spent.setter
     def spent(self, seconds: dict[str, float]) -> None:
-        self.seconds = dict(seconds)
+        self.seconds = {part: float(spent) for part, spent in seconds.items()}
         self._started = time.perf_counter() - self.seconds.pop("total")
 
     def _read(self) -> None:

@@ -20,11 +20,12 @@ class HistoryLog:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("frames", "bytes", "places")
+    frames: list[np.ndarray]
+    bytes: list[int]
+    places: np.ndarray | None
 
     def __init__(self) -> None:
-        self.frames: list[np.ndarray] = []
-        self.bytes: list[int] = []
-        self.places: np.ndarray | None = None
+        self.frames, self.bytes, self.places = [], [], None
 
     def kept(self, chunk: Chunk, tokens: np.ndarray, frame_tokens: int, size: int = 0) -> None:
         """What was left when `chunk` joined, `size` bytes. tokens: int [branches, layers, films, slots], numbers in the film."""

@@ -82,6 +82,8 @@ class RunReport:
         "map", "drift", "shares", "_visits", "_parts", "tokens", "tokens_computed", "commits", "host_syncs", "kv_peak_bytes", "_idle",
         "_idle_skipped", "plans", "planned", "history", "notes", "clock",
     )  # fmt: skip
+    plans: tuple[Plan, ...]
+    notes: tuple[str, ...]
 
     def __init__(self, chunks: int, steps: int, grid: tuple[int, int, int] | None = None) -> None:
         self.grid = grid
@@ -95,10 +97,10 @@ class RunReport:
         self.row_of = np.zeros((chunks, steps), np.int32)
         self.sigmas: tuple[float, ...] = ()
         self.commits = self.host_syncs = self.kv_peak_bytes = self._idle = self._idle_skipped = 0
-        self.plans: tuple[Plan, ...] = ()
+        self.plans = ()
         self.planned = np.zeros((chunks, steps), np.uint8)
         self.history = HistoryLog()
-        self.notes: tuple[str, ...] = ()
+        self.notes = ()
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
         self.saves, self.shown = Saves(), Shown()

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..memory import Remembers
+from ..models.numbers import finite
 from ..sampling.loop import Checkpoints, LoopState, NoCheckpoints
 from ..untrusted import short
 from .identity import film_of
 from .remembered import Reader, Writer, kinds_of
+from .report import RunReport
 from .sections import SectionSession
 from .session import Session
 from .state_file import StateFile, write_state
@@ -30,6 +32,10 @@ class Unreadable(ValueError):
     """A state that is whole, and yet not of such a run."""
 
 
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+"""Errors of Python that values of a wrong state lead to; torch raises RuntimeError, and its subclasses for a lack of memory and a broken device."""
+
+
 class RunCheckpoints(Checkpoints, Protocol):
     """The same, as a run sees it that opens a session."""
 
@@ -39,6 +45,14 @@ class RunCheckpoints(Checkpoints, Protocol):
 
     def refuse(self, why: Unreadable) -> None:
         """What was found does not fit: the next session begins anew."""
+        ...
+
+    def require(self, latents: Tensor) -> None:
+        """Of the whole film. Raises ValueError where the run was resumed and they are not numbers."""
+        ...
+
+    def explain(self, error: Exception) -> None:
+        """The run has failed. Raises ValueError, with the state's name, where it was resumed and the state may be the cause."""
         ...
 
     def finish(self) -> None:
@@ -54,6 +68,10 @@ class NoFileCheckpoints(NoCheckpoints):
 
     def refuse(self, why: Unreadable) -> None: ...
 
+    def require(self, latents: Tensor) -> None: ...
+
+    def explain(self, error: Exception) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -64,7 +82,7 @@ class FileCheckpoints:
         self.states, self.run, self.film = states, run, film_of(run, noise, states.film)
         self.section: int | None = None
         self._kinds = kinds_of(run.policy, run.compressor.policy if run.compressor else None, run.solver, run.solver.skipping)
-        self._finished_since, self._failed = 0, False
+        self._finished_since, self._failed, self._resumed = 0, False, False
         self._notes: list[str] = []
         self._found = self._look()
         self._reader: Reader | None = None
@@ -85,6 +103,7 @@ class FileCheckpoints:
         if self._found is not None:
             self._put(self._found, session=session)
             self._require_plans(session)
+            self._require_report(session.report)
             self.section = self._shown(self._found)
             self._notes = [_goes_on(self._found, made_with(self.run.place.device))]
         try:
@@ -104,7 +123,7 @@ class FileCheckpoints:
             raise Unreadable(f"it stands at row {loop.row} of {len(rows)}")
         if missing := {chunk.index for row in rows[loop.row :] for chunk in row.active} - loop.walk_of.keys():
             raise Unreadable(f"it does not say how chunk {min(missing) + 1} goes on")
-        self._found = self._reader = None
+        self._found, self._reader, self._resumed = None, None, True
 
     def after_row(self, loop: LoopState, finished: int) -> None:
         self._finished_since += finished
@@ -115,6 +134,19 @@ class FileCheckpoints:
     def refuse(self, why: Unreadable) -> None:
         self._found = self._reader = self.section = None
         self._notes = [not_used(why)]
+
+    def require(self, latents: Tensor) -> None:
+        if self._resumed and not finite(latents):
+            raise ValueError("its latents hold NaN or infinity")
+
+    def explain(self, error: Exception) -> None:
+        if not self._resumed or not (isinstance(error, FAULTS) or type(error) is RuntimeError):
+            return
+        path = self.states.path(self.film)
+        raise ValueError(
+            f"the run went on from the saved state {path.name} and failed ({type(error).__name__}: {short(error, 300)}): if it fails again, remove "
+            f"that file from {short(path.parent.name)}, and the film begins anew"
+        ) from error
 
     def finish(self) -> None:
         self.states.drop(self.film)
@@ -140,6 +172,13 @@ class FileCheckpoints:
                 plan.check(schedule)
         except ValueError as error:
             raise Unreadable(f"it does not fit this run ({short(error)})") from error
+
+    def _require_report(self, report: RunReport) -> None:
+        try:
+            report.as_dict()
+            report.text()
+        except FAULTS as error:
+            raise Unreadable(f"it does not fit this run ({type(error).__name__}: {short(error)})") from error
 
     def _shown(self, found: StateFile) -> int:
         """In which the earlier run stood: walks of this section have to be there before the loop is put in place."""

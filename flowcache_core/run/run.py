@@ -264,11 +264,16 @@ class Run:
         make = self._by_section if self.sections else self._by_chunk
         checkpoints: RunCheckpoints = NoFileCheckpoints() if states is None else FileCheckpoints(states, self, x)
         try:
-            latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
-        except Unreadable as why:
-            checkpoints.refuse(why)
-            latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
-        self._require_complete(report)
+            try:
+                latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
+            except Unreadable as why:
+                checkpoints.refuse(why)
+                latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
+            self._require_complete(report)
+            checkpoints.require(latents)
+        except Exception as error:
+            checkpoints.explain(error)
+            raise
         checkpoints.finish()
         report.expected, report.pixels = self.held, self.family.frames
         report.went(self.rows, self.sigmas)

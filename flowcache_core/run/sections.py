@@ -30,6 +30,7 @@ class SectionSession:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("plans", "evaluations", "report")
+    plans: tuple[Plan, ...] | None
 
     def __init__(self, adapter: ModelAdapter, sections: Sequence[Section], grid: tuple[int, int], fps: int = 24,
                  policy: CachePolicy | None = None) -> None:  # fmt: skip
@@ -47,7 +48,7 @@ class SectionSession:
         """By first active chunk and its step: a row with its chunks numbered over the film, and its tokens."""
         self.evaluations = 0
         self._text: dict[Branches, object] = {}
-        self.plans: tuple[Plan, ...] | None = tuple(Plan.full(one, together=True) for one in self._schedules)
+        self.plans = tuple(Plan.full(one, together=True) for one in self._schedules)
         if self._policy is not None:
             self.plans = None if self._policy.seconds else self._follow(self._policy.plans(self._schedules))
 

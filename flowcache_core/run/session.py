@@ -72,6 +72,8 @@ class Session:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv")
+    plan: Plan | None
+    """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
 
     def __init__(self, adapter: ModelAdapter, schedule: ChunkSchedule, sigmas: Sequence[float], grid: tuple[int, int], films: int = 1,
                  policy: CachePolicy | None = None, fps: int = 24, prefix_sigma: float = 0.0, budget: Budget | None = None,
@@ -83,8 +85,7 @@ class Session:
         self.policy: CachePolicy = policy or Always()
         if isinstance(self.policy, Forecasts):
             self.policy.check_run(schedule.steps)
-        self.plan: Plan | None = plan or plan_of(self.policy, schedule)
-        """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
+        self.plan = plan or plan_of(self.policy, schedule)
         self.evaluations = 0
         """Of the network or in its place, commits included."""
         self._asides = 0

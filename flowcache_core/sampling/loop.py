@@ -70,6 +70,9 @@ class LoopState:
 
     @moved.setter
     def moved(self, frames: Tensor) -> None:
+        """Raises ValueError for latents of another size than the film's."""
+        if frames.shape[:2] != self.film.shape[:2] or frames.shape[3:] != self.film.shape[3:]:
+            raise ValueError(f"latents of {tuple(frames.shape)} for a film of {tuple(self.film.shape)}")
         self.reached = frames.shape[2]
         self.film[:, :, : self.reached].copy_(frames)
 
