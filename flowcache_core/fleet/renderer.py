@@ -59,9 +59,10 @@ class Renderer:
         bundle = bundle_of(task.model, self.dtype)
         states = States(Path(self.states) / task.key, self.save_every) if self.states else None
         latents, report = generate(bundle, task.job, task.policy, compressor=task.compressor, states=states)
-        film = film_bytes(frames_of(decode(bundle, latents)), task.job.fps)
+        frames = frames_of(decode(bundle, latents))
         made_with = {"device": device_name(), "dtype": self.dtype, "commit": commit(), "model": task.model, "weights": weights_id(bundle.family)}
-        return {FILM: film}, {**made_with, "job": asdict(task.job), "latents": digest(latents), "run": report.as_dict()}
+        same = {"latents": digest(latents), "frames": digest(torch.from_numpy(frames))}
+        return {FILM: film_bytes(frames, task.job.fps)}, {**made_with, "job": asdict(task.job), **same, "run": report.as_dict()}
 
     def time(self, tasks: Sequence[FilmTask]) -> list[Pace]:
         """How fast films of these settings are here. No film is made."""
