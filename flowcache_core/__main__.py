@@ -1,4 +1,4 @@
-"""`python -m flowcache_core demo` and `python -m flowcache_core bench NAME`."""
+"""`python -m flowcache_core demo`, `python -m flowcache_core bench NAME` and `python -m flowcache_core render JOBS.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .bench import figures, frontier, kernels, kv, magi, model, motion, recall, 
 from .demo import run as demo
 from .device import commit, device_name
 from .files import refused, write_text
+from .fleet import command as render
 from .models.bundle import weights_id
 from .show.film import write_picture
 from .show.plot import line_plot
@@ -30,8 +31,11 @@ def main() -> int:
         bench.add_arguments(one)
         one.add_argument("--json", type=Path, help="write the rows here, and a plot of share and PSNR beside it")
     figures.add_arguments(commands.add_parser("figures", help="write the tables and charts of README and docs from docs/bench"))
+    render.add_arguments(commands.add_parser("render", help="many films over many workers: Ray, or running ComfyUI servers"))
     args = parser.parse_args()
     try:
+        if args.command == "render":
+            return render.main(args)
         if args.command == "demo":
             demo.main(args)
         elif args.command == "figures":

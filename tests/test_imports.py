@@ -25,7 +25,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "run",
         "show",
         "training",
-        "bench demo",
+        "bench demo fleet",
         "__main__",
     )
 )

@@ -107,8 +107,15 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> N
 
 
 def test_nothing_that_speaks_to_a_network_is_imported() -> None:
-    """But for what answers the page, through the server that the host runs anyway."""
-    assert {(name(path), found) for path in SOURCES for found in imported(path) & NETWORK} == {("nodes/latest_runs.py", "aiohttp")}
+    """But for what answers the page, through the server that the host runs anyway, and `render` where its command line names other machines."""
+    fleet = {("flowcache_core/fleet/hosts.py", "urllib"), ("flowcache_core/fleet/hosts.py", "http"), ("flowcache_core/fleet/ray_fleet.py", "socket")}
+    assert {(name(path), found) for path in SOURCES for found in imported(path) & NETWORK} == {("nodes/latest_runs.py", "aiohttp"), *fleet}
+
+
+def test_ray_and_fsspec_are_imported_by_the_fleet_alone() -> None:
+    assert {(name(path), found) for path in SOURCES for found in imported(path) & {"ray", "fsspec"}} == {
+        ("flowcache_core/fleet/ray_fleet.py", "ray"), ("flowcache_core/fleet/destination.py", "fsspec"),
+    }  # fmt: skip
 
 
 def test_no_process_is_started_but_to_name_a_commit() -> None:

@@ -195,6 +195,7 @@ ELSEWHERE = {
     "iio.imwrite('<bytes>'": "into memory",
     "Image.open(": "reads",
     ".open('rb')": "reads",
+    "OPENER.open(": "asks a server",
     "safe_open(": "reads",
     "self.save()": "a Loop's, which is whole",
     "head.save(out)": "a SalienceHead's, which is whole",

@@ -166,14 +166,23 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], g
           states: States | None) -> tuple[Tensor, RunReport]:  # fmt: skip
     if job.denoise < 1 and given.film is None:
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
-    levels, like = job.sigmas(bundle), bundle.like
-    x = given.begin(job.noise(bundle).to(like.device), levels[0])
-    place = Place(1, len(guided.branches), len(guided.branches) * guided.context.shape[1], 0, like.element_size(), x.device)
-    network = adapter(bundle.adapter(), levels)
-    light = GivenNoise(job.addnoise, job.seed)
-    run = Run(bundle.family, network, film, levels, (x.shape[1], x.shape[3], x.shape[4]), place, policy, compressor, job.fps, light,
-              integrator or solver(job.solver), job.cfg)  # fmt: skip
+    run = _settled(bundle, job, film, guided, adapter, policy, compressor, integrator)
+    x = given.begin(job.noise(bundle).to(bundle.like.device), run.sigmas[0])
     return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
+
+
+def run_of(bundle: Bundle, job: Job, policy: CachePolicy | None = None, compressor: Compressor | None = None) -> Run:
+    """As `generate` will run a film from its prompt alone: settled, and not begun. Raises ValueError, with the way out, for what cannot work."""
+    return _settled(bundle, job, job.schedule(bundle), Guided(bundle, job), lambda adapter, sigmas: adapter, policy, compressor, None)
+
+
+def _settled(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, adapter: MakeAdapter,
+             policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None) -> Run:  # fmt: skip
+    levels, like, branches = job.sigmas(bundle), bundle.like, len(guided.branches)
+    _, channels, _, height, width = job.noise_shape(bundle)
+    place = Place(1, branches, branches * guided.context.shape[1], 0, like.element_size(), like.device)
+    return Run(bundle.family, adapter(bundle.adapter(), levels), film, levels, (channels, height, width), place, policy, compressor, job.fps,
+               GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg)  # fmt: skip
 
 
 def warm_up(bundle: Bundle) -> None:
@@ -213,10 +222,14 @@ class Guided:
         object.__setattr__(self, "context", torch.cat([text(self.job.negative if k else self.job.prompt) for k in range(len(branches))]))
 
     @property
+    def texts(self) -> dict[str, object]:
+        """As people wrote them, and as the network reads them."""
+        return {"prompt": self.job.prompt, "negative": self.job.negative, "texts": self.context}
+
+    @property
     def film(self) -> dict[str, object]:
         """What the film depends on besides the run: texts and weights."""
-        job, network = self.job, self.bundle.network
-        return {"prompt": job.prompt, "negative": job.negative, "texts": self.context, "weights": digest(network)}
+        return {**self.texts, "weights": digest(self.bundle.network)}
 
     def __call__(self, turn: Turn, x: Tensor) -> Tensor:
         x, n, guidance = x.to(self.bundle.like.dtype), len(self.branches), self.bundle.family.guidance

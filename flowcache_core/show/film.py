@@ -26,10 +26,16 @@ def frames_of(film: Tensor) -> np.ndarray:
     return (film.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def write_film(path: Path, frames: np.ndarray, fps: int = 24) -> None:
-    """uint8 [T, H, W, 3] -> H.264 mp4, whole or not at all. Made in memory: an encoder that cannot write does not close its file well."""
+def film_bytes(frames: np.ndarray, fps: int = 24) -> bytes:
+    """uint8 [T, H, W, 3] -> an H.264 mp4. Made in memory: an encoder that cannot write does not close its file well."""
     made = iio.imwrite("<bytes>", frames, plugin="pyav", extension=".mp4", codec="libx264", fps=fps, out_pixel_format="yuv420p")
     assert isinstance(made, bytes)
+    return made
+
+
+def write_film(path: Path, frames: np.ndarray, fps: int = 24) -> None:
+    """uint8 [T, H, W, 3] -> H.264 mp4, whole or not at all."""
+    made = film_bytes(frames, fps)
     with whole(path) as partial:
         partial.write_bytes(made)
 

@@ -1,0 +1,1 @@
+"""Many films over many workers: Ray actors, running ComfyUI servers, or this process."""
