@@ -6,5 +6,5 @@ export const FIELD =
   "background:var(--flowcache-field, var(--comfy-input-bg, #222));";
 
 const sheet = document.createElement("style");
-sheet.textContent = "[data-node-id] { --flowcache-field: var(--component-node-widget-background, var(--comfy-input-bg, #222)); }";
+sheet.append("[data-node-id] { --flowcache-field: var(--component-node-widget-background, var(--comfy-input-bg, #222)); }");
 document.head.append(sheet);
