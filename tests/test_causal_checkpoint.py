@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -178,6 +180,20 @@ def test_a_damaged_file_is_refused(damage: str, weights: dict[str, Tensor], tmp_
     path.write_bytes({"short": whole[:-500], "of an old format": whole, "no archive": b"generator" * 99, "empty": b""}[damage])
     with pytest.raises(ValueError, match=rf"net.pt \({path.stat().st_size} bytes\) is not a whole PyTorch file of tensors: "):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_file_damaged_anywhere_is_read_or_refused_with_a_sentence(seed: int, tmp_path: Path) -> None:
+    path, chance = tmp_path / "net.pt", Random(seed)
+    torch.save({"generator": {"model.patch_embedding.weight": torch.zeros(2, 3)}, "step": 5}, path)
+    whole = path.read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 8)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        with suppress(ValueError):
+            assert all(type(tensor) is Tensor for tensor in torch_file(path).values())
 
 
 def test_what_is_no_network_is_named(tmp_path: Path) -> None:

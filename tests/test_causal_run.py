@@ -184,6 +184,12 @@ def test_noise_levels_are_the_published_ones() -> None:
     assert SELF_FORCING.noise.levels(4, 3.0) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
 
 
+@pytest.mark.parametrize("shift", [0.0, -3.0, math.nan, math.inf])
+def test_a_shift_that_makes_no_levels_is_refused(shift: float) -> None:
+    with pytest.raises(ValueError, match="makes no noise levels: use a number above 0, 5 is the published setting"):
+        SELF_FORCING.noise.levels(4, shift)
+
+
 @EACH
 def test_a_curve_goes_through_the_trained_levels(family: Family) -> None:
     noise, count = family.noise, family.usual.steps

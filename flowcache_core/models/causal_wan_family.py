@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +52,9 @@ class FewSteps:
     commit: float = 0.0
 
     def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
-        """`denoise` < 1 keeps the last `steps` of int(steps / denoise) steps."""
+        """`denoise` < 1 keeps the last `steps` of int(steps / denoise) steps. Raises ValueError for what cannot be made."""
+        if not 0 < shift < inf:
+            raise ValueError(f"shift {shift:g} makes no noise levels: use a number above 0, {self.shift:g} is the published setting")
         whole = steps_in_all(steps, denoise, f"{len(self.trained)} is the published setting")
         if whole == len(self.trained) and shift == self.shift:
             return (*self.trained, 0.0)[-steps - 1 :]
