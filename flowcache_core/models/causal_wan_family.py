@@ -58,15 +58,14 @@ class FewSteps:
         whole = steps_in_all(steps, denoise, f"{len(self.trained)} is the published setting")
         if whole == len(self.trained) and shift == self.shift:
             return (*self.trained, 0.0)[-steps - 1 :]
-        return tuple(self.level(place / whole, shift) for place in range(whole - steps, whole + 1))
+        return (*(self.level(place / whole, shift) for place in range(whole - steps, whole)), 0.0)
 
     def level(self, place: float, shift: float) -> float:
         """At a place 0..1 of a run whose steps are equally long; of a tensor of places, of each."""
         times = [*(unshifted(level, self.shift) for level in self.trained), 0.0]
-        time = 1.0
-        for step, (now, to) in enumerate(pairwise(times)):
-            time = time + (to - now) * _within(place * len(self.trained) - step)
-        return shifted(time, shift)
+        gone = place * len(self.trained)
+        left = sum((now - to) * _within(step + 1 - gone) for step, (now, to) in enumerate(pairwise(times)))
+        return shifted(left, shift)
 
     def timestep(self, sigma: float) -> float:
         return TRAIN_STEPS * sigma
@@ -85,7 +84,7 @@ class FewSteps:
 
 
 def _within(part: Any) -> Any:
-    """Of a step, as far as it has been gone: 0..1; of a tensor, of each."""
+    """Of a step, how much of it is left: 0..1; of a tensor, of each."""
     return part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0.0), 1.0)
 
 
