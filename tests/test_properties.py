@@ -152,7 +152,7 @@ LEVELS = st.lists(LEVEL, max_size=8) | st.lists(LEVEL, max_size=8).map(tidy)
 @MANY
 @given(levels=LEVELS, solver=st.sampled_from(SOLVERS), skip=st.booleans())
 def test_noise_levels_are_integrated_or_refused(bundle: Bundle, levels: list[float], solver: Any, skip: bool) -> None:
-    """A network that answers with what the noise of a film was: the film comes out, whatever the steps between."""
+    """A network that knows the film: the film comes out, whatever the steps between, also where they lay fresh noise on it."""
     schedule = answered(lambda: ChunkSchedule(4, 2, len(levels) - 1, 1))
     if schedule is None:
         return
@@ -163,10 +163,10 @@ def test_noise_levels_are_integrated_or_refused(bundle: Bundle, levels: list[flo
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     noisy = levels[0] * noise + (1 - levels[0]) * clean
 
-    def straight(x: Tensor, chunk: Any) -> Tensor:
-        return (noise - clean)[:, :, chunk.start : chunk.start + chunk.frames]
+    def known(x: Tensor, chunk: Any) -> Tensor:
+        return (x - clean[:, :, chunk.start : chunk.start + chunk.frames]) / (1.0 if chunk.committing else levels[chunk.step])
 
-    film = sample_chunks(Driven(straight, exact=run.plan, schedule=schedule), noisy, schedule, run.sigmas, solver())
+    film = sample_chunks(Driven(known, exact=run.plan, schedule=schedule), noisy, schedule, run.sigmas, solver())
     assert torch.isfinite(film).all()
     if len(levels) < 4:
         torch.testing.assert_close(film, clean.contiguous(), rtol=1e-2, atol=1e-2)
