@@ -117,8 +117,8 @@ def test_no_family_is_mistaken_for_a_causal_one(family: Any) -> None:
         recognise(sky, "sky", family=family.name)
     with pytest.raises(ValueError, match=r"magi: .* it has no patch_embedding.weight"):
         recognise(magi, "magi", family=family.name)
-    assert not family.says(sky, {})
-    assert not family.says(magi, {})
+    assert not family.declares(sky, {})
+    assert not family.declares(magi, {})
 
 
 @pytest.mark.parametrize("other", [SKYREELS, MAGI], ids=lambda family: family.name)

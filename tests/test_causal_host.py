@@ -194,6 +194,19 @@ def test_a_budget_makes_one_film_under_both_samplers(host: Host, graph: Graph) -
     assert not torch.allclose(normalise(ours), alone(frames=57), atol=2e-3)
 
 
+def test_a_start_image_makes_one_film_under_both_samplers(host: Host, graph: Graph) -> None:
+    """A latent frame of the picture, then chunks of three."""
+    graph = put({**graph, "image": linked("EmptyImage", width=64, height=64, batch_size=1, color=0x204080)}, "FlowCacheLatent", length=29)
+    given = linked("FlowCacheConditionFrames", model=["model", 0], vae=["words", 2], latent=["latent", 0], start=["image", 0], history=0)
+    ours = host.latents({**graph, "given": given, "film": {**graph["film"], "inputs": {**graph["film"]["inputs"], "latent_image": ["given", 0]}}})
+    size = {"width": 64, "height": 64, "length": 29, "batch_size": 1}
+    start = linked("ARVideoI2V", model=["model", 0], vae=["words", 2], start_image=["image", 0], **size)
+    theirs = put({**graph, "start": start}, "CFGGuider", model=["start", 0])
+    close(ours, host.latents(by_host(theirs)))
+    assert not torch.allclose(ours, host.latents(graph), atol=2e-3)
+    assert "ARVideoI2V gives its start image to Sampler AR Video alone: use AR Video Frames In" in refusal(host, theirs)
+
+
 def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: Host, graph: Graph) -> None:
     graph["model"]["inputs"]["lora"] = LORA
     ours = host.latents(graph)
@@ -213,7 +226,7 @@ def test_another_model_in_between_and_a_second_run_change_nothing(host: Host, gr
 
 def test_what_does_not_fit_is_refused_before_it_runs(host: Host, graph: Graph) -> None:
     loads = host.log.read_text().count("Requested to load NativeModel")
-    said = {
+    sentences = {
         "3 latent frames per block, and num_frame_per_block is 1: set it to 3": by_host(graph, 1),
         "3 latent frames per chunk, and chunk_frames is 1: set it to 0 or 3": put(graph, "FlowCacheSampler", chunk_frames=1),
         "was distilled on 4 noise levels, 1, 0.9375, 0.8333, 0.625, and 0.9615 is none of them (6 steps were asked for)": put(
@@ -223,6 +236,6 @@ def test_what_does_not_fit_is_refused_before_it_runs(host: Host, graph: Graph) -
         "causal-wan looks back only, bidirectional attention is not for it": put(graph, "FlowCacheSampler", attention="bidirectional (as trained)"),
         "fps 24 would change nothing": put(graph, "FlowCacheSampler", fps="24"),
     }
-    for sentence, one in said.items():
+    for sentence, one in sentences.items():
         assert sentence in refusal(host, one)
     assert host.log.read_text().count("Requested to load NativeModel") == loads, "no weights are loaded for a refusal"

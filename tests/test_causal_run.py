@@ -235,7 +235,7 @@ def test_what_the_network_was_not_made_for_is_refused() -> None:
 def test_a_family_looks_back_over_the_frames_of_its_training(family: Family) -> None:
     layout = family.layout
     assert layout.window * layout.chunk_frames == HORIZON
-    assert (layout.fps, layout.causal, family.shapes_tell) == (16, True, False)
+    assert (layout.fps, layout.causal, family.known_by_shapes) == (16, True, False)
 
 
 # a LoRA of a training state

@@ -24,12 +24,12 @@ HOST_CONFIG, HOST_KEY = "config", "causal_ar"
 """Where the metadata say to ComfyUI that a model is causal."""
 
 
-def says_causal(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+def declares_causal(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     """Whether a file is the state of a generator in training, or says to ComfyUI that it is causal."""
-    return any(key.startswith(GENERATORS) for key in keys) or _says_to_host(metadata.get(HOST_CONFIG, ""))
+    return any(key.startswith(GENERATORS) for key in keys) or _declared_to_host(metadata.get(HOST_CONFIG, ""))
 
 
-def _says_to_host(text: str) -> bool:
+def _declared_to_host(text: str) -> bool:
     try:
         config = parsed(text) if text else {}
     except ValueError:

@@ -21,7 +21,7 @@ from ..sampling.noise import TRAIN_STEPS, steps_in_all
 from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
 from .causal_wan_adapter import CausalWanAdapter
-from .causal_wan_checkpoint import KREA, SMALL, claims, config_of, original_names, release_of, says_causal
+from .causal_wan_checkpoint import KREA, SMALL, claims, config_of, declares_causal, original_names, release_of
 from .family import ChunkLayout, Family, Latents, Loaders, Published, Usual
 from .skyreels import PATCH, SkyReelsV2
 from .wan_vae import LATENT_CHANNELS, SPATIAL
@@ -122,8 +122,8 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         guidance=ClassifierFree(),
         rates=(FPS,),
         takes_rate=lambda config: False,
-        shapes_tell=False,
-        says=says_causal,
+        known_by_shapes=False,
+        declares=declares_causal,
         file_names=(name,),
         loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
         one_length=True,

@@ -96,8 +96,8 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
 def _require_no_other_name(found: Family, families: Sequence[Family], name: str) -> None:
     """Raises ValueError for a file that does not say what it is, under the name of a model with the same shapes."""
     plain = name.lower().replace("_", "-")
-    others = [word for one in families if not one.shapes_tell for word in one.file_names]
-    if not found.shapes_tell or any(word in plain for word in found.file_names):
+    others = [word for one in families if not one.known_by_shapes for word in one.file_names]
+    if not found.known_by_shapes or any(word in plain for word in found.file_names):
         return
     if other := next((word for word in (*others, *found.other_names) if word in plain), None):
         raise ValueError(
@@ -107,7 +107,7 @@ def _require_no_other_name(found: Family, families: Sequence[Family], name: str)
 
 def _candidates(families: Sequence[Family], weights: Mapping[str, Shaped], metadata: Mapping[str, str]) -> list[Family]:
     """Those of which the file says that it is; where it says nothing, those that shapes can tell."""
-    return [one for one in families if one.says(weights, metadata)] or [one for one in families if one.shapes_tell]
+    return [one for one in families if one.declares(weights, metadata)] or [one for one in families if one.known_by_shapes]
 
 
 def titles(families: Sequence[Family] = ()) -> str:

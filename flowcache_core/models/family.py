@@ -121,7 +121,7 @@ def any_levels(levels: Sequence[float]) -> None:
     """Whatever falls to 0."""
 
 
-def says_nothing(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+def declares_nothing(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     """A file that does not say of which family it is."""
     return False
 
@@ -178,9 +178,9 @@ class Family:
     takes_rate: Callable[[Any], bool]
     """Whether a network of this config takes the frame rate at all."""
     loaders: Loaders
-    shapes_tell: bool = True
+    known_by_shapes: bool = True
     """Whether shapes can tell the family: otherwise a file has to say it, or the user."""
-    says: Callable[[Iterable[str], Mapping[str, str]], bool] = says_nothing
+    declares: Callable[[Iterable[str], Mapping[str, str]], bool] = declares_nothing
     """(keys of a file, its metadata) -> whether it says that it is of this family, or of one like it; then shapes of others do not count."""
     file_names: tuple[str, ...] = ()
     """Words in the names of its published files, in lower case with hyphens. Under such a name a silent file is no other family's."""
