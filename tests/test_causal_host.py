@@ -104,7 +104,7 @@ def graph() -> Graph:
         "guider": linked("CFGGuider", model=["model", 0], positive=["text", 0], negative=["no", 0], cfg=1.0),
         "noise": linked("RandomNoise", noise_seed=7),
         "sigmas": linked("FlowCacheScheduler", model=["model", 0], steps=4, shift=0.0, denoise=1.0),
-        "sampler": linked("FlowCacheSampler", solver="auto", ar_step=-1, chunk_frames=0, window=0, fps="auto"),
+        "sampler": linked("FlowCacheSampler", solver="auto", ar_step=-1, chunk_frames=0, window=0, fps="auto", addnoise_condition=-1),
         "film": linked("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0], sigmas=["sigmas", 0],
                        latent_image=["latent", 0]),
     }  # fmt: skip
