@@ -44,9 +44,8 @@ export class LiveMap {
     this.lines = [];
   }
 
-  /** @param {State} state @param {Palette} palette */
-  draw(state, palette) {
-    const { clientWidth: width, clientHeight: height } = this.canvas;
+  /** @param {State} state @param {Palette} palette @param {number} width @param {number} height of the canvas in sight */
+  draw(state, palette, width, height) {
     if (!width || !height) return;
     const scale = window.devicePixelRatio || 1;
     const pen = this.canvas.getContext("2d");

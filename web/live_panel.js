@@ -44,6 +44,7 @@ export class Panel {
     this.pace = add(this.root, "pace");
     this.drift = add(this.root, "drift", "white-space:nowrap; overflow:hidden; text-overflow:ellipsis;");
     this.memory = add(this.root, "memory", "position:relative; padding:0 3px;");
+    this.explained = "";
     this.legend = add(this.root, "legend", "display:flex; gap:10px; align-items:flex-end;");
     this.field = add(this.root, "map", "flex:1 1 0; min-height:40px; position:relative;");
     this.canvas = document.createElement("canvas");
@@ -55,7 +56,11 @@ export class Panel {
     this.height = height;
     this.run = new Run();
     this.drawing = 0;
-    new ResizeObserver(() => this.draw()).observe(this.field);
+    this.size = { width: 0, height: 0 }; // of the map; asked for while texts change it would have the page laid out once more
+    new ResizeObserver(([{ contentRect }]) => {
+      this.size = contentRect;
+      this.draw();
+    }).observe(this.field);
     this.draw();
   }
 
@@ -89,16 +94,29 @@ export class Panel {
   paint() {
     const { state, note } = this.run;
     const palette = PALETTES[isLight(this.root) ? "light" : "dark"];
-    this.headline.textContent = state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note;
-    this.pace.textContent = state ? state.pace || (state.done ? "" : state.note) : "";
-    this.drift.textContent = (!state?.stopped && state?.drift) || "";
-    this.memory.textContent = state?.memory ?? "";
+    write(this.headline, state ? [state.headline, state.stopped ? STRINGS.stopped : state.left].filter(Boolean).join(", ") : note);
+    write(this.pace, state ? state.pace || (state.done ? "" : state.note) : "");
+    write(this.drift, (!state?.stopped && state?.drift) || "");
+    write(this.memory, state?.memory ?? "");
     this.memory.style.background = bar(state?.kept ?? null, palette);
-    this.legend.replaceChildren(...(state ? legend(state, palette) : []));
+    this.explain(state ? entries(state, palette) : []);
     this.field.style.maxHeight = state ? `${state.chunks * LINE}px` : "none"; // the rest is for the film
     this.canvas.hidden = !state;
-    if (state) this.map.draw(state, palette);
+    if (state) this.map.draw(state, palette, this.size.width, this.size.height);
   }
+
+  /** @param {LegendEntry[]} entries of the legend */
+  explain(entries) {
+    const now = JSON.stringify(entries);
+    if (now === this.explained) return;
+    this.explained = now;
+    this.legend.replaceChildren(...entries.map(drawn));
+  }
+}
+
+/** What has not changed is not written again: that would have the page laid out. @param {HTMLElement} element @param {string} text */
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
 }
 
 /** A bar behind a text, filled as far as a budget is. @param {number | null} share @param {import("./live_map.js").Palette} palette */
@@ -108,21 +126,25 @@ function bar(share, palette) {
   return `linear-gradient(90deg, ${palette.planned} ${end}, ${palette.none} ${end})`;
 }
 
-/** @param {import("./run_state.js").State} state @param {import("./live_map.js").Palette} palette */
-function legend(state, palette) {
-  const part = state.map.some((steps) => /[a-j]/.test(steps));
+/** @typedef {[word: string, colour: string, tall: number]} LegendEntry */
+
+/** @param {import("./run_state.js").State} state @param {import("./live_map.js").Palette} palette @returns {LegendEntry[]} */
+function entries(state, palette) {
   const planned = state.plan.length > 0;
-  /** @type {[string, string, number][]} */
-  const entries = [[STRINGS.computed, palette.computed, 9], [planned ? STRINGS.skipped : STRINGS.reused, palette.reused, 3]];
-  if (part) entries.splice(1, 0, [STRINGS.inPart, palette.part, 6]);
-  return entries.map(([word, colour, tall]) => {
-    const one = document.createElement("span");
-    one.style.cssText = "display:flex; gap:4px; align-items:baseline;";
-    const mark = document.createElement("span");
-    mark.style.cssText = `width:7px; height:${tall}px; background:${colour}; display:inline-block;`;
-    one.append(mark, word);
-    return one;
-  });
+  const part = state.map.some((steps) => /[a-j]/.test(steps));
+  /** @type {LegendEntry[]} */
+  const inPart = part ? [[STRINGS.inPart, palette.part, 6]] : [];
+  return [[STRINGS.computed, palette.computed, 9], ...inPart, [planned ? STRINGS.skipped : STRINGS.reused, palette.reused, 3]];
+}
+
+/** @param {LegendEntry} entry */
+function drawn([word, colour, tall]) {
+  const one = document.createElement("span");
+  one.style.cssText = "display:flex; gap:4px; align-items:baseline;";
+  const mark = document.createElement("span");
+  mark.style.cssText = `width:7px; height:${tall}px; background:${colour}; display:inline-block;`;
+  one.append(mark, word);
+  return one;
 }
 
 /** @param {any} node */

@@ -1,7 +1,7 @@
-// Prints how long frames take while a run of 500 chunks x 64 steps is shown under its sampler and in the sidebar, in both renderers:
+// Prints what processor time a message takes while a run of 500 chunks x 64 steps is shown under its sampler and in the sidebar, in both renderers:
 // frame_time.mjs URL RECORDED.json, with the URL of backend.py or of a host.
 import fs from "node:fs";
-import { CHUNKS, STEPS, measure } from "./large.mjs";
+import { CHUNKS, STEPS, milliseconds } from "./large.mjs";
 import { launch, load, open } from "./page.mjs";
 
 const [url, file] = process.argv.slice(2);
@@ -16,10 +16,7 @@ try {
     await load(page, workflow);
     await page.evaluate(() => window.app.extensionManager.sidebarTab.toggleSidebarTab("flowcache"));
     const message = { node, run: "large", number: 0, whole: false, chunks: CHUNKS, steps: STEPS, plan: null, done: 1, total: CHUNKS * STEPS, ...texts, ended: false };
-    const { milliseconds } = await measure(page, message);
-    for (const [what, { work, frame }] of Object.entries(milliseconds)) {
-      console.log(`${renderer}: ${what} changes: ${work.toFixed(1)} ms of work in a frame, ${frame.toFixed(1)} ms from frame to frame`);
-    }
+    for (const [what, spent] of Object.entries(await milliseconds(page, message))) console.log(`${renderer}: ${what} changes: ${spent.toFixed(1)} ms`);
     await page.close();
   }
 } finally {
