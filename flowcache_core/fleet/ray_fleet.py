@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from .dispatch import first_line
 from .renderer import Pace, Renderer, code_id
 from .tasks import FilmTask, Result
 
@@ -53,7 +54,7 @@ class RayWorker:
         return cls(kind, renderer, kind.remote(renderer.dtype, renderer.threads, renderer.states, renderer.save_every))
 
     def start(self) -> Future[str]:
-        """Fails where the worker has another version of this package."""
+        """Fails where the worker has another version of this package, or none."""
         answer, out = self.actor.start.remote().future(), Future[str]()
 
         def check(there: Future[tuple[str, str]]) -> None:
@@ -62,8 +63,10 @@ class RayWorker:
                 if code != code_id():
                     raise ValueError(f"{where} has another version of flowcache (sources {code}, here {code_id()}): install the same on all machines")
                 out.set_result(where)
-            except BaseException as error:
+            except ValueError as error:
                 out.set_exception(error)
+            except BaseException as error:
+                out.set_exception(ValueError(f"a worker does not start ({first_line(error)}): flowcache has to be installed wherever workers run"))
 
         answer.add_done_callback(check)
         return out
@@ -121,7 +124,10 @@ def _join(ray: Any, address: str) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the Ray cluster at {address} cannot be used ({error}): give --ray HOST:PORT of its head, or leave it out") from None
+        raise ValueError(
+            f"the Ray cluster at {address} cannot be used ({error}): give --ray HOST:PORT of its head; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and have that of its head in ~/.ray/auth_token"
+        ) from None
 
 
 def _start(ray: Any, settings: dict[str, Any], starts: int = 3) -> None:
