@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from flowcache_core import __main__ as command_line
 from flowcache_core.fleet import renderer
 from flowcache_core.fleet.estimate import cost_of, kinds_of
-from flowcache_core.fleet.film_line import FilmLines
+from flowcache_core.fleet.film_line import KNOWN, FilmLines
 from flowcache_core.fleet.jobs_file import read_tasks
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores import Even
@@ -166,12 +168,31 @@ REFUSED: dict[str, str] = {
     '{"prompt": "a", "policy": "planned share=2"}': "line 2: share is 2.0: it must lie between",
     '{"prompt": "a", "solver": "magic"}': "line 2: ",
     '{"prompt": "a", "shift": 0}': "line 2: ",
+    '{"prompt": "a", "size": 1000000000000000000000000000000}': "are more than any memory holds",
     '{"prompt": "a", "history": 3}': "line 2: history is 3: it must be an object",
     '{"prompt": "a", "history": {"budgets": 3}}': "line 2: history has no setting budgets",
     '{"prompt": "a", "history": {"budget": 0.1}}': "line 2: a budget of 0.1 chunks is",
     '{"workflow": "text_to_video"}': "line 2: it names a workflow, and those are run by ComfyUI servers: add --host URL",
     json.dumps(FILMS[0]): "line 2: it makes the same film as line 1",
 }
+
+
+VALUES: tuple[Any, ...] = (
+    0, -1, 2, 57, 10**9, 10**30, -(10**30), 0.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), True, None, "", "x", "\x00", "a" * 5000, "euler",
+    "planned share=0.5", "threshold", "balanced", "motion-plan", "tiny-magi", [], {}, {"policy": "even", "budget": 2}, {"policy": "h2o x=1"},
+)  # fmt: skip
+
+
+def test_any_line_is_taken_or_refused_with_a_sentence() -> None:
+    lines, draw = FilmLines(torch.float32), random.Random(0)
+    for number in range(300):
+        asked = {"prompt": "a", **{name: draw.choice(VALUES) for name in draw.sample(KNOWN, draw.randint(1, 4))}}
+        with contextlib.suppress(ValueError):
+            assert lines.task(number, json.loads(json.dumps(asked))).line == number
+
+
+def test_a_prompt_may_be_longer_than_the_name_of_a_file(cli: Cli, tmp_path: Path) -> None:
+    assert cli(jobs(tmp_path, {**FILMS[0], "prompt": "red circle " * 100}), "--out", tmp_path / "out", "--here", "--dtype", "float32") == 0
 
 
 @pytest.mark.parametrize("line", REFUSED)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from flowcache_core import __main__ as command_line
+from flowcache_core.fleet import ray_fleet
 from flowcache_core.models.bundle import NETWORK, VAE, Bundle
 from flowcache_core.run.generate import Job, generate
 from flowcache_core.run.identity import digest
@@ -36,10 +37,8 @@ def cluster() -> Iterator[None]:
     """The command joins what this process has joined already."""
     import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=256 << 20)
-    yield
-    ray.shutdown()
+    with ray_fleet.cluster(ray, ""):
+        yield
 
 
 def render(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
@@ -84,7 +83,7 @@ class Killer(threading.Thread):
             time.sleep(0.01)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or (os.cpu_count() or 1) < 2, reason="reads /proc, and needs two cores")
 def test_a_worker_killed_in_mid_film_costs_no_film_and_doubles_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
     killer = Killer(tmp_path / "out" / "states")
     killer.start()

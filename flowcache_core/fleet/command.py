@@ -65,7 +65,7 @@ def _by_hosts(args: argparse.Namespace, destination: Destination) -> int:
     manifest = Manifest(destination, tasks, _made_with(args))
     todo = [task for task in manifest.unfinished if isinstance(task, GraphTask)]
     if not todo:
-        return _summary(manifest, destination)
+        return _nothing_to_make(manifest, destination, args.dry_run)
     with host_fleet(args.host, todo) as fleet:
         _make(Dispatch(todo, fleet.workers, fleet.lost, args.tries), manifest, str(fleet))
     return _summary(manifest, destination)
@@ -79,7 +79,7 @@ def _by_workers(args: argparse.Namespace, destination: Destination) -> int:
     manifest = Manifest(destination, tasks, {**_made_with(args), "dtype": args.dtype})
     todo = [task for task in manifest.unfinished if isinstance(task, FilmTask)]
     if not todo:
-        return _summary(manifest, destination)
+        return _nothing_to_make(manifest, destination, args.dry_run)
     states = _states(args, destination)
     with _fleet(args, states) as fleet:
         if args.dry_run:
@@ -111,6 +111,13 @@ def _shown(outcomes: Iterator[Outcome[Any]], films: int, fleet: str) -> Iterator
                 bar.write(f"line {outcome.task.line} failed: {outcome.result.why}")
             yield outcome
             bar.update()
+
+
+def _nothing_to_make(manifest: Manifest, destination: Destination, dry_run: bool) -> int:
+    """But the manifest, since lines may have moved or gone."""
+    if not dry_run:
+        manifest.write()
+    return _summary(manifest, destination)
 
 
 def _summary(manifest: Manifest, destination: Destination) -> int:

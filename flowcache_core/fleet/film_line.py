@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -18,7 +19,7 @@ from ..policies.protocol import CachePolicy
 from ..run.generate import Guided, Job, run_of
 from ..run.identity import digest, film_of, key_of
 from ..run.run import Run
-from ..untrusted import short
+from ..untrusted import ELEMENTS, short
 from .jobs_file import require_known, typed
 from .tasks import Asked, FilmTask
 
@@ -71,6 +72,8 @@ def _job(asked: Asked, bundle: Bundle) -> Job:
         raise ValueError(f"seed is {given['seed']}: it must lie between 0 and {SEEDS - 1}")
     job = Job.usual(bundle.family, typed(asked, "prompt", ""), **given)
     job.schedule(bundle)
+    if math.prod(job.noise_shape(bundle)) > ELEMENTS:
+        raise ValueError(f"{job.frames} frames of {job.picture[1]} x {job.picture[0]} pixels are more than any memory holds: make the film smaller")
     return job
 
 

@@ -212,7 +212,7 @@ def _error_of(done: dict[str, Any]) -> str:
         return ""
     for kind, data in status.get("messages", []):
         if kind == "execution_error":
-            return short(f"{data.get('node_type')}: {data.get('exception_message')}", 500)
+            return short(f"{data.get('node_type')}: {str(data.get('exception_message')).strip()}", 500)
     return "it was interrupted on the server"
 
 

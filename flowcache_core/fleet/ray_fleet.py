@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from .dispatch import first_line
 from .renderer import Pace, Renderer, code_id
 from .tasks import FilmTask, Result
 
@@ -53,7 +54,7 @@ class RayWorker:
         return cls(kind, renderer, kind.remote(renderer.dtype, renderer.threads, renderer.states, renderer.save_every))
 
     def start(self) -> Future[str]:
-        """Fails where the worker has another version of this package."""
+        """Fails where the worker has another version of this package, or none."""
         answer, out = self.actor.start.remote().future(), Future[str]()
 
         def check(there: Future[tuple[str, str]]) -> None:
@@ -62,8 +63,10 @@ class RayWorker:
                 if code != code_id():
                     raise ValueError(f"{where} has another version of flowcache (sources {code}, here {code_id()}): install the same on all machines")
                 out.set_result(where)
-            except BaseException as error:
+            except ValueError as error:
                 out.set_exception(error)
+            except BaseException as error:
+                out.set_exception(ValueError(f"a worker does not start ({first_line(error)}): flowcache has to be installed wherever workers run"))
 
         answer.add_done_callback(check)
         return out
@@ -89,7 +92,7 @@ def ray_fleet(renderer: Renderer, address: str, workers: int, cores: int) -> Ite
         import ray
     except ImportError:
         raise ValueError(MISSING) from None
-    with _cluster(ray, address):
+    with cluster(ray, address):
         room, gpus = _room(ray, cores)
         if workers > room or not room:
             raise ValueError(f"{workers or 1} workers were asked for, and there is room for {room} of {'a GPU' if gpus else f'{cores} cores'} each: "
@@ -100,7 +103,7 @@ def ray_fleet(renderer: Renderer, address: str, workers: int, cores: int) -> Ite
 
 
 @contextmanager
-def _cluster(ray: Any, address: str) -> Iterator[None]:
+def cluster(ray: Any, address: str) -> Iterator[None]:
     """Connected to `address`, or to one that is started here; to that which this process has already joined, if any."""
     if ray.is_initialized():
         yield
@@ -116,12 +119,27 @@ def _join(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        ray.init(include_dashboard=False, object_store_memory=STORE, **quiet)
+        _start(ray, {"include_dashboard": False, "object_store_memory": STORE, **quiet})
         return
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the Ray cluster at {address} cannot be used ({error}): give --ray HOST:PORT of its head, or leave it out") from None
+        raise ValueError(
+            f"the Ray cluster at {address} cannot be used ({error}): give --ray HOST:PORT of its head; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and have that of its head in ~/.ray/auth_token"
+        ) from None
+
+
+def _start(ray: Any, settings: dict[str, Any], starts: int = 3) -> None:
+    """Ray gives its own processes 30 s to start, which is too short on a busy machine: it is tried again."""
+    for _ in range(starts):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            why = error
+    raise ValueError(f"Ray does not start on this machine ({str(why).splitlines()[0]}): try again when it is less busy, or add --here") from why
 
 
 def _require_answer(address: str) -> None:

@@ -75,12 +75,20 @@ def _named(name: str, value: object) -> Iterator[tuple[str, str]]:
 
 def _word(value: object) -> str:
     """As people read it, where it is short; a file counts with what is in it."""
-    if isinstance(value, str) and value and Path(value).is_file():
+    if isinstance(value, str) and _is_file(value):
         return f"{value} ({hashlib.sha256(Path(value).read_bytes()).hexdigest()[:12]})"
     if isinstance(value, Tensor):
         return digest(value)
     text = json.dumps(plain(value), sort_keys=True)
     return text if len(text) <= 200 else digest(value)
+
+
+def _is_file(text: str) -> bool:
+    """A prompt is text, and may be longer than any name of a file."""
+    try:
+        return bool(text) and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def key_of(film: Film) -> str:
