@@ -18,6 +18,8 @@ from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, own_nod
 pytestmark = [*NEEDS_HOST, pytest.mark.slow]
 PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in (("PROMPTS", 1000), ("FILMS", 100), ("SEED", 1)))
 """Of every node; in all."""
+CACHED = 60
+"""Results of nodes that the host keeps, so that model, film and frames are not made anew for every prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     shutil.copy(files_of(MAGI)[1], base / "models" / "vae" / "magi.safetensors")
     rows = np.random.default_rng(0).standard_normal((100, 256))
     np.savez(base / "models" / "text_encoders" / "special_tokens.npz", caption_token=rows[:1], logo_token=rows[1:2], other_tokens=rows)
-    with with_nodes(base, ODD) as running:
+    with with_nodes(base, ODD, ("--cache-lru", str(CACHED))) as running:
         yield running
 
 
