@@ -78,6 +78,15 @@ def _is_images(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 4 and value.numel() > 0 and value.shape[3] >= 3
 
 
+def _is_conditioning(value: Any) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(one, list | tuple) and len(one) == 2 and _is_text(one[0]) and isinstance(one[1], dict) for one in pairs)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
+
+
 def _is_vae(value: Any) -> bool:
     return hasattr(value, "encode") and hasattr(value, "decode")
 
@@ -86,6 +95,7 @@ NUMBERS = {"INT": "whole number", "FLOAT": "number"}
 TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "LATENT": (_is_latent, "a latent with samples in it, such as that of Empty AR Video Latent or of a sampler"),
     "IMAGE": (_is_images, "one image or more in colour, frames x height x width x 3"),
+    "CONDITIONING": (_is_conditioning, "an encoded prompt, such as that of CLIP Text Encode"),
     "VAE": (_is_vae, "a VAE, such as that of Load AR Video Model or Load VAE"),
     "FLOWCACHE_REPORT": (lambda value: isinstance(value, Mailbox), "the report output of AR Chunk Sampler"),
 }

@@ -114,7 +114,7 @@ class Inputs:
         save_file({"z": torch.zeros(2)}, base / "out.safetensors")
         self.special = special_tokens()
         with torch.device("meta"):
-            self.vae = {key: list(weight.shape) for key, weight in MagiVAE(MagiVAEConfig(256, 8, 2, 1, 1)).state_dict().items()}
+            self.vae = {key: list(weight.shape) for key, weight in MagiVAE(MagiVAEConfig(256, 8, 1, 1, 1)).state_dict().items()}
         self.states = HostileStates(base / "states")
 
     def header(self, rng: Random, folder: Path) -> Iterator[Callable[[], object]]:

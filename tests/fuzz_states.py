@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Film, Run, Turn
+from flowcache_core.run.run import Film, NoObserver, Observer, Run, Turn
 from flowcache_core.run.state_file import SUM_BYTES, metadata_of, read_state
 from flowcache_core.run.states import States
 from flowcache_core.sampling.noise import flow_sigmas
@@ -36,7 +36,9 @@ from tests.fuzz_values import Random, damaged, text, value
 STEPS, SIDE, LONG = 3, 4, 1000
 CAUSAL: Film = ChunkSchedule(6, 2, STEPS, 2, window=2)
 NOTE = 500
-"""Characters that are said of a state at most."""
+"""Characters of a note on a state at most."""
+WHOLE = 0.2
+"""Share of the states that are not used of which the film is made and compared."""
 
 
 class Stopped(Exception):
@@ -51,7 +53,9 @@ class Setup:
     noise: Tensor
     text: Tensor
 
-    def make(self, folder: Path | None = None, evaluations: int = 10**6, every: int = 1) -> tuple[Tensor, RunReport]:
+    def make(
+        self, folder: Path | None = None, evaluations: int = 10**6, every: int = 1, observer: Observer | None = None
+    ) -> tuple[Tensor, RunReport]:
         """Raises Stopped after so many evaluations."""
         left = iter(range(evaluations))
 
@@ -60,7 +64,7 @@ class Setup:
                 raise Stopped
             return turn.denoise(x, self.text, ("cond",))
 
-        return self.run.sample(self.noise.clone(), evaluate, states=States(folder, every) if folder else None)
+        return self.run.sample(self.noise.clone(), evaluate, observer, States(folder, every) if folder else None)
 
     @cached_property
     def whole(self) -> Tensor:
@@ -185,14 +189,14 @@ def overwritten(rng: Random, header: dict[str, Any], tensors: bytes) -> bytes:
     return tensors[:begin] + (pattern * (end - begin))[: end - begin] + tensors[end:]
 
 
-def hostile(rng: Random, data: bytes) -> tuple[bytes, bool]:
-    """-> a state, and whether it is crafted: with other values or tensors under a checksum that is right."""
+def hostile(rng: Random, data: bytes) -> bytes:
+    """A state that is damaged, or crafted: with other values or tensors under a checksum that is right."""
     parts, kind = Parts.of(data), rng.randrange(10)
     match kind:
         case 0:
-            return damaged(rng, data), False
+            return damaged(rng, data)
         case 1:
-            return signed(damaged(rng, text(parts.header)).decode("utf-8", "replace"), parts.tensors), True
+            return signed(damaged(rng, text(parts.header)).decode("utf-8", "replace"), parts.tensors)
         case 2:
             parts.header = reshaped(rng, parts.header)
         case 3:
@@ -204,7 +208,7 @@ def hostile(rng: Random, data: bytes) -> tuple[bytes, bool]:
             parts.tensors = overwritten(rng, parts.header, parts.tensors)
         case _:
             parts.tree = changed(rng, parts.tree)
-    return parts.whole(), kind not in (3, 4)
+    return parts.whole()
 
 
 class HostileStates:
@@ -220,21 +224,39 @@ class HostileStates:
         number = rng.randrange(len(self.setups))
         setup, (name, data) = self.setups[number], rng.choice((self.saved, self.early))[number]
         path, other = folder / name, folder / "0123456789abcdef.safetensors"
-        state, crafted = hostile(rng, data)
-        path.write_bytes(state)
+        path.write_bytes(hostile(rng, data))
         if rng.random() < 0.1:
             other.symlink_to(rng.choice((name, other.name, "nowhere", "..")))
         yield lambda: metadata_of(path)
         yield lambda: read_state(path)
-        yield lambda: resumed(setup, folder, crafted)
+        whole = rng.random() < WHOLE
+        yield lambda: resumed(setup, folder, None if whole else OnlyResumed())
 
 
-def resumed(setup: Setup, folder: Path, crafted: bool) -> None:
-    """The film is made, or refused where the state is crafted; where the state is not used it is the film, and a sentence says so."""
-    film, report = setup.make(folder, every=LONG)
+class OnlyResumed(NoObserver):
+    """Stops a run that begins anew before its first evaluation."""
+
+    def begin(self, report: RunReport, notes: Iterable[str]) -> None:
+        check_notes(report)
+        if not any(note.startswith("goes on") for note in notes):
+            raise Stopped
+
+
+def check_notes(report: RunReport) -> list[str]:
+    """Those of a state that is not used."""
     notes = [note for note in report.notes if "state of this film was saved, but" in note]
     assert all(note.isprintable() and len(note) < NOTE for note in notes)
-    if notes or not any("goes on" in note for note in report.notes):
+    return notes
+
+
+def resumed(setup: Setup, folder: Path, observer: Observer | None) -> None:
+    """The run is resumed and its film made or refused; where the state is not used, the film is that of a run in one go, unless it is stopped."""
+    with suppress(Stopped):
+        check_film(setup, *setup.make(folder, every=LONG, observer=observer))
+
+
+def check_film(setup: Setup, film: Tensor, report: RunReport) -> None:
+    if check_notes(report) or not any("goes on" in note for note in report.notes):
         assert torch.equal(film, setup.whole)
     assert film.shape == setup.noise.shape
     assert torch.isfinite(film).all()

@@ -89,7 +89,7 @@ class Host:
     def __exit__(self, *raised: object) -> None:
         self._stop()
 
-    def _wait(self, seconds: float = 180) -> None:
+    def _wait(self, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()[-3000:]

@@ -275,11 +275,16 @@ def prompt_of(seed: int, node: Node, number: int) -> Graph:
     """One node of this pack as "node", with valid and invalid inputs, and the nodes it needs to run."""
     rng, prompt = Random(f"{seed} {node.name} {number}"), Prompt()
     inputs = inputs_of(rng, node, prompt, rng.choice((0.0, 0.1, 0.2, 0.4, 1.0)))
-    shown = {} if node.is_output else {"shown": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}}}
+    return graph_of(prompt, node.name, inputs, node.is_output)
+
+
+def graph_of(prompt: Prompt, name: str, inputs: Inputs, is_output: bool) -> Graph:
+    """A node of these inputs as "node", with the helpers that it is linked to."""
+    shown = {} if is_output else {"shown": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}}}
     for link in [one for one in inputs.values() if isinstance(one, list) and one and isinstance(one[0], str)]:
         if link[0] in HELPERS:
             prompt.link(link[0], 0)
-    return {**prompt.graph, "node": {"class_type": node.name, "inputs": inputs}, **shown}
+    return {**prompt.graph, "node": {"class_type": name, "inputs": inputs}, **shown}
 
 
 def film_of(seed: int, nodes: Iterable[Node], number: int) -> Graph:

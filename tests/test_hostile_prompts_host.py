@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import pytest
 from flowcache_core.models.bundle import files_of
 from flowcache_core.models.magi_family import MAGI
 from tests.host import NEEDS_HOST, Host, with_nodes
-from tests.hostile_prompts import ODD, Node, answers, fault_of, film_of, own_nodes, prompt_of
+from tests.hostile_prompts import ODD, Node, Prompt, answers, fault_of, film_of, graph_of, own_nodes, prompt_of
 
 pytestmark = [*NEEDS_HOST, pytest.mark.slow]
-PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in (("PROMPTS", 1000), ("FILMS", 100), ("SEED", 1)))
+PROMPTS, FILMS, SEED = (int(os.environ.get(name, default)) for name, default in (("PROMPTS", 200), ("FILMS", 30), ("SEED", 1)))
 """Of every node; in all."""
+CACHED = 60
+"""Results of nodes that the host keeps, so that model, film and frames are not made anew for every prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +31,31 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     shutil.copy(files_of(MAGI)[1], base / "models" / "vae" / "magi.safetensors")
     rows = np.random.default_rng(0).standard_normal((100, 256))
     np.savez(base / "models" / "text_encoders" / "special_tokens.npz", caption_token=rows[:1], logo_token=rows[1:2], other_tokens=rows)
-    with with_nodes(base, ODD) as running:
+    with with_nodes(base, ODD, ("--cache-lru", str(CACHED))) as running:
         yield running
 
 
 def test_any_inputs_of_a_node_end_in_success_or_in_a_sentence(host: Host) -> None:
     found = [fault for node in own_nodes(host) for fault in faults(host, node)]
     assert not found, f"{len(found)} findings\n" + "\n\n".join(found)
+
+
+TOKENS = {"file": "special_tokens.npz", "quality": True, "duration": False, "motion": "none", "style": "2d", "border": False}
+SAVED = {"fps": 24.0, "crf": 19, "images_out": False, "images": ["image", 0]}
+FOUND = (
+    ("FlowCacheMagiTokens", {"conditioning": 1e308, **TOKENS}),
+    ("FlowCacheSaveVideo", {"filename_prefix": "\0", **SAVED}),
+    ("FlowCacheSaveVideo", {"filename_prefix": "x" * 300, **SAVED}),
+    ("FlowCacheSaveVideo", {"filename_prefix": "/", **SAVED}),
+)
+"""Prompts that ended in an error once."""
+
+
+@pytest.mark.parametrize(("name", "inputs"), FOUND, ids=lambda one: str(one)[:20])
+def test_what_was_found_ends_in_a_sentence(name: str, inputs: dict[str, Any], host: Host) -> None:
+    done = host.run(graph_of(Prompt(), name, inputs, name == "FlowCacheSaveVideo"))
+    assert done["status"]["status_str"] == "error"
+    assert not fault_of(done), fault_of(done)
 
 
 def faults(host: Host, node: Node) -> Iterator[str]:
