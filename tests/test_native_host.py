@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache_core.kv.compressor import Compressor
@@ -35,13 +36,20 @@ from tests.native import (
     start,
     watched,
 )
+from tests.tiny_causal import tiny_causal
 
 pytestmark = NEEDS_HOST
+FILE = "causal.safetensors"
+"""Weights in bfloat16, which a processor that multiplies it natively computes in."""
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with with_nodes(tmp_path_factory.mktemp("comfy"), TESTS) as running:
+    base = tmp_path_factory.mktemp("comfy")
+    folder = base / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    save_file({key: weight.bfloat16() for key, weight in tiny_causal(text_dim=4096).state_dict().items()}, folder / FILE)
+    with with_nodes(base, TESTS) as running:
         yield running
 
 
@@ -193,6 +201,17 @@ def test_weights_in_fp8_are_their_rounded_values(host: Host) -> None:
     assert torch.equal(host.latents(film(kv(), weights="fp8")), host.latents(film(weights="rounded")))
     assert torch.equal(host.latents(film(start(), kv(), weights="fp8", frames=4)), host.latents(film(start(), weights="rounded", frames=4)))
     fails(host, film(weights="fp8"))
+
+
+def test_a_file_of_ours_in_bfloat16_is_sampled_by_both_samplers(host: Host) -> None:
+    """The host's network hands its patch embedding float32 in any case."""
+    loaded = {"class_type": "FlowCacheLoadModel", "inputs": {"model_name": FILE, "family": "self-forcing"}}
+    own = {"class_type": "FlowCacheSampler", "inputs": {"solver": "auto", "ar_step": -1, "chunk_frames": 0, "window": 0, "fps": "auto"}}
+    graph = {**film(kv(), steps=4, frames=6), "model": loaded}
+    theirs, ours = host.latents(graph), host.latents({**graph, "sampler": own})
+    assert theirs.isfinite().all()
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["error", "interrupt"])
