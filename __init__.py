@@ -19,6 +19,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
     from .nodes.magi_tokens import MagiSpecialTokens
     from .nodes.motion import MotionCache, RefreshOverlay
     from .nodes.policy import CachePolicyByName
+    from .nodes.prompt_schedule import PromptSchedule
     from .nodes.report import CacheReport
     from .nodes.sampler import ARChunkSampler
     from .nodes.save_video import SaveARVideo
@@ -30,7 +31,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
                 open_routes(server)
 
         async def get_node_list(self):  # type: ignore[no-untyped-def]
-            inputs = [LoadARVideoModel, LoadMagiVAE, MagiSpecialTokens, EmptyARVideoLatent, ARVideoFramesIn]
+            inputs = [LoadARVideoModel, LoadMagiVAE, MagiSpecialTokens, PromptSchedule, EmptyARVideoLatent, ARVideoFramesIn]
             caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
             shown = [CacheReport, RefreshOverlay, CompareRuns, SaveARVideo]
             return [*inputs, *caches, ARVideoScheduler, ARChunkSampler, *shown]

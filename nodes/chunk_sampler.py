@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 
@@ -17,6 +18,7 @@ from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.run import Film, Place, Run, Turn
 from ..flowcache_core.run.states import States
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
+from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
 from .fit import require_ours
@@ -28,9 +30,9 @@ from .native_model import SAMPLER
 from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
 from .projector import FilmPreview
-from .settings_on_model import CHUNKWISE_NODE, KV_NODE, compressor_of, policy_node, policy_of
-from .states import NamedTurn, named_conds, states_of
-from .texts import require_texts, with_durations
+from .settings_on_model import CHUNKWISE_NODE, KV_NODE, PROMPTS_NODE, clean_pass_of, compressor_of, policy_node, policy_of
+from .states import NamedTurn, states_of
+from .texts import ChunkConds, by_branch, require_texts, tokens_of, with_durations
 
 NODE = "AR Chunk Sampler"
 AUTO, CAUSAL, BIDIRECTIONAL = "auto", "block-causal (KV cache)", "bidirectional (as trained)"
@@ -40,13 +42,14 @@ START = "ar_config"
 """Key in transformer_options under which the host's node hands a start image to its own sampler."""
 
 
-def place_of(guider: Any, model: HostModel, noise: torch.Tensor) -> Place:
+def place_of(guider: Any, model: HostModel, noise: torch.Tensor, film: Film) -> Place:
     """How many texts the guider has, how long they are, and where the network will be."""
-    conds = conds_of(guider, model.family)
-    tokens = sum(one["cross_attn"].shape[1] for one in conds if one.get("cross_attn") is not None)
+    branches = by_branch(conds_of(guider, model.family))
+    at_once = max(2, *(len(row.active) for row in film.rows)) if isinstance(film, ChunkSchedule) else 1
+    tokens = sum(min(len(some), at_once) * tokens_of(some) for some in branches)
     patcher = guider.model_patcher
     return Place(
-        noise.shape[0], max(len(conds), 1), tokens * noise.shape[0], patcher.model_size(), model.dtype_of(patcher).itemsize, patcher.load_device
+        noise.shape[0], max(len(branches), 1), tokens * noise.shape[0], patcher.model_size(), model.dtype_of(patcher).itemsize, patcher.load_device
     )
 
 
@@ -83,7 +86,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
         logging.info(f"FlowCache: {run.held.sentence()}")
-        for line in unread(executor.class_obj, model.family):
+        prompts = forecast_prompts(ChunkConds(executor.class_obj.conds).firsts, run.schedule)
+        for line in (*prompts, *unread(executor.class_obj, model.family)):
             logging.info(f"FlowCache: {line}")
         with model.expecting(run):
             mine = replace(self, run=run, states=states_of(self.save_every, executor.class_obj, model))
@@ -106,12 +110,15 @@ class ChunkSampler(comfy.samplers.Sampler):
             )
         if options.get("transformer_options", {}).get(START):
             raise ValueError(f"{NODE}: ARVideoI2V gives its start image to {SAMPLER} alone: use AR Video Frames In, or that sampler")
+        if not clean_pass_of(options):
+            raise ValueError(f"{NODE}: clean_pass of {KV_NODE} is for {SAMPLER}: set it to every chunk, or use that sampler")
         film = self.schedules(model, noise.shape[2], len(sigmas) - 1, prefix, suffix, options)
+        require_prompts(guider, film)
         conds = conds_of(guider, family)
         adapter = model.adapter(model.dtype_of(guider.model_patcher))
         require_texts(conds, family, adapter, model.diffusion_model.config.text_dim)
         return Run(
-            family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise), policy_of(options),
+            family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise, film), policy_of(options),
             compressor_of(options), fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
         )  # fmt: skip
 
@@ -125,10 +132,17 @@ class ChunkSampler(comfy.samplers.Sampler):
         extra_args = alone(extra_args) if model.family.guidance.inside else extra_args
         options = extra_args["model_options"]["transformer_options"]
         options[BASE] = blocks_of(options)
-        names = {one["uuid"]: name for name, one in named_conds(model_wrap.conds).items() if "uuid" in one}
+        texts = ChunkConds(model_wrap.conds)
+
+        def of_chunk(executor, network, conds, *args):  # type: ignore[no-untyped-def]
+            return executor(network, texts.only(options[TURN].names, conds), *args)
+
+        comfy.patcher_extension.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, TURN, of_chunk, extra_args["model_options"], is_model_options=True
+        )
 
         def evaluate(turn: Turn, part: torch.Tensor) -> torch.Tensor:
-            options[TURN] = turn = NamedTurn(turn, names)
+            options[TURN] = turn = NamedTurn(turn, texts.at(turn.index))
             out = velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
             write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
             return out
@@ -206,6 +220,21 @@ class ChunkSampler(comfy.samplers.Sampler):
         require_finite(noise, "the latents' noise values")
         if latent_image is not None:
             require_finite(latent_image, "the latents")
+
+
+def require_prompts(guider: Any, film: Film) -> None:
+    """Raises ValueError for a prompt schedule that the film has no chunks for, or that asks for more than this sampler does."""
+    texts = ChunkConds(guider.conds)
+    if not any(texts.firsts):
+        return
+    if not isinstance(film, ChunkSchedule):
+        raise ValueError(
+            f"{PROMPTS_NODE} has a prompt for every chunk, and with attention {BIDIRECTIONAL} all chunks of a section are evaluated at once: set "
+            f"attention of {NODE} to {CAUSAL}, or use one prompt"
+        )
+    if texts.recached:
+        raise ValueError(f"{PROMPTS_NODE}: recache is for ComfyUI's own causal models under Sampler AR Video: set it to off with {NODE}")
+    require_chunks(texts.firsts, film)
 
 
 def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, level: float, extra_args: dict[str, Any]) -> torch.Tensor:

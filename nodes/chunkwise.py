@@ -17,6 +17,7 @@ from ..flowcache_core.sampling.plan import read_plan
 from ..flowcache_core.settings import described
 from .fit import require_ours
 from .host_model import HostModel
+from .native_kv import require_headroom
 from .settings_on_model import CHUNKWISE_NODE, MOTION_NODE, policy_node, with_policy
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
@@ -87,6 +88,7 @@ class ChunkwiseCache(io.ComfyNode):
     @within_schema
     def execute(cls, model: Any, preset: str = CUSTOM, target: str = OFF, target_share: float = 0.5, target_speedup: float = 2.0,
                 target_seconds: float = 60.0, plan: str = "", **settings: Any) -> io.NodeOutput:  # fmt: skip
+        require_headroom(model, NODE)
         inner = require_ours(model, NODE)
         if (other := policy_node(model.model_options)) not in ("", NODE):
             way_out = f"put it before {MOTION_NODE}, which then refines it" if other == MOTION_NODE else "bypass one of the two"

@@ -26,6 +26,8 @@ HEADS = "salience"
 """Folder of models/ for salience heads."""
 BUNDLED = "of the bundled model"
 folder_paths.add_model_folder_path(HEADS, str(Path(folder_paths.models_dir, HEADS)))
+EVERY, NO_PASS = "every chunk", "none"
+NOISY = "clean passes are left out: later chunks look back on keys and values of the last noisy step, on which these models were not trained"
 WHOLE = {"token": "token by token", "frame": "whole latent frames at a time", "chunk": "whole chunks at a time"}
 
 
@@ -41,6 +43,10 @@ def _inputs() -> list[Any]:
                                 "The node's help lists them."),
         io.Combo.Input("salience_head", options=[BUNDLED, *heads], default=BUNDLED, optional=True, advanced=True,
                        tooltip="For policy salience: the head that was trained for the model, a safetensors file in models/salience."),
+        io.Combo.Input("clean_pass", options=[EVERY, NO_PASS], default=EVERY, optional=True, advanced=True,
+                       tooltip="For ComfyUI's own causal models. every chunk: a finished chunk is evaluated once more, clean, for later ones to look "
+                               "back on; the last one is spared it, which changes nothing. none: all are, which makes another film: at 4 steps one "
+                               "evaluation in 5 is saved, and later chunks look back on the last noisy step."),
     ]  # fmt: skip
     return [*shown[:2], policy, *shown[2:], *folded, *more]
 
@@ -69,7 +75,8 @@ class KVCompressor(io.ComfyNode):
 
     @classmethod
     @within_schema
-    def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, **settings: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, policy: str, policy_settings: str = "", salience_head: str = BUNDLED, clean_pass: str = EVERY,
+                **settings: Any) -> io.NodeOutput:  # fmt: skip
         native = is_native(model)
         adapter = network_of(model) if native else require_ours(model, NODE, NATIVE).adapter()
         head = "" if salience_head == BUNDLED else folder_paths.get_full_path_or_raise(HEADS, salience_head)
@@ -79,7 +86,10 @@ class KVCompressor(io.ComfyNode):
         compressor = Compressor(score, **settings)
         text = _summary(compressor, policy_settings.strip())
         if native:
-            return io.NodeOutput(with_native(model, compressor), ui=ui.PreviewText("\n".join([text, *planned(network_of(model), compressor)])))
+            lines = [text, *([] if clean_pass == EVERY else [NOISY]), *planned(network_of(model), compressor)]
+            return io.NodeOutput(with_native(model, compressor, clean_pass == EVERY), ui=ui.PreviewText("\n".join(lines)))
+        if clean_pass != EVERY:
+            raise ValueError(f"{NODE}: clean_pass {clean_pass} is for ComfyUI's own causal models under Sampler AR Video: set it to {EVERY}")
         return io.NodeOutput(with_compressor(model, compressor), ui=ui.PreviewText(text))
 
 

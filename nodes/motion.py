@@ -18,6 +18,7 @@ from ..flowcache_core.show.overlay import overlay
 from .chunkwise import widgets
 from .fit import require_network, require_ours
 from .mailbox import Mailbox
+from .native_kv import require_headroom
 from .sampler import Report
 from .settings_on_model import MOTION_NODE, policy_of, with_policy
 from .shown_text import SHOWS_TEXT
@@ -58,6 +59,7 @@ class MotionCache(io.ComfyNode):
     @classmethod
     @within_schema
     def execute(cls, model: Any, preset: str, **settings: Any) -> io.NodeOutput:
+        require_headroom(model, NODE)
         host = require_ours(model, NODE)
         before = policy_of(model.model_options)
         policy = _policy(preset, settings, before)

@@ -73,6 +73,7 @@ def native_network(family: Family) -> type[Any]:
         def keep(self, config: SkyReelsConfig) -> None:
             """`config`: the sizes. What they are kept in is no part of the network for those who go through its modules."""
             self.config = config
+            self.patch_embedding.register_forward_pre_hook(as_stored)
             self._ours = (host_network(family)(config, dtype=self.dtype, device="meta", operations=nn),)
 
         @property
@@ -101,6 +102,11 @@ def native_network(family: Family) -> type[Any]:
             yield from zip((*self.ours.blocks, self.ours.head), (*self.blocks, self.head), strict=True)
 
     return NativeNetwork
+
+
+def as_stored(layer: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """The host's network hands its patch embedding float32, whatever the weights are; layers that cast their weights are left alone."""
+    return given if getattr(layer, "comfy_cast_weights", False) else (given[0].to(layer.weight.dtype),)
 
 
 def leaves(network: nn.Module) -> list[tuple[nn.Module, str, str]]:

@@ -11,6 +11,7 @@ from ..flowcache_core.policies.always import Always
 from ..flowcache_core.policies.named import in_words, policy_named
 from ..flowcache_core.policies.planned import Planned
 from .fit import require_network, require_ours
+from .native_kv import require_headroom
 from .settings_on_model import POLICY_NODE, policy_node, with_policy
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
@@ -43,6 +44,7 @@ class CachePolicyByName(io.ComfyNode):
     @classmethod
     @within_schema
     def execute(cls, model: Any, policy: str, settings: str) -> io.NodeOutput:
+        require_headroom(model, NODE)
         host = require_ours(model, NODE)
         if other := policy_node(model.model_options):
             raise ValueError(f"{NODE} after {other} would take its place: bypass one of the two")

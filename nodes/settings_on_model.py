@@ -8,8 +8,10 @@ from ..flowcache_core.kv.compressor import Compressor
 from ..flowcache_core.policies.protocol import CachePolicy
 
 KV_NODE, CHUNKWISE_NODE, MOTION_NODE, POLICY_NODE = "KV Compressor", "Chunkwise Cache", "Motion Cache", "Cache Policy"
+PROMPTS_NODE = "Prompt Schedule"
 OPTIONS = "flowcache"
-"""Key in transformer_options under which our settings travel on a MODEL, all frozen: {"policy": CachePolicy, "node": whose, "kv": Compressor}."""
+"""Key in transformer_options under which our settings travel on a MODEL, all frozen: {"policy": CachePolicy, "node": whose, "kv": Compressor,
+"clean_pass": bool}."""
 
 
 def with_policy(model: Any, policy: CachePolicy, node: str) -> Any:
@@ -17,9 +19,10 @@ def with_policy(model: Any, policy: CachePolicy, node: str) -> Any:
     return _with(model, policy=policy, node=node)
 
 
-def with_compressor(model: Any, compressor: Compressor) -> Any:
-    """A clone of a ModelPatcher that carries the settings of history, in place of earlier ones."""
-    return _with(model, kv=compressor)
+def with_compressor(model: Any, compressor: Compressor, clean_pass: bool = True) -> Any:
+    """A clone of a ModelPatcher that carries the settings of history, in place of earlier ones. `clean_pass`: whether the host's own causal
+    models pass finished chunks through the network once more."""
+    return _with(model, kv=compressor, clean_pass=clean_pass)
 
 
 def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
@@ -30,6 +33,11 @@ def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
 def compressor_of(model_options: dict[str, Any]) -> Compressor | None:
     compressor: Compressor | None = _ours(model_options).get("kv")
     return compressor
+
+
+def clean_pass_of(model_options: dict[str, Any]) -> bool:
+    clean_pass: bool = _ours(model_options).get("clean_pass", True)
+    return clean_pass
 
 
 def _with(model: Any, **settings: Any) -> Any:

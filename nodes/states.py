@@ -16,6 +16,7 @@ from ..flowcache_core.run.run import Turn
 from ..flowcache_core.run.states import States
 from .host_model import HostModel
 from .settings_on_model import OPTIONS
+from .texts import named_branches
 
 FOLDER = "flowcache_states"
 """In the output folder: what is in the temporary one is deleted when the host starts."""
@@ -30,7 +31,7 @@ def film_of(guider: Any, model: HostModel) -> dict[str, object]:
     """By name, what no run knows of its film."""
     patcher, names = guider.model_patcher, ("patches", "object_patches", "weight_wrapper_patches", "hook_patches")
     return {
-        **{f"conditioning {name}": digest(one) for name, one in named_conds(guider.conds).items()},
+        **{f"conditioning {name}": digest(some[0] if len(some) == 1 else some) for name, some in named_branches(guider.conds).items()},
         "guider": type(guider).__qualname__,
         **{f"guider: {name}": value for name, value in vars(guider).items() if isinstance(value, bool | int | float | str)},
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in model.files],
@@ -46,17 +47,16 @@ def _others(model_options: Mapping[str, Any]) -> dict[str, Any]:
     return {**model_options, "transformer_options": options}
 
 
-def named_conds(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The conditionings of a guider, each with a name of its own that is the same in every process."""
-    return {f"{name} {k}" if k else name: one for name, many in conds.items() for k, one in enumerate(many)}
-
-
 @dataclass(frozen=True)
 class NamedTurn:
-    """A turn whose branches the host calls by UUIDs, which are others in every process."""
+    """A turn whose branches the host calls by UUIDs, which are others in every process. `names`: of the texts that count in this turn."""
 
     turn: Turn
     names: Mapping[Hashable, str]
+
+    @property
+    def index(self) -> int:
+        return self.turn.index
 
     @property
     def step(self) -> int:
@@ -68,7 +68,7 @@ class NamedTurn:
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         uuids = {name: branch for branch, name in self.names.items()}
-        return tuple(uuids.get(name, name) for name in self.turn.unwritten(self.names.get(branch, branch) for branch in branches))
+        return tuple(uuids.get(name, name) for name in self.turn.unwritten(self.names[branch] for branch in branches if branch in self.names))
 
-    def denoise(self, x: torch.Tensor, context: torch.Tensor, branches: Branches, blocks: Hashable = None) -> torch.Tensor:
-        return self.turn.denoise(x, context, tuple(self.names.get(branch, branch) for branch in branches), blocks)
+    def denoise(self, x: torch.Tensor, context: torch.Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> torch.Tensor:
+        return self.turn.denoise(x, context, tuple(self.names.get(branch, branch) for branch in branches), blocks, branches)

@@ -91,10 +91,15 @@ def _is_vae(value: Any) -> bool:
     return hasattr(value, "encode") and hasattr(value, "decode")
 
 
+def _is_clip(value: Any) -> bool:
+    return hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled")
+
+
 NUMBERS = {"INT": "whole number", "FLOAT": "number"}
 TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "LATENT": (_is_latent, "a latent with samples in it, such as that of Empty AR Video Latent or of a sampler"),
     "IMAGE": (_is_images, "one image or more in colour, frames x height x width x 3"),
+    "CLIP": (_is_clip, "a text encoder, such as that of Load CLIP or Load AR Video Model"),
     "CONDITIONING": (_is_conditioning, "an encoded prompt, such as that of CLIP Text Encode"),
     "VAE": (_is_vae, "a VAE, such as that of Load AR Video Model or Load VAE"),
     "FLOWCACHE_REPORT": (lambda value: isinstance(value, Mailbox), "the report output of AR Chunk Sampler"),

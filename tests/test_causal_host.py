@@ -207,6 +207,29 @@ def test_a_start_image_makes_one_film_under_both_samplers(host: Host, graph: Gra
     assert "ARVideoI2V gives its start image to Sampler AR Video alone: use AR Video Frames In" in refusal(host, theirs)
 
 
+def budgeted(graph: Graph, **settings: Any) -> Graph:
+    """With KV Compressor, which keeps all of history."""
+    budget = {"budget": 100.0, "unit": "chunks", "policy": "sink-recent", "dtype": "as computed", "offload": False, "soft": 0.0}
+    graph["kv"] = linked("FlowCacheKVCompressor", model=["model", 0], sink=1, recent=0, granularity="token", **budget, **settings)
+    return put(graph, "CFGGuider", model=["kv", 0])
+
+
+def test_a_prompt_schedule_makes_one_film_under_both_samplers(host: Host, graph: Graph) -> None:
+    """Under the host's by KV Compressor."""
+    plain = host.latents(graph)
+    graph["text"] = linked("FlowCachePromptSchedule", clip=["words", 1], schedule=f"1: {TEXT}\n3: green square", recache="off")
+    ours = host.latents(graph)
+    close(ours, host.latents(budgeted(by_host(graph))))
+    assert torch.equal(ours[:, :, :6], plain[:, :, :6])
+    assert not torch.allclose(ours[:, :, 6:], plain[:, :, 6:], atol=2e-2)
+
+
+def test_what_is_for_the_hosts_sampler_is_refused_under_ours(host: Host, graph: Graph) -> None:
+    assert "clean_pass of KV Compressor is for Sampler AR Video" in refusal(host, budgeted(graph, clean_pass="none"))
+    graph["text"] = linked("FlowCachePromptSchedule", clip=["words", 1], schedule=f"1: {TEXT}\n3: green square", recache="at every change")
+    assert "recache is for ComfyUI's own causal models under Sampler AR Video" in refusal(host, put(graph, "CFGGuider", model=["model", 0]))
+
+
 def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: Host, graph: Graph) -> None:
     graph["model"]["inputs"]["lora"] = LORA
     ours = host.latents(graph)

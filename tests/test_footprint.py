@@ -41,7 +41,7 @@ def test_the_footprint_is_what_a_run_holds(
             return out[:1]
 
         sample_chunks(Driven(predict, session), noise, schedule, levels, Euler())
-        text = sum(k.nbytes + v.nbytes for k, v in session._text[branches])
+        text = sum(k.nbytes + v.nbytes for k, v in session._text[branches, None])
     assert session.report.kv_peak_bytes == expected.kv
     assert text == expected.text
     assert max(kept) == expected.predictions

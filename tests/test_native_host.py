@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flowcache_core.kv.compressor import Compressor
@@ -19,259 +18,38 @@ from flowcache_core.models.causal_wan import CausalWan
 from flowcache_core.run.footprint import readable
 from flowcache_core.run.sequential import SequentialFilm
 from tests.host import NEEDS_HOST, Graph, Host, error_of, refused, said, with_nodes
+from tests.native import (
+    FRAMES,
+    KIND,
+    LAYERS,
+    SEVEN,
+    SIDE,
+    STEPS,
+    TESTS,
+    TOKENS,
+    WIDTH,
+    Chain,
+    fails,
+    film,
+    kv,
+    seen,
+    start,
+    watched,
+)
+from tests.tiny_causal import tiny_causal
 
 pytestmark = NEEDS_HOST
-KIND = "FlowCacheKVCompressor"
-LAYERS, WIDTH = 2, 256
-TESTS = '''
-"""A causal model of random weights, references that are made another way, and what watches a run."""
-import gc, json, os
-import comfy.ldm.wan.model, comfy.model_management, comfy.ops, comfy.patcher_extension, comfy.sd, folder_paths
-import torch
-
-LAYERS, WIDTH = 2, 256
-KINDS = comfy.patcher_extension.WrappersMP
-OVERRIDE = "optimized_attention_override"
-
-
-class Node:
-    CATEGORY, FUNCTION, RETURN_TYPES, inputs = "tests", "run", ("MODEL",), {}
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": cls.inputs}
-
-
-class RandomModel(Node):
-    inputs = {"seed": ("INT",), "weights": ("STRING",), "causal": ("BOOLEAN",)}
-
-    def run(self, seed, weights, causal):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.device("cpu"):
-            net = comfy.ldm.wan.model.WanModel(
-                model_type="t2v", dim=WIDTH, ffn_dim=WIDTH, num_heads=WIDTH // 128, num_layers=LAYERS, in_dim=16, out_dim=16, text_dim=4096,
-                dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
-        scale = lambda k, v: 1.5 if "norm" in k else 0.2 if v.ndim == 1 else v[0].numel() ** -0.5
-        sd = {k: torch.randn(v.shape, generator=generator) * scale(k, v) for k, v in net.state_dict().items()}
-        if weights != "float32":
-            sd = {k: v.to(torch.float8_e4m3fn).float() for k, v in sd.items()}
-        options = {"dtype": torch.float8_e4m3fn if weights == "fp8" else torch.float32}
-        metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})} if causal else None
-        return (comfy.sd.load_diffusion_model_state_dict(sd, model_options=options, metadata=metadata),)
-
-
-class RandomText(Node):
-    RETURN_TYPES, inputs = ("CONDITIONING",), {"seed": ("INT",), "tokens": ("INT",)}
-
-    def run(self, seed, tokens):
-        return ([[torch.randn(1, tokens, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
-
-
-class StartFrame(Node):
-    """As ARVideoI2V sets it, without a VAE."""
-
-    inputs = {"model": ("MODEL",), "side": ("INT",)}
-
-    def run(self, model, side):
-        model = model.clone()
-        latent = torch.randn(1, 16, 1, side, side, generator=torch.Generator().manual_seed(3))
-        model.model_options.setdefault("transformer_options", {}).setdefault("ar_config", {})["initial_latent"] = latent
-        return (model,)
-
-
-class Gathered(Node):
-    """The host's whole KV cache, of which every block attends to the sink and the latest frames of history alone. A frame that lies farther
-    back than `room` latent frames is turned by the host's own positions until it lies there."""
-
-    inputs = {"model": ("MODEL",), "sink": ("INT",), "latest": ("INT",), "tokens": ("INT",), "room": ("INT",)}
-
-    def run(self, model, sink, latest, tokens, room):
-        model, net = model.clone(), model.model.diffusion_model
-        sink, latest = sink * tokens, latest * tokens
-
-        def patched(before):
-            def forward(x, freqs, kv_cache=None, transformer_options={}):
-                def gathered(func, q, k, v, heads, **kwargs):
-                    history = k.shape[1] - q.shape[1]
-                    near = k
-                    far = history // tokens - room
-                    if far > 0:
-                        turn = net.rope_encode(1, 2, 2, t_start=far, device=k.device, dtype=torch.float32)
-                        from comfy.ldm.flux.math import apply_rope1
-                        near = apply_rope1(k.unflatten(2, (heads, -1)), turn).flatten(2)
-                    if history <= sink + latest:
-                        return func(q, k, v, heads=heads)
-                    parts = [near[:, :sink], k[:, history - latest:]], [v[:, :sink], v[:, history - latest:]]
-                    return func(q, *(torch.cat(part, 1) for part in parts), heads=heads)
-
-                return before(x, freqs, kv_cache=kv_cache, transformer_options={OVERRIDE: gathered})
-
-            return forward
-
-        for layer in range(LAYERS):
-            place = f"diffusion_model.blocks.{layer}.self_attn.forward"
-            model.add_object_patch(place, patched(model.get_model_object(place)))
-        return (model,)
-
-
-class Apart(Node):
-    """Every text is evaluated by itself, against whole caches of its own made by the host: two runs side by side."""
-
-    inputs = {"model": ("MODEL",), "frames": ("INT",), "tokens": ("INT",)}
-
-    def run(self, model, frames, tokens):
-        model, net, held = model.clone(), model.model.diffusion_model, {}
-
-        def evaluate(executor, x, t, c_concat, c_crossattn, control, options, **more):
-            state, out = options["ar_state"], []
-            begin, end = state["start_frame"] * tokens, (state["start_frame"] + x.shape[2]) * tokens
-            parts = zip(options["cond_or_uncond"], *(one.chunk(len(options["uuids"])) for one in (x, t, c_crossattn)))
-            for branch, part, level, text in parts:
-                if branch not in held:
-                    held[branch] = net.init_kv_caches(1, frames * tokens, x.device, torch.float32), net.init_crossattn_caches(1, x.device, None)
-                caches, crossed = held[branch]
-                for cache in caches:
-                    cache["end"] = begin
-                mine = {**options, "ar_state": {**state, "kv_caches": caches, "crossattn_caches": crossed}}
-                out.append(executor(part, level, c_concat, text, control, mine, **more))
-            for cache in state["kv_caches"]:
-                cache["end"] = end
-            return torch.cat(out)
-
-        def outer(executor, *args, **kwargs):
-            held.clear()
-            return executor(*args, **kwargs)
-
-        model.add_wrapper_with_key(KINDS.OUTER_SAMPLE, "apart", outer)
-        model.add_wrapper_with_key(KINDS.APPLY_MODEL, "apart", evaluate)
-        return (model,)
-
-
-load_models = comfy.model_management.load_models_gpu
-ESTIMATES = []
-
-
-def counted_load(models, memory_required=0, **kwargs):
-    ESTIMATES.append(kwargs.get("minimum_memory_required"))
-    return load_models(models, memory_required=memory_required, **kwargs)
-
-
-comfy.model_management.load_models_gpu = counted_load
-
-
-def alive():
-    """Bytes of keys and values: tensors of four dimensions whose last is a head's channels, in any dtype, views not counted."""
-    found = {}
-    for one in gc.get_objects():
-        if torch.is_tensor(one) and one.ndim == 4 and one.shape[-1] == 128 and type(one) is torch.Tensor:
-            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-    return sum(found.values())
-
-
-class Watched(Node):
-    """Writes what keys and values took, most of all and behind the run; ends the run at the evaluation `fault`, by error or interrupt."""
-
-    inputs = {"model": ("MODEL",), "name": ("STRING",), "fault": ("INT",), "kind": ("STRING",)}
-
-    def run(self, model, name, fault, kind):
-        model, seen = model.clone(), {"most": 0, "calls": 0}
-
-        def outer(executor, *args, **kwargs):
-            seen.update(most=0, calls=0)
-            before = executor.class_obj.model_options
-            try:
-                return executor(*args, **kwargs)
-            finally:
-                gc.collect()
-                seen["behind"], seen["estimate"] = alive(), ESTIMATES[-1]
-                seen["patched"] = executor.class_obj.model_options is not before or {"memory_required", "get_dtype"} & set(vars(model.model)) != set()
-                with open(os.path.join(folder_paths.get_output_directory(), name), "w") as file:
-                    json.dump(seen, file)
-
-        def evaluate(executor, *args, **kwargs):
-            seen["calls"] += 1
-            if seen["calls"] == fault:
-                raise comfy.model_management.InterruptProcessingException() if kind == "interrupt" else RuntimeError("a fault on purpose")
-            out = executor(*args, **kwargs)
-            if seen["calls"] in (2, 20):
-                seen["most"] = max(seen["most"], alive())
-            return out
-
-        model.add_wrapper_with_key(KINDS.OUTER_SAMPLE, "watched", outer)
-        model.add_wrapper_with_key(KINDS.APPLY_MODEL, "watched", evaluate)
-        return (model,)
-
-
-class Skipping(Node):
-    """Leaves an evaluation out without telling anybody."""
-
-    inputs = {"model": ("MODEL",)}
-
-    def run(self, model):
-        model, calls = model.clone(), []
-
-        def evaluate(executor, x, *args, **kwargs):
-            calls.append(1)
-            return x if len(calls) == 2 else executor(x, *args, **kwargs)
-
-        model.add_wrapper_with_key(KINDS.APPLY_MODEL, "skipping", evaluate)
-        return (model,)
-
-
-class OtherAttention(Node):
-    inputs = {"model": ("MODEL",)}
-
-    def run(self, model):
-        model = model.clone()
-        place = "diffusion_model.blocks.1.self_attn.forward"
-        before = model.get_model_object(place)
-        model.add_object_patch(place, lambda *args, **kwargs: before(*args, **kwargs))
-        return (model,)
-
-
-NODE_CLASS_MAPPINGS = {one.__name__: one for one in Node.__subclasses__()}
-'''
-STEPS, FRAMES, SIDE, TOKENS = 2, 12, 8, 16
-"""Latent frames, latent cells along a side, tokens of a frame."""
-SETTINGS = {"budget": 1000.0, "unit": "seconds", "policy": "sink-recent", "dtype": "as computed", "sink": 1, "recent": 0, "granularity": "token",
-            "offload": False, "soft": 0.0}  # fmt: skip
-SEVEN = {"budget": 7 / 4}
-"""Latent frames, of four a second: the sink and six."""
-Chain = tuple[str, dict[str, Any]]
-
-
-def kv(**settings: Any) -> Chain:
-    return KIND, {**SETTINGS, **settings}
-
-
-def film(*chain: Chain, frames: int = FRAMES, block: int = 3, cfg: float = 1.0, texts: tuple[int, int] = (8, 12), batch: int = 1, seed: int = 0,
-         weights: str = "float32", causal: bool = True, side: int = SIDE) -> Graph:  # fmt: skip
-    """The host's own graph for its causal models, with nodes between the model and all that takes it."""
-    graph: Graph = {
-        "model": {"class_type": "RandomModel", "inputs": {"seed": seed, "weights": weights, "causal": causal}},
-        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 5}},
-        "latent": {"class_type": "EmptyARVideoLatent",
-                   "inputs": {"width": 8 * side, "height": 64, "length": 4 * frames - 3, "batch_size": batch}},
-        "sampler": {"class_type": "SamplerARVideo", "inputs": {"num_frame_per_block": block}},
-        "positive": {"class_type": "RandomText", "inputs": {"seed": 1, "tokens": texts[0]}},
-        "negative": {"class_type": "RandomText", "inputs": {"seed": 2, "tokens": texts[1]}},
-        "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": ["model", 0], "scheduler": "simple", "steps": STEPS, "denoise": 1.0}},
-    }  # fmt: skip
-    last = "model"
-    for number, (kind, inputs) in enumerate(chain):
-        graph[f"patch{number}"] = {"class_type": kind, "inputs": {"model": [last, 0], **inputs}}
-        last = f"patch{number}"
-    guided = {"model": [last, 0], "positive": ["positive", 0], "negative": ["negative", 0], "cfg": cfg}
-    graph["guider"] = {"class_type": "CFGGuider", "inputs": guided}
-    taken = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]}
-    graph["out"] = {"class_type": "SamplerCustomAdvanced", "inputs": taken}
-    graph["end"] = {"class_type": "SaveLatent", "inputs": {"samples": ["out", 0], "filename_prefix": "end"}}
-    return graph
+FILE = "causal.safetensors"
+"""Weights in bfloat16, which a processor that multiplies it natively computes in."""
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with with_nodes(tmp_path_factory.mktemp("comfy"), TESTS) as running:
+    base = tmp_path_factory.mktemp("comfy")
+    folder = base / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    save_file({key: weight.bfloat16() for key, weight in tiny_causal(text_dim=4096).state_dict().items()}, folder / FILE)
+    with with_nodes(base, TESTS) as running:
         yield running
 
 
@@ -279,24 +57,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 def alone(host: Host) -> Tensor:
     """The film that the sampler makes by itself."""
     return host.latents(film())
-
-
-def watched(name: str, fault: int = 0, kind: str = "") -> Chain:
-    return "Watched", {"name": name, "fault": fault, "kind": kind}
-
-
-def seen(host: Host, name: str) -> dict[str, Any]:
-    written: dict[str, Any] = json.loads(Path(host.base, "output", name).read_text())
-    return written
-
-
-def fails(host: Host, graph: Graph) -> None:
-    """While it runs: it was not refused as a graph."""
-    assert "execution_error" in [kind for kind, _ in host.run(graph)["status"]["messages"]]
-
-
-def start(side: int = SIDE) -> Chain:
-    return "StartFrame", {"side": side}
 
 
 @pytest.mark.parametrize("policy", ["sink-recent", "even"])
@@ -348,6 +108,10 @@ def test_guidance_is_two_runs_combined(host: Host, texts: tuple[int, int], setti
     torch.testing.assert_close(guided, reference, rtol=1e-3, atol=1e-3)
 
 
+LONG = 133
+"""Latent frames of 33 seconds at 16 frames a second."""
+
+
 def test_without_the_node_guidance_fails(host: Host) -> None:
     fails(host, film(cfg=3.0, texts=(8, 8)))
 
@@ -355,13 +119,13 @@ def test_without_the_node_guidance_fails(host: Host) -> None:
 @pytest.mark.parametrize("dtype", ["as computed", "int8"])
 def test_a_longer_film_needs_no_more_and_the_host_is_told_before(host: Host, dtype: str) -> None:
     taken = {}
-    for frames in (21, 33):
+    for frames in (21, LONG):
         host.latents(film(watched(f"{dtype}{frames}"), kv(**SEVEN, dtype=dtype), frames=frames))
         taken[frames] = seen(host, f"{dtype}{frames}")
     planned = settled(21, dtype=dtype)
-    assert taken[21]["most"] == taken[33]["most"] <= planned.kv
-    assert taken[21]["estimate"] == taken[33]["estimate"] > planned.held
-    assert taken[33]["behind"] == 0
+    assert taken[21]["most"] == taken[LONG]["most"] <= planned.kv
+    assert taken[21]["estimate"] == taken[LONG]["estimate"] > planned.held
+    assert taken[LONG]["behind"] == 0
     if dtype == "as computed":
         assert taken[21]["most"] == planned.budget.cache_bytes(planned.sizes, 1, 4)
         assert f"the KV cache took {readable(taken[21]['most'])} at its peak" in host.log.read_text()
@@ -396,6 +160,39 @@ def test_history_is_stored_and_chosen_as_under_our_sampler(host: Host, alone: Te
         assert (kept - alone).abs().mean() <= near * alone.abs().mean()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["text", "start image"])
+def test_the_clean_pass_that_nothing_looks_back_on_is_left_out(host: Host, alone: Tensor, given: bool) -> None:
+    """The film is the sampler's own, as `test_a_budget_for_everything_is_the_sampler_alone_bit_for_bit` has it."""
+    chain, frames = ([start()], FRAMES + 1) if given else ([], FRAMES)
+    for name, settings, left_out in (("alone", None, 0), ("kv", {}, 1), ("none", {"clean_pass": "none"}, FRAMES // 3)):
+        made = host.latents(film(watched(name), *chain, *([] if settings is None else [kv(**settings)]), frames=frames))
+        assert seen(host, name)["forwards"] == given + FRAMES // 3 * (STEPS + 1) - left_out
+    assert made.isfinite().all()
+    if not given:
+        assert torch.equal(made[:, :, :3], alone[:, :, :3])
+        assert not torch.equal(made[:, :, 3:], alone[:, :, 3:])
+
+
+def test_without_clean_passes_history_is_that_of_the_last_noisy_step(host: Host) -> None:
+    """Against the sampler alone, whose caches are left as that step has written them."""
+    noisy = host.latents(film(kv(clean_pass="none")))
+    assert torch.equal(noisy, host.latents(film(("LeavesOut", {"clean": True, "steps": STEPS}))))
+
+
+def test_a_step_that_reuses_the_last_prediction_is_the_schedule_without_that_step(host: Host) -> None:
+    """Why caches of steps have nothing to save here: fewer steps are the same film."""
+    reused = host.latents(film(("LeavesOut", {"clean": False, "steps": STEPS})))
+    assert torch.equal(reused, host.latents(film(steps=STEPS - 1)))
+
+
+@pytest.mark.parametrize("kind", ["FlowCacheChunkwise", "FlowCacheMotion", "FlowCachePolicy"])
+def test_caches_of_steps_give_the_reason_why_they_are_not_for_this_model(host: Host, kind: str) -> None:
+    inputs = host.ask(f"/object_info/{kind}")[kind]["input"]["required"]
+    settings = {name: rule.get("default", kinds[0] if isinstance(kinds, list) else None) for name, (kinds, rule) in inputs.items()}
+    del settings["model"]
+    refused(host, film((kind, settings)), "has nothing to save on this model: .* is the schedule without that step")
+
+
 def test_salience_asks_for_a_head_of_this_size(host: Host) -> None:
     refused(host, film(kv(policy="salience")), "this head is for .* layers of .* channels .*, the model has 2 layers of 256")
 
@@ -404,6 +201,17 @@ def test_weights_in_fp8_are_their_rounded_values(host: Host) -> None:
     assert torch.equal(host.latents(film(kv(), weights="fp8")), host.latents(film(weights="rounded")))
     assert torch.equal(host.latents(film(start(), kv(), weights="fp8", frames=4)), host.latents(film(start(), weights="rounded", frames=4)))
     fails(host, film(weights="fp8"))
+
+
+def test_a_file_of_ours_in_bfloat16_is_sampled_by_both_samplers(host: Host) -> None:
+    """The host's network hands its patch embedding float32 in any case."""
+    loaded = {"class_type": "FlowCacheLoadModel", "inputs": {"model_name": FILE, "family": "self-forcing"}}
+    own = {"class_type": "FlowCacheSampler", "inputs": {"solver": "auto", "ar_step": -1, "chunk_frames": 0, "window": 0, "fps": "auto"}}
+    graph = {**film(kv(), steps=4, frames=6), "model": loaded}
+    theirs, ours = host.latents(graph), host.latents({**graph, "sampler": own})
+    assert theirs.isfinite().all()
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["error", "interrupt"])

@@ -43,6 +43,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheLoadModel",
         "FlowCacheLoadMagiVAE",
         "FlowCacheMagiTokens",
+        "FlowCachePromptSchedule",
         "FlowCacheScheduler",
         "FlowCacheLatent",
         "FlowCacheConditionFrames",

@@ -29,9 +29,9 @@ Attended = list[dict[str, Tensor]]
 
 
 def film(frames: int, budget: float = ALL, policy: KVPolicy | None = None, given: int = 0, branches: int = 1, chunk: int = CHUNK,
-         **settings: object) -> SequentialFilm:  # fmt: skip
+         clean_pass: bool = True, **settings: object) -> SequentialFilm:  # fmt: skip
     compressor = Compressor(policy or StreamingLLM(), budget / SECOND, "seconds", **settings)  # type: ignore[arg-type]
-    return SequentialFilm.settled(NETWORK, compressor, frames, chunk, STEPS, GRID, branches=branches, itemsize=4, given=given)
+    return SequentialFilm.settled(NETWORK, compressor, frames, chunk, STEPS, GRID, branches=branches, itemsize=4, given=given, clean_pass=clean_pass)
 
 
 def made(frames: int, count: int = 3, seed: int = 0) -> Tensor:
@@ -41,14 +41,15 @@ def made(frames: int, count: int = 3, seed: int = 0) -> Tensor:
 
 def attended(settled: SequentialFilm, branches: tuple[str, ...] = ("a",), apart: bool = False,
              watch: Callable[[SequentialCache], None] = lambda cache: None, plain: Callable[..., Tensor] | None = None) -> Attended:  # fmt: skip
-    """Every chunk's clean evaluation of layer 0, by branch, in a run whose noisy evaluations have other keys and values."""
+    """Every chunk's last evaluation of layer 0, by branch, in a run whose noisy evaluations have other keys and values."""
     schedule, out = settled.schedule, list[dict[str, Tensor]]()
     cache = SequentialCache(settled, plain)
     for index in range(schedule.chunks):
         start, count = schedule.span(index)
         levels = [True] if index < schedule.given else [False] * STEPS + [True]
         for step, clean in enumerate(levels):
-            cache.begin(start, count, clean)
+            if not cache.begin(start, count, clean):
+                continue
             heard = {}
             for group in [(one,) for one in branches] if apart else [branches]:
                 call = cache.attention(group)
@@ -87,10 +88,10 @@ def turned(start: int, count: int, seed: int, clean: bool, step: int) -> Tensor:
 
 def over(settled: SequentialFilm, kept: Callable[[int], list[int]], weight: Callable[[int], Tensor] | None = None, branch: str = "a") -> list[Tensor]:
     """Attention of every chunk over the history tokens `kept`, which lie as far back as the horizon has it, and over itself."""
-    out, room = [], HORIZON - settled.schedule.chunk_frames
+    out, room, noise = [], HORIZON - settled.schedule.chunk_frames, 0 if settled.clean_pass else STEPS
     for index in range(settled.schedule.chunks):
         start, count = settled.schedule.span(index)
-        q, k, v = turned(start, count, hash_of(branch), True, 0)
+        q, k, v = turned(start, count, hash_of(branch), settled.needs_clean(index), STEPS - 1)
         tokens = torch.tensor(kept(start * FRAME), dtype=torch.long)
         keys, values = made(300, seed=hash_of(branch))[1:, ..., tokens, :]
         starts = [settled.schedule.span(i)[0] for i in range(settled.schedule.chunks)]
@@ -98,7 +99,7 @@ def over(settled: SequentialFilm, kept: Callable[[int], list[int]], weight: Call
         nearer = torch.tensor([max(start - s - room, 0) for s in chunk_of])
         places = [rope_table(int(t) // FRAME + int(m), 1, 2, 2)[int(t) % FRAME] for t, m in zip(tokens, nearer, strict=True)]
         phases = torch.stack(places) if places else torch.empty(0, DIM // 2, dtype=torch.complex64)
-        keys = torch.cat([rotate(keys, phases), k], 2)
+        keys, values = torch.cat([rotate(keys, phases) + noise, k], 2), values - noise
         bias = torch.zeros(keys.shape[2])
         if weight is not None:
             bias[: len(tokens)] = weight(start * FRAME)
@@ -114,6 +115,21 @@ def test_a_budget_for_everything_is_attention_to_everything(frames: int, policy:
         torch.testing.assert_close(got["a"], expected)
 
 
+@pytest.mark.parametrize("policy", [StreamingLLM(), H2O()])
+def test_without_clean_passes_history_is_that_of_the_last_step(policy: KVPolicy) -> None:
+    settled = film(12, policy=policy, clean_pass=False)
+    for got, expected in zip(attended(settled), over(settled, lambda before: list(range(before))), strict=True):
+        torch.testing.assert_close(got["a"], expected)
+
+
+@pytest.mark.parametrize(("settings", "left_out", "of"), [({}, 1, 12), ({"given": 1}, 1, 13), ({"given": 1, "clean_pass": False}, 4, 13)])
+def test_the_forecast_counts_the_evaluations_that_are_left_out(settings: dict[str, int], left_out: int, of: int) -> None:
+    settled, ran = film(12 + settings.get("given", 0), **settings), list[int]()  # type: ignore[arg-type]
+    attended(settled, watch=lambda cache: ran.append(1))
+    assert len(ran) - 1 == of - left_out
+    assert f"left out: {of - left_out} of {of} evaluations" in settled.forecast()[2]
+
+
 def test_the_attention_that_is_handed_over_is_used() -> None:
     seen = []
 
@@ -122,7 +138,7 @@ def test_the_attention_that_is_handed_over_is_used() -> None:
         return F.scaled_dot_product_attention(q, k, v)
 
     attended(film(9), plain=plain)
-    assert seen == [tokens for before in (0, 12, 24) for tokens in [before + 12] * (STEPS + 1) * LAYERS]
+    assert seen == [tokens for before in (0, 12, 24) for tokens in [before + 12] * (STEPS + (before < 24)) * LAYERS]
 
 
 def test_sink_and_newest_stay_and_what_is_farther_than_the_horizon_counts_as_just_within_it() -> None:
@@ -144,7 +160,7 @@ def test_even_thinning_counts_what_is_kept_for_what_went() -> None:
 
     got = attended(settled, watch=watch)
     # the keeper is told of a chunk when it joins history, which is when the next one begins
-    by_chunk = [torch.empty(0, dtype=torch.long), *(choices[(STEPS + 1) * index] for index in range(1, settled.schedule.chunks))]
+    by_chunk = [torch.empty(0, dtype=torch.long), *(choices[(STEPS + 1) * index - 1] for index in range(1, settled.schedule.chunks))]
 
     def weight(before: int) -> Tensor:
         tokens = by_chunk[before // (CHUNK * FRAME)]
@@ -172,7 +188,7 @@ def test_branches_have_a_history_each(apart: bool) -> None:
 def test_nothing_goes_between_the_evaluations_of_a_chunk() -> None:
     kept = []
     attended(film(15, 7), watch=lambda cache: kept.append(cache.store.layout.kept))
-    assert kept[:-1] == [tokens for tokens in (0, 12, 24, 28, 28) for _ in range(STEPS + 1)]
+    assert kept[:-1] == [tokens for tokens in (0, 12, 24, 28) for _ in range(STEPS + 1)] + [28] * STEPS
 
 
 @pytest.mark.parametrize("dtype", ["as computed", "fp8", "int8", "int4"])
@@ -205,6 +221,33 @@ def test_a_branch_that_runs_again_in_an_evaluation_leaves_nothing() -> None:
         return first
 
     assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize(("budget", "again"), [(ALL, [0, 1, 2]), (7, [0, 1, 2]), (6, [0, 1, 2]), (4, [0, 2])])
+@pytest.mark.parametrize("dtype", ["as computed", "int8"])
+def test_history_that_is_made_anew_is_that_of_a_film_of_the_chunks_that_were_left(budget: float, again: list[int], dtype: str) -> None:
+    """Against a cache that has seen no other chunks, and none of them noisy; what was given up before stays so."""
+    settled = film(15, budget, sink=1, dtype=dtype)
+
+    def show(cache: SequentialCache, chunks: list[int], seed: int) -> None:
+        for index in chunks:
+            cache.begin(index * CHUNK, CHUNK, True)
+            evaluated(cache, index * CHUNK, True, seed)
+
+    switched, fresh = SequentialCache(settled), SequentialCache(settled)
+    show(switched, [0, 1, 2], 0)
+    assert [chunk.index for chunk in switched.restart()] == again
+    assert switched.store.bytes == 0
+    fresh.store.gone = frozenset({0, 1, 2}).difference(again)
+    for cache in (switched, fresh):
+        show(cache, again, 50)
+        cache.begin(9, CHUNK, False)
+    assert torch.equal(evaluated(switched, 9, False, 50), evaluated(fresh, 9, False, 50))
+    assert switched.kept == fresh.kept
+
+
+def test_before_the_first_chunk_there_is_nothing_to_make_anew() -> None:
+    assert SequentialCache(film(9)).restart() == ()
 
 
 def test_freed_it_holds_nothing() -> None:
@@ -263,7 +306,7 @@ def test_odd_sizes_and_other_heads_are_refused() -> None:
 
 
 def test_the_forecast_says_what_the_cache_takes() -> None:
-    kept, taken = film(21, 7).forecast()
+    kept, taken, _ = film(21, 7).forecast()
     assert kept.startswith("history is kept to 28 tokens per layer: 7 latent frames of up to 18")
     assert taken.endswith("MiB without the budget)")
     assert film(9).forecast()[0].startswith("the budget saves nothing here")

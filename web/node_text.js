@@ -13,6 +13,7 @@ const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheLatent: 40,
   FlowCacheConditionFrames: 40,
   FlowCacheMagiTokens: 40,
+  FlowCachePromptSchedule: 40,
   FlowCacheReport: 150,
   FlowCacheCompare: 110,
   FlowCacheSaveVideo: 40,

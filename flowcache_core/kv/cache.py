@@ -283,6 +283,8 @@ class KVStore:
         or branches see fewer chunks than the schedule allows; `plain`: as in `CachedAttention`."""
         self.sizes, self.layout, self.keeper, self.waits, self.seen, self.plain = sizes, layout, keeper, waits, seen, plain
         self._new = make or (lambda branches: KVCache(branches, sizes))
+        self.gone: frozenset[int] = frozenset()
+        """Chunks of which nothing is kept: no branch needs to have run for them."""
         self._caches: list[KVCache] = []
         self._waiting = {}
         self._written = {}
@@ -322,7 +324,7 @@ class KVStore:
         for branch, limit in zip(branches, ranges or (None,) * len(branches), strict=True):
             oldest = self.layout.oldest(chunk.index) if limit is None else limit.oldest
             written = self._written.setdefault(branch, set())
-            missing = next((index for index in range(oldest, chunk.index) if index not in written), None)
+            missing = next((index for index in range(oldest, chunk.index) if index not in written and index not in self.gone), None)
             if missing is not None:
                 raise ValueError(
                     f"chunk {chunk.index + 1} is guided by a branch that did not run for chunk {missing + 1}, on which it looks back: there are no "

@@ -128,6 +128,11 @@ class Keeper:
         found: np.ndarray = together.numpy()
         return found
 
+    @property
+    def chunks(self) -> set[int]:
+        """Of which some slot is kept, in whatever layer and branch, as last located."""
+        return {index for layers in self._kept.values() for kept in layers for film in kept.runs for index, _, _ in film}
+
     def segments(self, layer: int, branch: Hashable, chunk: Chunk) -> list[list[Segment]]:
         """Per film the slots of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
         kept = self._kept[branch][layer].runs if branch in self._kept else []

@@ -45,6 +45,11 @@ class Turn(Protocol):
     """One evaluation of the network."""
 
     @property
+    def index(self) -> int:
+        """Of the chunk; in a section, of the first that moves."""
+        ...
+
+    @property
     def step(self) -> int:
         """Of the chunk; in a section, of the one that is least far. The number of steps in the pass over a finished chunk."""
         ...
@@ -58,8 +63,8 @@ class Turn(Protocol):
         """Of these branches and all that have run before, those that a committing turn has not run yet: later chunks would lack their keys."""
         ...
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
-        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings; `blocks`: as in `Session.denoise`."""
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
+        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings; `blocks` and `texts`: as in `Session.denoise`."""
         ...
 
 
@@ -329,6 +334,10 @@ class ChunkTurn:
     run: Run
 
     @property
+    def index(self) -> int:
+        return self.chunk.index
+
+    @property
     def step(self) -> int:
         return self.chunk.step
 
@@ -340,15 +349,15 @@ class ChunkTurn:
         mine = self.committing and not self.run.family.guidance.inside
         return self.session.unwritten(self.chunk, branches) if mine else ()
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
         guidance, scale, level = self.run.family.guidance, self.run.scale, self.session.level(self.chunk)
         if not guidance.inside:
-            return self.session.denoise(x, self.chunk, context, branches, blocks)
+            return self.session.denoise(x, self.chunk, context, branches, blocks, texts)
         every, remembered = guidance.branches(scale), guidance.remembered(scale)
-        self.session.guide(context, every, remembered)
+        self.session.guide(every, remembered)
         needed = every if self.session.in_part(self.chunk.index) else guidance.needed(scale, level)
         names = remembered if self.chunk.committing else needed
-        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, context, names, blocks).chunk(len(names))
+        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, context, names, blocks, texts).chunk(len(names))
         return each[0] if self.chunk.committing else guidance.combine(each, scale, level)
 
 
@@ -394,6 +403,10 @@ class SectionTurn:
     row: Row
 
     @property
+    def index(self) -> int:
+        return self.row.active[0].index
+
+    @property
     def step(self) -> int:
         return min(chunk.step for chunk in self.row.active)
 
@@ -404,7 +417,7 @@ class SectionTurn:
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         return ()
 
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
         return self.session.denoise(x, self.levels, context, branches, self.row.active)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ from ..sampling.plan import Plan
 from ..sampling.schedule import ChunkSchedule, forecast_short
 from .report import RunReport
 from .signals import StepSignals
+
+Texts = tuple[Branches, Hashable]
+"""Branches, and which of their texts: None where they have one for all chunks."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,14 @@ class Session:
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
         self._budget, self._kv = budget, self._store(budget, room)
-        self._guided: Branches = ()
+        self._guided: tuple[str, ...] = ()
         """All branches, where guidance is inside."""
         self._alone: Branches = ()
         """Of these, those without a KV cache."""
-        self._text: dict[Branches, object] = {}
-        self._chunk_text: dict[tuple[Branches, int], object] = {}
+        self._text: dict[Texts, object] = {}
+        self._last: dict[Texts, int] = {}
+        """The newest chunk that has used a text."""
+        self._chunk_text: dict[tuple[Texts, int], object] = {}
         self._time_changes: list[float] | None = None
 
     def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
@@ -154,6 +159,7 @@ class Session:
     def _free(self) -> None:
         self._kv.free()
         self._text.clear()
+        self._last.clear()
         self._chunk_text.clear()
         self.state.clear()
 
@@ -191,14 +197,15 @@ class Session:
             return self.prefix_sigma
         return self.commit_sigma if chunk.committing else self.sigmas[chunk.step]
 
-    def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches, blocks: Hashable = None) -> Tensor:
-        """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings.
+    def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
+        """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings, `texts`: which these are, where
+        they change from chunk to chunk.
 
         `blocks`: by what, where the caller has replaced blocks of the network for this evaluation. The first evaluation of a branch at a
         step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
         """
         self.evaluations += 1
-        call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk), self.fps, branches)
+        call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk, texts), self.fps, branches)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, Which(branches))[0]
         state = self.state.of(chunk.index)
@@ -231,7 +238,7 @@ class Session:
 
     def unwritten(self, chunk: Chunk, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         """Of these branches, and of all that have run so far, those that the commit of a chunk has not run: history would lack them."""
-        state, known = self.state.of(chunk.index), dict.fromkeys((*branches, *(branch for some in self._text for branch in some)))
+        state, known = self.state.of(chunk.index), dict.fromkeys((*branches, *(branch for some, _ in self._text for branch in some)))
         return tuple(branch for branch in known if state.ran_at != chunk.step or branch not in state.ran)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
@@ -260,7 +267,7 @@ class Session:
         """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
         self.state.drop(chunk.index)
         self._kv.forget(chunk.index)
-        self._chunk_text = {key: text for key, text in self._chunk_text.items() if key[1] != chunk.index}
+        self._forget_texts(chunk.index)
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:
@@ -318,30 +325,44 @@ class Session:
         value = state.predict(which, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
-    def guide(self, context: Tensor, branches: tuple[str, ...], remembered: tuple[str, ...]) -> None:
-        """Once a run, where guidance is inside: texts of all `branches`, from the prompt's context [batch, words, channels], and a KV cache.
+    def guide(self, branches: tuple[str, ...], remembered: tuple[str, ...]) -> None:
+        """Once a run, where guidance is inside: all `branches`, and a KV cache.
 
-        Then `denoise` looks at its context no more, and runs all of the branches or the first so many. Those that are not `remembered`
-        see their own chunk alone and need no KV cache, unless some of its tokens are run without the others.
+        Then the context of `denoise` is the prompt's [batch, words, channels], and it runs all of the branches or the first so many. Those that
+        are not `remembered` see their own chunk alone and need no KV cache, unless some of its tokens are run without the others.
         """
         if self._guided:
             return
-        assert isinstance(self.adapter, OwnTexts)  # the run was refused otherwise
         self._guided = branches
-        self._text[branches] = self.adapter.text(self.adapter.branch_texts(context, branches))
         self._alone = () if self._tokens else branches[len(remembered) :]
         self._kv.of(tuple(branch for branch in branches if branch not in self._alone))
 
-    def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk) -> object:
-        names = self._guided or branches
+    def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk, texts: Hashable) -> object:
+        names: Texts = (self._guided or branches, texts)
         if names not in self._text:
-            self._text[names] = self.adapter.text(context)
+            self._text[names] = self.adapter.text(self._of_branches(context))
+        self._last[names] = max(chunk.index, self._last.get(names, 0))
         if not isinstance(self.adapter, ChunkTexts):
             return self._text[names]
         key = names, chunk.index
         if key not in self._chunk_text:
             self._chunk_text[key] = self.adapter.text_of(self._text[names], chunk, self.schedule.chunks)
         return self._chunk_text[key]
+
+    def _of_branches(self, context: Tensor) -> Any:
+        if not self._guided:
+            return context
+        assert isinstance(self.adapter, OwnTexts)  # the run was refused otherwise
+        return self.adapter.branch_texts(context, self._guided)
+
+    def _forget_texts(self, index: int) -> None:
+        """A chunk is finished: what only it and earlier ones have read goes, as far as later ones read something else."""
+        self._chunk_text = {key: text for key, text in self._chunk_text.items() if key[1] != index}
+        newest = dict[Branches, int]()
+        for (branches, _), last in self._last.items():
+            newest[branches] = max(last, newest.get(branches, 0))
+        self._last = {names: last for names, last in self._last.items() if last > index or last == newest[names[0]]}
+        self._text = {names: text for names, text in self._text.items() if names in self._last}
 
     def time_changes(self, device: torch.device) -> list[float]:
         if self._time_changes is None:
