@@ -22,7 +22,7 @@ from flowcache_core.models import skyreels_adapter
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.family import ChunkLayout
 from flowcache_core.models.skyreels import Block, Head, SkyReelsConfig, SkyReelsV2
-from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_adapter import WanAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import Decoder, WanVAE
 from flowcache_core.policies.chunkwise import Chunkwise
@@ -143,7 +143,7 @@ class Stage:
 
 STAGES = {
     "text encoder": Stage(Bundle, "text", OUTSIDE),
-    "text in the network": Stage(SkyReelsAdapter, "text"),
+    "text in the network": Stage(WanAdapter, "text"),
     "plan": Stage(Planned, "plan", ("plan",)),
     "plan by token": Stage(Multirate, "plan", ("Motion by a plan",)),
     "memory of the run": Stage(run_module, "footprint", OUTSIDE),
@@ -159,8 +159,8 @@ STAGES = {
     "attention over windows": Stage(skyreels_adapter, "bidirectional", ("bidirectional",)),
     "attention kernel": Stage(cache, "attention", CAUSAL),
     "head": Stage(Head, "forward"),
-    "replay": Stage(SkyReelsAdapter, "replay", ("threshold",)),
-    "refresh": Stage(SkyReelsAdapter, "refresh", ("Motion", "Motion by a plan")),
+    "replay": Stage(WanAdapter, "replay", ("threshold",)),
+    "refresh": Stage(WanAdapter, "refresh", ("Motion", "Motion by a plan")),
     "policy": Stage(Chunkwise, "decide", ("threshold", "Motion")),
     "policy by token": Stage(Motion, "decide", ("Motion",)),
     "choice of tokens": Stage(Multirate, "choose", ("Motion by a plan",)),
