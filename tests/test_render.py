@@ -69,6 +69,7 @@ def test_films_are_those_that_are_made_in_one_process_bit_for_bit(cli: Cli, tmp_
         report = json.loads((out / entry["report"]).read_text())
         assert (report["latents"], report["frames"]) == (digest(film), digest(torch.from_numpy(frames_of(decode(bundle, film)))))
         assert iio.imread(out / entry["films"][0]).shape == (21, 32, 32, 3)
+        assert report["run"]["tokens_computed"] == (6 * 2 + 3 if entry is one else 6 * 3 + 3) * 4, "latent frames of which an estimate is made"
     assert (one["line"], one["state"], one["tries"], one["asked"]) == (1, "made", 1, FILMS[0])
     assert one["films"][0].startswith("red-circle-moves-right-")
     assert other["films"][0].startswith("the-blue-one-")

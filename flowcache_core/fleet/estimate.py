@@ -47,7 +47,7 @@ class Estimate:
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
         lines = [
             f"{self.films} films to make: {self.hours:.3g} hours on {workers} ({self.seconds / 3600:.3g} on one)",
-            f"how: one evaluation of the network and one decoded chunk, timed on all workers at once for each of {self.kinds} kinds of films; times "
+            f"how: one evaluation of the network and one decoded window, timed on all workers at once for each of {self.kinds} kinds of films; times "
             "the latent frames that the plans compute, clean passes of finished chunks included, and those that are decoded. Loading, saved "
             "states and lost workers come on top",
         ]

@@ -112,13 +112,13 @@ def _network_s(bundle: Bundle, job: Job, policy: CachePolicy = Stopwatch()) -> f
 
 
 def _decode_s(bundle: Bundle, job: Job) -> float:
-    """By one chunk, decoded and encoded twice: the first time pays for what every process pays once."""
-    shape, frames = job.noise_shape(bundle), bundle.layout.chunk_frames
-    latents = torch.randn(shape[0], shape[1], frames, *shape[3:])
-    for _ in range(2):
+    """By as many frames as the window holds, behind a chunk that pays for what every process pays once."""
+    films, channels, frames, *picture = job.noise_shape(bundle)
+    longest = min(frames, bundle.layout.chunk_frames * bundle.layout.window)
+    for length in (min(bundle.layout.chunk_frames, longest), longest):
         began = time.perf_counter()
-        film_bytes(frames_of(decode(bundle, latents)), job.fps)
-    return (time.perf_counter() - began) / frames
+        film_bytes(frames_of(decode(bundle, torch.randn(films, channels, length, *picture))), job.fps)
+    return (time.perf_counter() - began) / longest
 
 
 @lru_cache
