@@ -17,6 +17,7 @@ from flowcache_core.__main__ import main
 from flowcache_core.bench import motion, reuse, sweep
 from flowcache_core.bench.recall import recall, spearman, tokens_that_move
 from flowcache_core.models.bundle import NETWORK, VAE, files_of
+from flowcache_core.models.causal_wan_family import SELF_FORCING
 from flowcache_core.models.magi_family import MAGI
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
@@ -99,6 +100,17 @@ def test_demo_runs_the_other_bundled_model_in_the_ways_that_it_has(cli: Cli, tmp
         assert cli("demo", "--model", "tiny-magi", "--out", tmp_path / "none", *arguments) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(not files_of(SELF_FORCING)[0].exists(), reason="tiny-causal is not in flowcache_core/models/weights")
+def test_demo_runs_the_model_of_few_steps_with_the_steps_that_it_has(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("demo", "--model", "tiny-causal", "--frames", 9, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["model"], report["steps"], report["ar_step"], report["cfg"]) == ("tiny-causal", 4, 4, 1)
+    assert [run["arm"] for run in report["runs"]] == ["uncached", "chunkwise"]
+    capsys.readouterr()
+    assert cli("demo", "--model", "tiny-causal", "--steps", 3, "--out", tmp_path / "none") == 2
+    assert "distilled on 4 noise levels" in capsys.readouterr().err
 
 
 def test_an_interrupted_demo_says_so(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .adapter import ModelAdapter
+from .causal_wan_family import SELF_FORCING
 from .checkpoint import load_network, read
 from .family import ChunkLayout, Family, Preview
 from .magi_family import MAGI
 from .skyreels_family import SKYREELS
 
 WEIGHTS = Path(__file__).parent / "weights"
-BUNDLED: dict[str, Family] = {family.bundled.name: family for family in (SKYREELS, MAGI) if family.bundled}
+BUNDLED: dict[str, Family] = {family.bundled.name: family for family in (SKYREELS, MAGI, SELF_FORCING) if family.bundled}
 """Families by the names of their tiny models."""
 
 

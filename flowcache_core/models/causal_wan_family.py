@@ -22,9 +22,11 @@ from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
 from .causal_wan_adapter import CausalWanAdapter
 from .causal_wan_checkpoint import KREA, SMALL, claims, config_of, declares_causal, original_names, release_of
-from .family import ChunkLayout, Family, Latents, Loaders, Published, Usual
+from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual
 from .skyreels import PATCH, SkyReelsV2
-from .wan_vae import LATENT_CHANNELS, SPATIAL
+from .skyreels_family import TINY_PREVIEW
+from .wan_vae import LATENT_CHANNELS, SPATIAL, WanVAE
+from .word_text import encode_prompt
 
 SHIFT = 5.0
 NEAR = 5e-3
@@ -104,7 +106,8 @@ def require_sequence(title: str, schedule: ChunkSchedule) -> None:
         )
 
 
-def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int = 3, sizes: tuple[int, int, int] = SMALL) -> Family:
+def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int = 3, sizes: tuple[int, int, int] = SMALL,
+               bundled: Bundled | None = None) -> Family:  # fmt: skip
     """`chunk_frames`: latent frames that are denoised together; `sizes`: width, width of the feed-forward layer, layers as released."""
     return Family(
         name=name,
@@ -131,10 +134,12 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         check_levels=partial(noise.require_trained, title),
         published=Published("renoise", lambda steps: steps, given_noise=0, scale=None),
         usual=Usual(frames=57, steps=len(noise.trained), cfg=1.0),
+        bundled=bundled,
     )
 
 
-SELF_FORCING = causal_wan("self-forcing", "Self-Forcing")
+TINY = Bundled("tiny-causal", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt, TINY_PREVIEW)
+SELF_FORCING = causal_wan("self-forcing", "Self-Forcing", bundled=TINY)
 CAUSAL_FORCING = causal_wan("causal-forcing", "Causal-Forcing")
 FRAMEWISE = causal_wan("causal-forcing-framewise", "Causal-Forcing frame-wise", chunk_frames=1)
 CAUSVID = causal_wan("causvid", "CausVid", THREE)

@@ -48,11 +48,14 @@ def main() -> None:
 
     recipe, out = RECIPES[args.model], args.out or Path("runs", args.model)
     if args.stage == "all":
-        _vae(recipe, out, {})
+        if recipe.vae:
+            _vae(recipe, out, {})
         recipe.network(out, recipe.steps, recipe.batch)
         _install(recipe, out)
         _evaluate(recipe, 50, None)
     elif args.stage == "vae":
+        if recipe.vae is None:
+            parser.error(f"{args.model} uses {bundle.files_of(recipe.family)[1].name}: train that with the model that it was made for")
         _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps})
     elif args.stage == "dit":
         recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, args.until, args.start)
@@ -75,20 +78,25 @@ def _guided(recipe: Recipe, cfg: float | None) -> Recipe:
 
 
 def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None]) -> None:
+    assert recipe.vae is not None
     recipe.vae(out, *(usual if steps.get(part) is None else steps[part] for part, usual in recipe.vae_steps.items()))
     trained = vae_of(recipe.family, out / "vae.safetensors")
     print(f"reconstruction of held-out clips: {reconstruction(trained, scene=recipe.scene):.2f} dB PSNR")
 
 
 def _install(recipe: Recipe, out: Path) -> None:
-    for made, place in zip(("dit.safetensors", "vae.safetensors"), bundle.files_of(recipe.family), strict=True):
+    made_here = ("dit.safetensors", "vae.safetensors") if recipe.vae else ("dit.safetensors",)
+    for made, place in zip(made_here, bundle.files_of(recipe.family), strict=False):
         weights = (out / made).read_bytes()
         with whole(place) as partial:
             partial.write_bytes(weights)
 
 
 def _evaluate(recipe: Recipe, prompts: int, path: Path | None) -> None:
-    figures = json.dumps(evaluate(bundle.load_bundle(fast_dtype(), family=recipe.family), recipe.job, recipe.scene, prompts), indent=1)
+    model, teacher = bundle.load_bundle(fast_dtype(), family=recipe.family), None
+    if recipe.teacher:
+        teacher = bundle.load_bundle(fast_dtype(), family=recipe.teacher[0]), recipe.teacher[1]
+    figures = json.dumps(evaluate(model, recipe.job, recipe.scene, prompts, teacher), indent=1)
     print(figures)
     if path:
         write_text(path, figures + "\n")

@@ -7,7 +7,7 @@ true clips of the same scenes, which is the ceiling of the measure, and, for col
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..models.bundle import Bundle, files_of
 from ..models.checkpoint import read
 from ..models.family import Family
 from ..run.generate import Job, decode, generate
+from ..show.metrics import mean_and_error, psnr
 from .scenes import COLOURS, DIRECTIONS, HELD_OUT, Scene, Sprite, make_scene, render
 from .vae import reconstruction
 
@@ -87,14 +88,43 @@ def score(film: Tensor, scene: Scene, chunk_pixels: int, tally: Tally) -> None:
         tally.drift_clips += 1
 
 
-def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scene, prompts: int = 50) -> dict[str, Any]:
-    """Films like `job` of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film on two cores.
+@dataclass
+class Likeness:
+    """Films beside those that the model's teacher makes of the same noise and prompt."""
 
-    `scene`: index -> a clip as the model was trained on, at least as long as the job's films.
+    bundle: Bundle
+    job: Job
+    chunk_pixels: int
+    films: Tally = field(default_factory=Tally)
+    psnr: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+    before: Tensor | None = None
+
+    def add(self, film: Tensor, scene: Scene, seed: int) -> None:
+        made = decode(self.bundle, generate(self.bundle, replace(self.job, prompt=scene.caption, seed=seed))[0])
+        score(made, scene, self.chunk_pixels, self.films)
+        self.psnr.append(psnr(film, made))
+        if self.before is not None:
+            self.other.append(psnr(film, self.before))
+        self.before = made
+
+    def figures(self) -> dict[str, Any]:
+        """`psnr`: mean over the films and its standard error; `other`: the same against the film of the prompt before, which is chance."""
+        return {"name": self.bundle.name, "steps": self.job.steps, "cfg": self.job.cfg, "ar_step": self.job.ar_step, "films": self.films.figures(),
+                "psnr_db": mean_and_error(self.psnr), "psnr_of_other_prompts_db": mean_and_error(self.other or self.psnr)}  # fmt: skip
+
+
+def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scene, prompts: int = 50,
+             teacher: tuple[Bundle, Job] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Films like `job` of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film of 50 steps on two cores.
+
+    `scene`: index -> a clip as the model was trained on, at least as long as the job's films. `teacher`: what the model was distilled from,
+    and its films.
     """
     film_of, truth, other = Tally(), Tally(), Tally()
     vae_psnr = reconstruction(vae_of(bundle.family), scene=scene)
     chunk_pixels = bundle.family.frames.each * bundle.layout.chunk_frames
+    likeness = Likeness(*teacher, chunk_pixels) if teacher else None
     for i in tqdm(range(prompts), unit="film"):
         asked = scene(HELD_OUT + 1000 + i)
         latents, _ = generate(bundle, replace(job, prompt=asked.caption, seed=i))
@@ -102,10 +132,13 @@ def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scen
         score(film, asked, chunk_pixels, film_of)
         score(render(asked, frames=job.frames), asked, chunk_pixels, truth)
         score(film, scene(HELD_OUT + 1000 + (i + 1) % prompts), chunk_pixels, other)
+        if likeness:
+            likeness.add(film, asked, i)
     return {
         "prompts": prompts, "steps": job.steps, "job": {k: v for k, v in asdict(job).items() if k in ("cfg", "shift", "ar_step", "solver", "frames")},
         "vae_psnr_db": round(vae_psnr, 2), "films": film_of.figures(), "true_clips": truth.figures(),
         "films_against_other_prompts": {"colour_present": other.figures()["colour_present"], "direction_right": other.figures()["direction_right"]},
+        **({"teacher": likeness.figures()} if likeness else {}),
     }  # fmt: skip
 
 
