@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowcache_core.bench.kv import HIDDEN_CHUNK, WHOLE, Point, hidden_scene, measure, points, reappearing
+from flowcache_core.bench.kv import HIDDEN_CHUNK, LEVELS, WHOLE, Point, hidden_scene, jobs_of, levels_of, measure, points, reappearing
+from flowcache_core.bench.prompts import PROMPTS, seed_of
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.h2o import H2O
 from flowcache_core.kv.scores.importance import ImportanceRedundancy
-from flowcache_core.models.bundle import load_bundle
+from flowcache_core.models.bundle import Bundle, files_of, load_bundle
+from flowcache_core.models.causal_wan_family import SELF_FORCING
+from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import TEMPORAL
 from flowcache_core.run.generate import Job
 from flowcache_core.show.metrics import mean_and_error
@@ -63,6 +66,28 @@ def test_the_whole_history_is_the_reference_and_less_of_it_is_not() -> None:
     assert all(0 < few < less for few, less in zip(bits["errors"], half["errors"], strict=True))
     assert half["psnr"] > 0
     assert half["peak"] < whole["peak"]
+
+
+def test_films_are_as_the_model_makes_them() -> None:
+    ours, few = (Bundle(family, None, None, family.layout) for family in (SKYREELS, SELF_FORCING))
+    frames = (SKYREELS.frames.pixel(12 * SKYREELS.layout.chunk_frames), SELF_FORCING.frames.pixel(36))
+    assert jobs_of(ours, 2, 12, 4)[1] == Job(PROMPTS[1], frames[0], 4, seed_of(1), ar_step=4)
+    assert jobs_of(few, 2, 12, 4)[1] == Job.usual(SELF_FORCING, PROMPTS[1], frames=frames[1], seed=seed_of(1))
+    assert (levels_of(SKYREELS), levels_of(SELF_FORCING)) == (LEVELS, SELF_FORCING.noise.levels(4, 5.0)[1:4])
+    with pytest.raises(ValueError, match="distilled on 4 noise levels"):
+        jobs_of(few, 1, 12, 3)
+
+
+@pytest.mark.skipif(not files_of(SELF_FORCING)[0].exists(), reason="tiny-causal is not in flowcache_core/models/weights")
+def test_the_model_of_few_steps_is_measured_with_its_own_history() -> None:
+    bundle = load_bundle(family=SELF_FORCING)
+    wanted = [Point("whole", WHOLE, 1.0), Point("h2o", H2O(), 0.5)]
+    whole, half = measure(bundle, Job.usual(SELF_FORCING, "red circle", frames=81, steps=1, size=32), wanted)
+    assert whole["psnr"] is None
+    assert half["psnr"] > 0
+    assert half["peak"] < whole["peak"]
+    same, less = reappearing(bundle, 0, wanted)
+    assert same != less
 
 
 def test_a_budget_for_all_rows_changes_no_error_of_a_true_clip() -> None:

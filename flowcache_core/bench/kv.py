@@ -28,7 +28,10 @@ from ..kv.scores import KV_POLICIES
 from ..kv.scores.even import Even
 from ..kv.scores.random import Random
 from ..models.adapter import Call, ModelAdapter
-from ..models.bundle import Bundle, load_bundle
+from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
+from ..models.bundle import NAME as MODEL
+from ..models.causal_wan_family import TINY, FewSteps
+from ..models.family import Family
 from ..network import Attend
 from ..run.generate import Job, decode, generate
 from ..run.session import Session
@@ -39,6 +42,7 @@ from .around import Around
 from .prompts import PROMPTS, seed_of
 from .sweep import over
 
+MODELS = (MODEL, TINY.name)
 NAME = "kv"
 FRACTIONS = (0.5, 0.25, 0.125)
 QUARTER = 0.25
@@ -49,7 +53,7 @@ SINK = 1
 COMPARED = 2
 """The last chunks of a film: those before them have looked back on less."""
 LEVELS = (0.95, 0.8, 0.6)
-"""Noise levels at which the true clips are looked at."""
+"""Noise levels at which the true clips are looked at; a model that was distilled to a few has its own."""
 HIDDEN_CHUNK = 4
 """The chunk in which the hidden sprite comes out; the one before it does not show it at all."""
 
@@ -87,6 +91,7 @@ def points(asked: str = "", granularity: Granularity = "token") -> list[Point]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(policy.name for policy in KV_POLICIES)
+    parser.add_argument("--model", choices=MODELS, default=MODEL, help="which of the bundled models (default %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help=f"how many of the {len(PROMPTS)} fixed prompts (default %(default)s)")
     parser.add_argument("--chunks", type=int, default=12, help="length of the films in chunks (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="per chunk, few as in the models that are made for long films (default %(default)s)")
@@ -110,17 +115,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.chunks < 12 or args.clips < 1:
         raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 12 chunks and 1 clip")
     wanted = [Point("whole history", WHOLE, 1.0), *points(args.policies, args.granularity)]
-    bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype())
-    frames = bundle.family.frames.pixel(args.chunks * bundle.layout.chunk_frames)
-    jobs = [Job(PROMPTS[i], frames, args.steps, seed_of(i), ar_step=args.steps) for i in range(args.prompts)]
+    family = BUNDLED[args.model]
+    bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype(), family=family)
+    jobs = jobs_of(bundle, args.prompts, args.chunks, args.steps)
     films = over(jobs, partial(measure, wanted=wanted), args.workers, bundle)
     clips = over(range(args.clips), partial(reappearing, wanted=wanted), args.workers, bundle)
     quality = {(point.name, point.fraction, point.dtype): [film[k]["psnr"] for film in films] for k, point in enumerate(wanted)}
     rows = [
         _row(point, [film[k] for film in films], [film[0] for film in films], [clip[k] for clip in clips], quality) for k, point in enumerate(wanted)
     ]
-    settings = {key: getattr(args, key) for key in ("prompts", "chunks", "steps", "clips", "precision", "granularity", "workers")}
-    return {**settings, "dtype": bundle.dtype, "rows": rows}
+    settings = {key: getattr(args, key) for key in ("model", "prompts", "chunks", "steps", "clips", "precision", "granularity", "workers")}
+    return {**settings, "weights": weights_id(family), "dtype": bundle.dtype, "rows": rows}
+
+
+def jobs_of(bundle: Bundle, prompts: int, chunks: int, steps: int) -> list[Job]:
+    """Films of the first fixed prompts, one chunk after the other. Raises ValueError for steps that the model was not distilled to."""
+    frames = bundle.family.frames.pixel(chunks * bundle.layout.chunk_frames)
+    jobs = [Job.usual(bundle.family, PROMPTS[i], frames=frames, steps=steps, seed=seed_of(i), ar_step=steps) for i in range(prompts)]
+    bundle.family.check_levels(jobs[0].sigmas(bundle))
+    return jobs
+
+
+def levels_of(family: Family) -> tuple[float, ...]:
+    """Noise levels below 1 at which a network of the family is looked at."""
+    return family.noise.trained[1:] if isinstance(family.noise, FewSteps) else LEVELS
 
 
 WHOLE = Random()
@@ -205,7 +223,8 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     """
     film = render(hidden_scene(seed))
     clean = bundle.vae.encode((film.transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
-    schedule, levels = ChunkSchedule(clean.shape[2], bundle.layout.chunk_frames, len(LEVELS), window=bundle.layout.window), (*LEVELS, 0.0)
+    looked_at = levels_of(bundle.family)
+    schedule, levels = ChunkSchedule(clean.shape[2], bundle.layout.chunk_frames, len(looked_at), window=bundle.layout.window), (*looked_at, 0.0)
     adapter, target = bundle.adapter(), schedule.at(HIDDEN_CHUNK, 0)
     mine, frame_tokens = slice(target.start, target.start + target.frames), adapter.tokens_per_frame(clean.shape[3], clean.shape[4])
     truth, where = clean[:, :, mine], motion_mask(film)[mine]
@@ -217,7 +236,7 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
         )
         with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
             errors = []
-            for step, sigma in enumerate(LEVELS):
+            for step, sigma in enumerate(looked_at):
                 part = ((1 - sigma) * truth + sigma * noise).to(bundle.like)
                 velocity = session.denoise(part, replace(target, step=step), bundle.text(""), BRANCH)
                 errors.append(float((velocity.float() - (noise - truth)).square()[:, :, where].mean()))
