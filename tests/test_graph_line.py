@@ -28,7 +28,8 @@ SEVERAL = {"extend_video", "magi_extend_video"}
 def test_every_workflow_of_one_film_takes_a_prompt_and_a_seed(path: Path, tmp_path: Path) -> None:
     saved, (task,) = json.loads(path.read_text()), tasks(tmp_path, {"workflow": path.stem, "prompt": "a green star", "seed": 7})
     changed = {(node, name) for node, one in task.graph.items() for name, value in one["inputs"].items() if value != saved[node]["inputs"][name]}
-    assert {(saved[node]["class_type"], name) for node, name in changed} == {("CLIPTextEncode", "text"), ("RandomNoise", "noise_seed")}
+    text = ("FlowCachePromptSchedule", "schedule") if path.stem == "causal_prompt_switch" else ("CLIPTextEncode", "text")
+    assert {(saved[node]["class_type"], name) for node, name in changed} == {text, ("RandomNoise", "noise_seed")}
     assert task.stem.startswith("a-green-star-")
 
 

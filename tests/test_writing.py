@@ -198,6 +198,8 @@ ELSEWHERE = {
     "OPENER.open(": "asks a server",
     "safe_open(": "reads",
     "self.save()": "a Loop's, which is whole",
+    "loop.save()": "the same",
+    "save(made, self._file(number, place))": "of trajectories.py, which is whole",
     "head.save(out)": "a SalienceHead's, which is whole",
     "keep).save(path)": "a Clip's, which is whole",
     "save(fold(weights), out / 'vae.safetensors')": "of vae.py, which is whole",

@@ -18,6 +18,8 @@ WORKFLOWS = Path(__file__).parents[2] / "workflows" / "api"
 KNOWN = ("workflow", "prompt", "seed", "set", "name")
 TEXTS = ("positive", "conditioning")
 """Inputs by which a guider or a sampler takes the text of the prompt."""
+PROMPT_INPUTS = ("text", "schedule")
+"""Of text encoders, and of Prompt Schedule, where a text without numbers counts from the first chunk on."""
 SEED_INPUTS = ("noise_seed", "seed")
 Graph = dict[str, dict[str, Any]]
 
@@ -94,8 +96,8 @@ def _text_behind(graph: Graph, link: object) -> Iterator[tuple[str, str]]:
             case [str(node), int()] if node in graph and node not in seen:
                 seen.add(node)
                 inputs = graph[node]["inputs"]
-                if isinstance(inputs.get("text"), str):
-                    yield node, "text"
+                if written := [name for name in PROMPT_INPUTS if isinstance(inputs.get(name), str)]:
+                    yield node, written[0]
                 else:
                     links += [value for name, value in inputs.items() if name in (*TEXTS, "conditioning_1", "conditioning_2")]
 
