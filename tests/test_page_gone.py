@@ -98,6 +98,35 @@ def test_the_drift_of_the_chunks_under_way_is_shown(nodes: Callable[[str], Any],
     assert [sent["drift"] for sent in server.sent] == ["", "", "drift of chunk 1: 0.04", "drift of chunks 1 to 2: 0.04 0.12", ""]
 
 
+def test_no_more_than_ten_messages_go_out_in_a_second(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 64 chunk-steps a second, for five seconds: besides the first two and the last."""
+    steps, now = 320, [100.0]
+    rows = tuple((SimpleNamespace(index=0, step=step),) for step in range(steps))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    live = nodes("live").LivePanel(nodes("page").Page("7"), SimpleNamespace(steps=steps, chunks=1, budget=None, rows=rows))
+    one, times = report(nodes, steps), list[float]()
+    live.show(one, 0)
+    for done, (chunk,) in enumerate(rows, 1):
+        now[0] += 1 / 64
+        before = len(server.sent)
+        live.show(one, done, chunk)
+        times += [now[0]] * (len(server.sent) - before)
+    assert 40 <= len(times) <= 52
+    assert all(sum(begin <= time < begin + 1 for time in times) <= 11 for begin in times)
+
+
+def test_history_is_shown_against_its_budget(nodes: Callable[[str], Any], server: Server) -> None:
+    run = SimpleNamespace(steps=4, chunks=1, budget=SimpleNamespace(slots=192), rows=RUN.rows)
+    one = report(nodes)
+    live = nodes("live").LivePanel(nodes("page").Page("7"), run)
+    live.show(one, 0)
+    one.history.frames.append(np.array([96.0, 48.0]))
+    one.history.bytes.append(3 * 2**20)
+    live.show(one, 4)
+    assert [sent["kept"] for sent in server.sent] == [None, 0.75]
+    assert server.sent[-1]["memory"] == "history: 144 of 192 tokens per layer, 3.0 MiB"
+
+
 @pytest.mark.parametrize(
     "times", [[100.0], [1e6, 1e6 - 5, 0.0, 3.0, -1e9, 0.0], [0.0, 1e12, 2e12, 3e12, 4e12, 5e12]], ids=["stands", "backwards", "leaps"]
 )
