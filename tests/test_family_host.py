@@ -64,6 +64,7 @@ def graph() -> Graph:
         "guider": {"class_type": "BasicGuider", "inputs": {"model": ["5", 0], "conditioning": ["2", 0]}},
         "sigmas": {"class_type": "ManualSigmas", "inputs": {"sigmas": "1.0, 0.9, 0.7, 0.45, 0.2, 0.0"}},
     }
+    del out[node(out, "FlowCacheSampler")]["inputs"]["vae"]
     out = put(put(out, "CLIPTextEncode", clip=["words", 1]), "FlowCacheLatent", model=["toy", 0], width=64, height=64, length=96)
     out = put(put(out, "FlowCacheChunkwise", model=["toy", 0], preset="custom", threshold=0), "FlowCacheSampler", ar_step=2)
     return put(out, "SamplerCustomAdvanced", guider=["guider", 0], sigmas=["sigmas", 0])
