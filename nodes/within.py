@@ -49,7 +49,7 @@ def _unmet(rule: Any, value: Any) -> str:
             low, high = (-math.inf if rule.min is None else rule.min), (math.inf if rule.max is None else rule.max)
             return "" if number and math.isfinite(value) and low <= value <= high else f"it has to be a {NUMBERS[kind]} from {low} to {high}"
         case "BOOLEAN":
-            return "" if isinstance(value, bool | int) else "it has to be true or false"
+            return "" if isinstance(value, bool | int) and value in (0, 1) else "it has to be true or false"
         case "STRING":
             return "" if isinstance(value, str) else "it has to be a text"
         case "COMBO":

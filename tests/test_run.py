@@ -54,6 +54,12 @@ def test_latents_of_another_kind_are_refused(run: Run) -> None:
         replace(run, latent=(12, 4, 4))
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, 0)])
+def test_latents_smaller_than_a_patch_are_refused(size: tuple[int, int], run: Run) -> None:
+    with pytest.raises(ValueError, match=f"the latents are {size[0]} x {size[1]} cells, which is less than one patch .* at least 16 x 16 pixels"):
+        replace(run, latent=(16, *size))
+
+
 def test_a_run_that_did_not_come_by_the_session_does_not_end_in_success(run: Run, noise_of: Callable[..., Tensor], texts: Tensor) -> None:
     film, report = run.sample(noise_of(6), evaluate(texts))
     assert report.chunk_steps == FILM.chunk_steps

@@ -150,6 +150,13 @@ class Run:
                 f"the latents have {self.latent[0]} channels, and those of {self.family.title} have {channels}: they are of another kind of model; "
                 "use Empty AR Video Latent"
             )
+        _, height, width = self.latent
+        if min(self.adapter.token_grid(height, width)) < 1:
+            pixels = self.family.latents.multiple
+            raise ValueError(
+                f"the latents are {height} x {width} cells, which is less than one patch of {self.family.title}: use Empty AR Video Latent, with at "
+                f"least {pixels} x {pixels} pixels"
+            )
 
     def _require_one_text(self) -> None:
         if self.place.branches != 1:
