@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Rotary(Protocol):
 
 
 class NetworkSizes(Protocol):
+    name: ClassVar[str]
+    """Of the kind of network: weights that were made beside one kind are not for another of the same sizes."""
     layers: int
     heads: int
     """Heads of keys and values."""

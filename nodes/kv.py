@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..flowcache_core.kv.compressor import Compressor
 from ..flowcache_core.kv.named import policy_named
-from ..flowcache_core.kv.policy import LearntKVPolicy, SamplingKVPolicy
+from ..flowcache_core.kv.policy import SamplingKVPolicy, fitted
 from ..flowcache_core.kv.scores import KV_POLICIES
 from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
@@ -81,8 +81,7 @@ class KVCompressor(io.ComfyNode):
         adapter = network_of(model) if native else require_ours(model, NODE, NATIVE).adapter()
         head = "" if salience_head == BUNDLED else folder_paths.get_full_path_or_raise(HEADS, salience_head)
         score = policy_named(policy, policy_settings, head)
-        if isinstance(score, LearntKVPolicy):
-            score.check_network(adapter.layers, adapter.width)
+        fitted(score, adapter)
         compressor = Compressor(score, **settings)
         text = _summary(compressor, policy_settings.strip())
         if native:

@@ -221,8 +221,8 @@ def test_what_the_network_was_not_made_for_is_refused() -> None:
         film(given=Given(end=torch.zeros(1, 16, 1, 4, 4)))
     with pytest.raises(ValueError, match="causal-wan looks back only"):
         generate_upstream(bundle(), Job.usual(SELF_FORCING, "a text", **FILM))
-    with pytest.raises(ValueError, match="24 frames per second were asked for"):
-        film(fps=24)
+    with pytest.raises(ValueError, match="30 frames per second were asked for"):
+        film(fps=30)
     for chunk, layout in ((1, SELF_FORCING.layout), (3, FRAMEWISE.layout), (3, replace(SELF_FORCING.layout, chunk_frames=4))):
         with pytest.raises(
             ValueError, match=rf"trained with {layout.chunk_frames} latent frames? per chunk, and chunk_frames is {chunk}: set it to 0"

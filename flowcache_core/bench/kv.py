@@ -23,7 +23,7 @@ from torch import Tensor
 from ..device import fast_dtype
 from ..kv.compressor import Budget, Compressor
 from ..kv.named import policy_named
-from ..kv.policy import STORED, Granularity, KVPolicy, Stored
+from ..kv.policy import STORED, Granularity, KVPolicy, Stored, fitted
 from ..kv.scores import KV_POLICIES
 from ..kv.scores.even import Even
 from ..kv.scores.random import Random
@@ -73,17 +73,18 @@ class Point:
         return Compressor(self.policy, self.fraction * chunks, sink=SINK, dtype=self.dtype, soft=self.soft, granularity=self.granularity)
 
 
-def points(asked: str = "", granularity: Granularity = "token") -> list[Point]:
+def points(asked: str = "", granularity: Granularity = "token", more: bool = True) -> list[Point]:
     """Every policy at every fraction; of the default also a quarter softly and in fewer bits, and the whole history in these.
 
-    `asked`: these policies alone, separated by commas, each with settings as in `kv/named.py`. Raises ValueError for unknown ones.
+    `asked`: these policies alone, separated by commas, each with settings as in `kv/named.py`; `more`: the further rows of the default.
+    Raises ValueError for unknown ones.
     """
     names = [part.strip() for part in asked.split(",") if part.strip()] or [kind.name for kind in KV_POLICIES]
     out = []
     for name in names:
         policy = policy_named(*name.split(maxsplit=1))
         out += [Point(name, policy, fraction, granularity=granularity) for fraction in FRACTIONS]
-        if name == DEFAULT:
+        if name == DEFAULT and more:
             out.append(Point(f"{name}, soft 0.1", policy, QUARTER, soft=0.1, granularity=granularity))
             out += [Point(name, policy, fraction, dtype, granularity=granularity) for fraction in (QUARTER, 1.0) for dtype in STORED[1:]]
     return out
@@ -100,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "as in 'h2o,importance-redundancy lam=0.5 queries=chunk' (default: all)")  # fmt: skip
     parser.add_argument("--precision", choices=("fast", "float32"), default="fast",
                         help="of the computation: the machine's fast dtype, or float32 (default %(default)s)")  # fmt: skip
+    parser.add_argument("--as-computed", action="store_true", help=f"leave out the further rows of {DEFAULT}: softly, and in fewer bits")
     parser.add_argument("--granularity", choices=get_args(Granularity), default="token", help="what is kept as a whole (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
 
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.prompts} prompts were asked for: there are 1 to {len(PROMPTS)}")
     if args.chunks < 12 or args.clips < 1:
         raise ValueError(f"{args.chunks} chunks and {args.clips} clips were asked for: use at least 12 chunks and 1 clip")
-    wanted = [Point("whole history", WHOLE, 1.0), *points(args.policies, args.granularity)]
+    wanted = [Point("whole history", WHOLE, 1.0), *points(args.policies, args.granularity, not args.as_computed)]
     family = BUNDLED[args.model]
     bundle = load_bundle(torch.float32 if args.precision == "float32" else fast_dtype(), family=family)
     jobs = jobs_of(bundle, args.prompts, args.chunks, args.steps)
@@ -231,9 +233,8 @@ def reappearing(bundle: Bundle, seed: int, wanted: Sequence[Point]) -> list[floa
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
     out = []
     for point in wanted:
-        budget = Budget(
-            int(point.fraction * target.start * frame_tokens), SINK * frame_tokens, 0, point.granularity, point.policy, point.dtype, soft=point.soft
-        )
+        slots = int(point.fraction * target.start * frame_tokens)
+        budget = Budget(slots, SINK * frame_tokens, 0, point.granularity, fitted(point.policy, adapter), point.dtype, soft=point.soft)
         with remembering(bundle, adapter, clean, "", schedule, levels, budget, HIDDEN_CHUNK) as session:
             errors = []
             for step, sigma in enumerate(looked_at):
@@ -253,6 +254,10 @@ def _row(point: Point, films: Sequence[Values], whole: Sequence[Values], clips: 
         values = [film[key] for film in films]
         return None if None in values else round(sum(values) / len(values), digits)
 
+    def error(key: str) -> float | None:
+        values = [film[key] for film in films]
+        return None if None in values else mean_and_error(values)[1]
+
     def against(name: str, sign: int) -> tuple[float | None, float | None]:
         other = quality.get((name, point.fraction, "as computed"))
         return mean_and_error(sign * np.subtract([film["psnr"] for film in films], other)) if other else (None, None)
@@ -262,7 +267,7 @@ def _row(point: Point, films: Sequence[Values], whole: Sequence[Values], clips: 
     cost, cost_error = against(point.name, -1) if fewer else (None, None)
     return {
         "policy": point.name, "fraction": point.fraction, "dtype": point.dtype, "share": point.fraction,
-        "psnr": mean("psnr", 2), "ssim": mean("ssim", 4),
+        "psnr": mean("psnr", 2), "psnr_error": error("psnr"), "ssim": mean("ssim", 4),
         "gain": gain, "gain_error": gain_error, "cost": cost, "cost_error": cost_error,
         "drift": mean("drift", 2), "attention_error": round(float(layers.mean()), 4), "reappearing_error": round(sum(clips) / len(clips), 4),
         "seconds": mean("seconds", 3), "wall_ratio": round(sum(film["seconds"] for film in whole) / sum(film["seconds"] for film in films), 3),

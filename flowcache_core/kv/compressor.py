@@ -14,7 +14,7 @@ from .cache import Branches, KVCache, KVSizes
 from .codec import codec_of
 from .layout import Layout
 from .packed import PackedCache
-from .policy import STORED, Granularity, KVPolicy, LearntKVPolicy, RememberingKVPolicy, Stored, Unit
+from .policy import STORED, Granularity, KVPolicy, RememberingKVPolicy, Stored, Unit, fitted
 
 BOOKKEEPING = 12
 """Bytes by which the keeper knows a slot: the number of its token, and its last score."""
@@ -57,8 +57,7 @@ class Compressor:
         `temporal`: pixel frames per latent frame.
         """
         codec_of(self.dtype).require("cpu" if self.offload else device)
-        if isinstance(self.policy, LearntKVPolicy):
-            self.policy.check_network(network.layers, network.width)
+        policy = fitted(self.policy, network)
         chunk_frames, frame_tokens = schedule.chunk_frames, network.tokens_per_frame(*grid)
         token_bytes = 2 * network.layers * network.heads * network.head_dim * itemsize * batch
         frame = {"chunks": 1 / chunk_frames, "seconds": temporal / fps, "GiB": frame_tokens * token_bytes / 2**30}[self.unit]
@@ -73,7 +72,7 @@ class Compressor:
         whole = {"token": 1, "frame": frame_tokens, "chunk": frame_tokens * chunk_frames}[self.granularity]
         slots = int(frames * frame_tokens + 1e-6)
         slots = max(slots // whole * whole, least * frame_tokens)
-        return Budget(slots, self.sink * frame_tokens, recent * frame_tokens, self.granularity, self.policy, self.dtype, self.offload, self.soft)
+        return Budget(slots, self.sink * frame_tokens, recent * frame_tokens, self.granularity, policy, self.dtype, self.offload, self.soft)
 
 
 @dataclass(frozen=True, slots=True)

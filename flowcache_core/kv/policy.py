@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..memory import RunMemory
-from ..network import Rotary
+from ..network import NetworkSizes, Rotary
 
 if TYPE_CHECKING:
     from .cache import KVSizes
@@ -65,8 +65,8 @@ class KVPolicy(Protocol):
 class LearntKVPolicy(KVPolicy, Protocol):
     """A policy with weights of its own, made for one network."""
 
-    def check_network(self, layers: int, width: int) -> None:
-        """Raises ValueError, before a run, where the weights are for a network of another size."""
+    def for_network(self, network: NetworkSizes) -> KVPolicy:
+        """Itself with the weights for a network. Raises ValueError, before a run, where they are for one of another size."""
         ...
 
 
@@ -87,3 +87,8 @@ class RememberingKVPolicy(KVPolicy, Protocol):
     def holds(self, sizes: KVSizes, branches: int) -> int:
         """Bytes, for a whole run."""
         ...
+
+
+def fitted(policy: KVPolicy, network: NetworkSizes) -> KVPolicy:
+    """The policy, with the weights for a network where it has any. Raises ValueError for those of another."""
+    return policy.for_network(network) if isinstance(policy, LearntKVPolicy) else policy

@@ -33,7 +33,6 @@ class Call:
 class ModelAdapter(NetworkSizes, Protocol):
     """The only code that knows one network. Latents are [B, C, F, h, w], velocities (noise - clean) have the same shape."""
 
-    name: ClassVar[str]
     text_channels: int
     """Numbers that `text` makes of one token of the text, all layers together."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..sampling.noise import TRAIN_STEPS
+from .causal_wan import NAME
 from .skyreels_adapter import WanAdapter
 
 
 class CausalWanAdapter(WanAdapter):
-    name: ClassVar[str] = "causal-wan"
+    name: ClassVar[str] = NAME
 
     def timestep(self, sigma: float) -> float:
         return TRAIN_STEPS * sigma

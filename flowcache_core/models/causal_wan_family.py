@@ -22,7 +22,7 @@ from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
 from .causal_wan_adapter import CausalWanAdapter
 from .causal_wan_checkpoint import KREA, SMALL, claims, config_of, declares_causal, original_names, release_of
-from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual
+from .family import OUR_RATE, Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual
 from .skyreels import PATCH, SkyReelsV2
 from .skyreels_family import TINY_PREVIEW
 from .wan_vae import LATENT_CHANNELS, SPATIAL, WanVAE
@@ -123,7 +123,7 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         latents=Latents(LATENT_CHANNELS, SPATIAL, PATCH, "Wan21"),
         noise=noise,
         guidance=ClassifierFree(),
-        rates=(FPS,),
+        rates=(FPS, OUR_RATE),
         takes_rate=lambda config: False,
         known_by_shapes=False,
         declares=declares_causal,

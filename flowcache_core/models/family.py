@@ -18,6 +18,8 @@ from ..sampling.solvers import Solver
 from .adapter import ModelAdapter
 
 AUTO = "auto"
+OUR_RATE = 24
+"""Frames per second on which every model of ours was trained."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -142,11 +144,12 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Usual:
-    """What demo and benches make a film with where nobody says otherwise: pixel frames, steps, guidance."""
+    """What demo and benches make a film with where nobody says otherwise: pixel frames, steps, guidance, frames per second."""
 
     frames: int = 57
     steps: int = 50
     cfg: float = 3.0
+    fps: int = OUR_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,4 +228,5 @@ class Family:
         """What a file says of its training; where it says nothing, that of the released models."""
         if "chunk_frames" not in metadata:
             return self.layout
-        return replace(self.layout, chunk_frames=int(metadata["chunk_frames"]), window=int(metadata["window_chunks"]), causal=True)
+        chunk_frames, window = int(metadata["chunk_frames"]), int(metadata["window_chunks"])
+        return replace(self.layout, chunk_frames=chunk_frames, window=window, fps=OUR_RATE, causal=True)

@@ -59,7 +59,7 @@ class Job:
         usual, published = family.usual, family.published
         steps = changes.get("steps", usual.steps)
         settings = {"frames": usual.frames, "steps": steps, "cfg": usual.cfg, "shift": family.noise.shift, "ar_step": published.stagger(steps),
-                    "solver": published.solver, "addnoise": published.given_noise, "fps": family.layout.fps}  # fmt: skip
+                    "solver": published.solver, "addnoise": published.given_noise, "fps": usual.fps}  # fmt: skip
         return cls(prompt, **{**settings, **changes})
 
     def schedule(self, bundle: Bundle, prefix: int = 0, suffix: int = 0) -> ChunkSchedule:

@@ -23,12 +23,14 @@ from torch.nn import functional as F
 
 from ..device import fast_dtype
 from ..files import refused, write_text
-from ..kv.scores.salience import BUNDLED, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
+from ..kv.scores.salience import BUNDLED, BUNDLED_FOR, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
 from ..models import bundle
 from ..models.adapter import Bidirectional
 from ..models.bundle import Bundle
+from ..models.causal_wan_family import SELF_FORCING
 from ..models.checkpoint import load_network_file, recognise, titles
 from ..models.shards import open_checkpoint
+from ..models.skyreels_family import SKYREELS
 from ..run.generate import Job
 from ..untrusted import json_file, lines_of
 from .dit import FRAMES, SIZE
@@ -45,6 +47,10 @@ RATE, DECAY = 1e-3, 0.99
 RANKING, PAIRS, GAP = 0.5, 2048, 0.1
 """Weight of the ranking loss, pairs drawn per step, and how far apart in the order of the targets the two of a pair are at least."""
 UMT5_WIDTH = 4096
+SAMPLE_STEPS = 20
+OURS = {"bundled": SKYREELS, **{name: family for name, family in bundle.BUNDLED.items() if family in (SKYREELS, SELF_FORCING)}}
+"""Bundled models by name; the first is also called bundled. The few-step one only looks back, but was distilled from one that attends
+bidirectionally, and what its own weights draw attention to that way is nearly what its teacher's do (docs/kv.md)."""
 
 
 def ranks(x: Tensor, counted: Tensor) -> Tensor:
@@ -208,17 +214,19 @@ class Subject:
 
 def subject(args: argparse.Namespace, device: torch.device) -> Subject:
     """What was asked for. Raises ValueError, before the weights of a checkpoint are read, for what cannot be trained."""
-    if args.sample_steps < 1:
+    if args.sample_steps is not None and args.sample_steps < 1:
         raise ValueError(f"{args.sample_steps} sampling steps were asked for: at least 1 is needed")
-    return _bundled(args, device) if args.model == "bundled" else _checkpoint(args, device)
+    return _bundled(args, device) if args.model in OURS else _checkpoint(args, device)
 
 
 def _bundled(args: argparse.Namespace, device: torch.device) -> Subject:
-    model = bundle.load_bundle(fast_dtype() if device.type == "cpu" else torch.bfloat16, device)
+    family, usual = OURS[args.model], OURS[args.model].usual
+    model = bundle.load_bundle(fast_dtype() if device.type == "cpu" else torch.bfloat16, device, family)
     prompts = _lines(args.prompts) if args.prompts else [make_scene(i).caption for i in range(PROMPTS)]
-    job = Job("", frames=args.frames or FRAMES, size=args.size or SIZE, steps=args.sample_steps, cfg=args.cfg or 3.0)
+    steps = args.sample_steps or min(usual.steps, SAMPLE_STEPS)
+    job = Job.usual(family, "", frames=args.frames or FRAMES, size=args.size or SIZE, steps=steps, cfg=args.cfg or usual.cfg)
     check_job(job, model)
-    return Subject(model, bundle.NAME, [bundle.NETWORK], Half(Drawn(model, job), Sampled(model, prompts, job)), job)
+    return Subject(model, model.name, [bundle.files_of(family)[0]], Half(Drawn(model, job), Sampled(model, prompts, job)), job)
 
 
 def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -241,7 +249,7 @@ def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
     model = Bundle(family, empty, no_vae, layout)
     if args.embeddings:
         model = WithEmbeddings(family, empty, no_vae, layout, read_embeddings(args.embeddings, prompts, config.text_dim))
-    job = Job("", frames=args.frames or 97, size=args.size or 544, steps=args.sample_steps, cfg=args.cfg or 6.0)
+    job = Job("", frames=args.frames or 97, size=args.size or 544, steps=args.sample_steps or SAMPLE_STEPS, cfg=args.cfg or 6.0)
     check_job(job, model)
     Sampled(model, prompts, job)
     network = load_network_file(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -262,11 +270,11 @@ def run(args: argparse.Namespace) -> None:
     """The whole training. Raises ValueError, before anything is computed, for settings that cannot work."""
     if args.clips < 1 or args.steps < 1 or args.tokens < 2:
         raise ValueError(f"{args.clips} clips, {args.steps} steps, {args.tokens} tokens: at least 1, 1 and 2 are needed")
-    if args.model != "bundled" and not args.out:
+    if args.model not in OURS and not args.out:
         raise ValueError("where should the head of this checkpoint be written? Name a file with --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     it = subject(args, device)
-    config, out = it.model.network.config, args.out or BUNDLED
+    config, out = it.model.network.config, args.out or BUNDLED_FOR.get(it.model.adapter().name, BUNDLED)
     held_out = max(2, args.clips // HELD_OUT_SHARE)
     sha = fingerprint(it.files)
     begin(args.work, {
@@ -278,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
     store = ClipStore(args.work / "clips", args.clips, held_out)
     store.fill(it.model, it.source, it.job.fps, args.tokens)
     teacher = f"{it.name}, bidirectional, noise levels {', '.join(map(str, LEVELS))}"
-    licence = args.licence or ("Apache-2.0" if args.model == "bundled" else "that of the base model")
+    licence = args.licence or ("Apache-2.0" if args.model in OURS else "that of the base model")
     info = HeadInfo(
         config.layers, config.dim, max(1, config.dim // NARROWING), it.model.layout.chunk_frames, it.name, sha, teacher, args.clips, licence
     )
@@ -291,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND.removeprefix("python -m "), description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", default="bundled", help=f"bundled, or a checkpoint of {titles()}: a file or a folder")
+    parser.add_argument("--model", default="bundled", help=f"{', '.join(OURS)}, or a checkpoint of {titles()}: a file or a folder")
     parser.add_argument("--prompts", type=Path, help="one prompt a line; the bundled model has captions of its own")
     parser.add_argument("--embeddings", type=Path, help="safetensors file with the text embedding of every prompt, where the model reads umT5")
     parser.add_argument("--out", type=Path, help="the head; for the bundled model by default in its own place")
@@ -299,10 +307,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=int, default=CLIPS, help="clips to learn from; one more is held out for every six")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the head's training")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens that are kept of a clip")
-    parser.add_argument("--sample-steps", type=int, default=20, help="steps of the films that the model makes itself")
+    parser.add_argument("--sample-steps", type=int,
+                        help=f"steps of the films that the model makes itself ({SAMPLE_STEPS}, and those of a model of few steps)")  # fmt: skip
     parser.add_argument("--frames", type=int, help="pixel frames of a clip (57 for the bundled model, else 97)")
     parser.add_argument("--size", type=int, help="pixels of a side (128 for the bundled model, else 544)")
-    parser.add_argument("--cfg", type=float, help="guidance of these films (3 for the bundled model, else 6)")
+    parser.add_argument("--cfg", type=float, help="guidance of these films (by default that of the bundled model, else 6)")
     parser.add_argument("--chunk-frames", type=int, default=5, help="latent frames of a chunk; of a checkpoint only")
     parser.add_argument("--window", type=int, default=5, help="chunks that the model can look at together; of a checkpoint only")
     parser.add_argument("--licence", help="licence of the head")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...files import whole
+from ...network import NetworkSizes
 from ...settings import check, setting
 from ...untrusted import entries, open_tensors, short
 from ..policy import KVView
@@ -43,7 +44,10 @@ NARROWING = 8
 """A head is as many times narrower inside than the layer."""
 EPS = 1e-6
 COMMAND = "python -m flowcache_core.training.salience"
-BUNDLED = Path(__file__).parents[2] / "models" / "weights" / "salience.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "models" / "weights"
+BUNDLED = WEIGHTS / "salience.safetensors"
+BUNDLED_FOR = {"causal-wan": WEIGHTS / "tiny-causal-salience.safetensors"}
+"""Heads of bundled models by the kind of their network; of all others there is the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,7 @@ class Salience:
 
     name: ClassVar[str] = "salience"
 
-    path: str = setting("", "The file of a head that was trained for the model. Empty: that of the bundled model.")
+    path: str = setting("", "The file of a head that was trained for the model. Empty: that of the bundled model of its kind.")
     low: float = setting(1.0, "Weight of the attention that later chunks are expected to pay to a token.", low=0.0, high=10.0, step=0.05)
     up: float = setting(
         0.5, "Weight of the attention that earlier chunks would pay to it, if they could see it.", low=0.0, high=10.0, step=0.05, advanced=True
@@ -220,14 +224,19 @@ class Salience:
         if self.low == self.up == self.same == 0:
             raise ValueError("low, up and same are all 0, so every token would score the same: give one of them a weight")
 
-    def check_network(self, layers: int, width: int) -> None:
-        """Raises ValueError, before a run, where there is no whole head or it is for a network of another size."""
-        info = head_at(self.path).info
+    def for_network(self, network: NetworkSizes) -> Salience:
+        """With the head of the bundled model of its kind, where no file was named.
+
+        Raises ValueError, before a run, where there is no whole head or it is for a network of another size.
+        """
+        path, layers, width = self.path or str(BUNDLED_FOR.get(network.name, BUNDLED)), network.layers, network.width
+        info = head_at(path).info
         if (info.layers, info.in_dim) != (layers, width):
             raise ValueError(
                 f"this head is for {info.layers} layers of {info.in_dim} channels ({info.base_model}), the model has {layers} layers of {width}: "
                 f"train one for it with {COMMAND}"
             )
+        return replace(self, path=path)
 
     def holds(self, sizes: KVSizes, branches: int) -> int:
         return head_at(self.path).bytes
