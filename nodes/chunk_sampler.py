@@ -120,6 +120,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         return Run(
             family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise, film), policy_of(options),
             compressor_of(options), fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
+            frozenset(ChunkConds(guider.conds).recached),
         )  # fmt: skip
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):  # type: ignore[no-untyped-def]
@@ -142,7 +143,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         )
 
         def evaluate(turn: Turn, part: torch.Tensor) -> torch.Tensor:
-            options[TURN] = turn = NamedTurn(turn, texts.at(turn.index))
+            options[TURN] = turn = NamedTurn(turn, texts.at(turn.reads))
             out = velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
             write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
             return out
@@ -232,8 +233,6 @@ def require_prompts(guider: Any, film: Film) -> None:
             f"{PROMPTS_NODE} has a prompt for every chunk, and with attention {BIDIRECTIONAL} all chunks of a section are evaluated at once: set "
             f"attention of {NODE} to {CAUSAL}, or use one prompt"
         )
-    if texts.recached:
-        raise ValueError(f"{PROMPTS_NODE}: recache is for ComfyUI's own causal models under Sampler AR Video: set it to off with {NODE}")
     require_chunks(texts.firsts, film)
 
 

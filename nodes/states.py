@@ -66,6 +66,10 @@ class NamedTurn:
     def committing(self) -> bool:
         return self.turn.committing
 
+    @property
+    def reads(self) -> int:
+        return self.turn.reads
+
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         uuids = {name: branch for branch, name in self.names.items()}
         return tuple(uuids.get(name, name) for name in self.turn.unwritten(self.names[branch] for branch in branches if branch in self.names))

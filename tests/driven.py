@@ -27,6 +27,7 @@ class Driven:
     see: Note | None = None
     exact: Plan | None = None
     schedule: ChunkSchedule | None = None
+    recache: frozenset[int] = frozenset()
 
     @property
     def plan(self) -> Plan | None:
@@ -37,6 +38,9 @@ class Driven:
     def settle(self, frame_s: float) -> Plan:
         assert self.session
         return self.session.settle(frame_s)
+
+    def anew(self, chunk: Chunk) -> Sequence[Chunk]:
+        return self.session.restart(chunk) if self.session and chunk.index in self.recache else ()
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         return self.evaluate(x, chunk)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache_core.kv.compressor import Compressor
+from flowcache_core.kv.scores.streaming import StreamingLLM
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.run.session import Session
@@ -103,3 +105,32 @@ def test_a_text_changes_no_chunk_before_its_own(film: Callable[..., tuple[Tensor
     one, other = film([0, 0, 0, 0], 2)[0], film([0, 0, 1, 1], 2)[0]
     assert torch.equal(one[:, :, :6], other[:, :, :6])
     assert not torch.equal(one[:, :, 6:9], other[:, :, 6:9])
+
+
+@pytest.mark.parametrize("compressor", [None, Compressor(StreamingLLM(), 2.0, sink=3)], ids=["window", "budget"])
+def test_after_a_recache_a_film_goes_on_as_from_its_frames_given_with_the_new_text(
+    net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], compressor: Compressor | None
+) -> None:
+    adapter, levels, noise = SkyReelsAdapter(net), flow_sigmas(STEPS), noise_of(FRAMES)
+
+    def made(x: Tensor, schedule: ChunkSchedule, numbers: list[int], recache: int | None = None) -> tuple[Tensor, Session]:
+        budget = compressor.budget_for(adapter, schedule, (4, 4), 24, 1, 4) if compressor else None
+        with Session(adapter, schedule, levels, (4, 4), budget=budget) as session:
+
+            def evaluate(x: Tensor, chunk: Chunk) -> Tensor:
+                number = numbers[max(chunk.index, session.reads)]
+                return session.denoise(x, chunk, texts[number : number + 1], ("cond",), texts=number)
+
+            driven = Driven(evaluate, session, recache=frozenset() if recache is None else frozenset({recache}))
+            return sample_chunks(driven, x, schedule, levels, Euler()), session
+
+    film, session = made(noise, ChunkSchedule(FRAMES, 3, STEPS, STEPS), [0, 0, 1, 1], recache=2)
+    given = torch.cat([film[:, :, :6], noise[:, :, 6:]], 2)
+    expected, _ = made(given, ChunkSchedule(FRAMES, 3, STEPS, STEPS, prefix=6), [1, 1, 1, 1])
+    torch.testing.assert_close(film, expected, rtol=1e-5, atol=1e-5)
+    kept, _ = made(noise, ChunkSchedule(FRAMES, 3, STEPS, STEPS), [0, 0, 1, 1])
+    assert torch.equal(kept[:, :, :6], film[:, :, :6])
+    assert not torch.allclose(kept[:, :, 6:], film[:, :, 6:], atol=1e-3)
+    assert session.report.commits == 3 + 2
+    assert "the prompt changes with chunk 3: of history 2 chunks were evaluated once more" in session.report.notes
+    assert len(session.report.history.frames) == (3 if compressor else 0), "an entry a chunk, however often it was evaluated"

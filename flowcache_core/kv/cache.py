@@ -272,7 +272,7 @@ def _shapes(held: Held) -> dict[str, list[torch.Size]]:
 class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
-    remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "_waiting", "_written")
+    remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "gone", "_waiting", "_written")
     _waiting: dict[tuple[int, Branches], Waiting]
     _written: dict[Hashable, set[int]]
     """By branch, the chunks of which it has keys and values."""

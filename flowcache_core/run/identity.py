@@ -40,6 +40,7 @@ def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, st
         "addnoise_condition": run.given.level,
         "fps": run.fps,
         "cfg": run.scale,
+        **({"recache": sorted(run.recache)} if run.recache else {}),
         "cache": run.policy,
         "history": run.compressor,
         "branches": place.branches,

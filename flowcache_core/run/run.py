@@ -19,6 +19,7 @@ from ..kv.cache import Branches, KVSizes
 from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
 from ..models.adapter import ModelAdapter, OwnTexts, reach_of, require_bidirectional, require_time, require_tokens
+from ..models.causal_wan_family import FewSteps
 from ..models.family import Family
 from ..models.numbers import finite, not_numbers
 from ..policies.planned import Planned
@@ -57,6 +58,11 @@ class Turn(Protocol):
     @property
     def committing(self) -> bool:
         """Whether it is the pass over a finished chunk, which writes history."""
+        ...
+
+    @property
+    def reads(self) -> int:
+        """The chunk whose texts count: its own, or where history is made anew for a later one, that one."""
         ...
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
@@ -124,6 +130,8 @@ class Run:
     solver: Solver = field(default_factory=UniPC)
     scale: float = 1.0
     """Of guidance, where the family is guided inside the run."""
+    recache: frozenset[int] = frozenset()
+    """Chunks before which history is made anew, since the text changes with them."""
 
     def __post_init__(self) -> None:
         require_levels(self.sigmas)
@@ -140,6 +148,8 @@ class Run:
                 f"a budget of history is scored while a finished chunk is passed through the network clean, and {self.family.title} does without "
                 "that pass here: leave the budget out, or the pass on"
             )
+        if self.recache:
+            self._require_recache()
         self._require_abilities(self.policy)
         _ = self.budget, self.plan, self.held
 
@@ -175,6 +185,13 @@ class Run:
             raise ValueError("a budget of history was given, but where every frame of a section sees every other there is no KV cache: leave it out")
         if isinstance(policy, Planned) and policy.exact is not None:
             policy.plans([section.schedule for section in self.sections])
+
+    def _require_recache(self) -> None:
+        if not isinstance(self.family.noise, FewSteps) or not self.family.clean_pass:
+            raise ValueError(
+                f"with recache finished chunks are shown to the network once more, clean, where the prompt changes, as LongLive does; "
+                f"{self.family.title} was not trained for that: set recache to off"
+            )
 
     def _require_abilities(self, policy: object) -> None:
         """What a policy asks of the network and of the number of steps."""
@@ -352,6 +369,10 @@ class ChunkTurn:
     def committing(self) -> bool:
         return self.chunk.committing
 
+    @property
+    def reads(self) -> int:
+        return max(self.chunk.index, self.session.reads)
+
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         mine = self.committing and not self.run.family.guidance.inside
         return self.session.unwritten(self.chunk, branches) if mine else ()
@@ -385,6 +406,9 @@ class ChunkDenoiser:
         before, plan = self.session.report.notes, self.session.settle(frame_s)
         self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plan
+
+    def anew(self, chunk: Chunk) -> Sequence[Chunk]:
+        return self.session.restart(chunk) if chunk.index in self.run.recache else ()
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         if chunk.committing and chunk.index >= self.run.schedule.given and not self.run.family.clean_pass:
@@ -420,6 +444,10 @@ class SectionTurn:
     @property
     def committing(self) -> bool:
         return False
+
+    @property
+    def reads(self) -> int:
+        return self.index
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         return ()

@@ -102,7 +102,9 @@ class Session:
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
-        self._budget, self._kv = budget, self._store(budget, room)
+        self._budget, self._room, self._kv = budget, room, self._store(budget, room)
+        self.reads = 0
+        """The chunk for which history was last made anew: earlier ones are then shown with its texts."""
         self._guided: tuple[str, ...] = ()
         """All branches, where guidance is inside."""
         self._alone: Branches = ()
@@ -271,8 +273,25 @@ class Session:
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
             if (keeper := self._kv.keeper) is not None:
-                self.report.history.kept(chunk, keeper.locate(), self._frame_tokens, self._kv.history_bytes)
+                places = keeper.locate()
                 self.report.host_syncs += 1
+                if chunk.index >= self.reads:  # it was noted when it was first finished
+                    self.report.history.kept(chunk, places, self._frame_tokens, self._kv.history_bytes)
+
+    def restart(self, chunk: Chunk) -> tuple[Chunk, ...]:
+        """Empties history before a chunk's first step, since the film goes on with another text (the KV recache of LongLive, arXiv 2509.22622).
+
+        -> the chunks of which it had something, finished. Whoever calls shows them once more, clean and in order, and commits each: it looks
+        back on those before it, and becomes history within the budget. What was given up before stays so.
+        """
+        kv, finished = self._kv, range(chunk.index)
+        kept = sorted(kv.keeper.chunks if kv.keeper else set(kv.layout.spans).intersection(finished))
+        self.report.host_syncs += kv.syncs
+        kv.free()
+        self._kv, self.reads = self._store(self._budget, self._room), chunk.index
+        self._kv.gone = frozenset(finished).difference(kept)
+        self.report.notes += (f"the prompt changes with chunk {chunk.index + 1}: of history {len(kept)} chunks were evaluated once more",)
+        return tuple(self.schedule.at(index, self.schedule.steps) for index in kept)
 
     def _decide(self, call: Call, state: ChunkState) -> Decision:
         chunk = call.chunk
@@ -341,7 +360,7 @@ class Session:
         names: Texts = (self._guided or branches, texts)
         if names not in self._text:
             self._text[names] = self.adapter.text(self._of_branches(context))
-        self._last[names] = max(chunk.index, self._last.get(names, 0))
+        self._last[names] = max(chunk.index, self.reads, self._last.get(names, 0))
         if not isinstance(self.adapter, ChunkTexts):
             return self._text[names]
         key = names, chunk.index

@@ -32,6 +32,10 @@ class Denoiser(Protocol):
         """`frame_s`: seconds that a latent frame takes, on average over the uncached run."""
         ...
 
+    def anew(self, chunk: Chunk) -> Sequence[Chunk]:
+        """Before a chunk's first step -> finished chunks that history is made of anew, oldest first: they are shown once more and committed."""
+        ...
+
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Latents of the chunk [B, C, F, h, w] -> velocity, same shape; in the commit pass the result is not used."""
         ...
@@ -148,6 +152,8 @@ def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, pla
     """A row: every active chunk by a step, in place; those that are finished become history."""
     for chunk in row.active:
         clean = None
+        if chunk.step == 0:
+            _recache(run, x, chunk)
         if plan.computes(chunk):
             walk = walk_of[chunk.index]
             chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
@@ -161,6 +167,12 @@ def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, pla
             run.predict(_part(x, chunk), replace(chunk, step=chunk.steps))
         run.commit(chunk)
         del walk_of[chunk.index]
+
+
+def _recache(run: Denoiser, x: Tensor, chunk: Chunk) -> None:
+    for before in run.anew(chunk):
+        run.predict(_part(x, before), before)
+        run.commit(before)
 
 
 def frame_seconds(schedule: ChunkSchedule, evaluate: Callable[[Chunk], object], device: torch.device) -> float:
