@@ -163,7 +163,8 @@ def test_under_our_sampler_a_run_with_a_schedule_is_saved_and_goes_on(host: Host
 
 def test_under_our_sampler_what_cannot_be_is_refused(host: Host, ours: Graph) -> None:
     refused(host, prompted(ours, f"1: {RED}\n4: {GREEN}"), "a prompt for chunk 4, and a film of 33 frames has 3 chunks")
-    refused(host, prompted(ours, f"1: {RED}\n3: {GREEN}", recache=ANEW), "as LongLive does; SkyReels-V2 diffusion forcing was not trained for that: set recache to off")
+    anew = prompted(ours, f"1: {RED}\n3: {GREEN}", recache=ANEW)
+    refused(host, anew, "as LongLive does; SkyReels-V2 diffusion forcing was not trained for that: set recache to off")
     whole = put(prompted(ours, f"1: {RED}\n2: {GREEN}"), "FlowCacheSampler", attention="bidirectional (as trained)")
     refused(host, whole, "all chunks of a section are evaluated at once: set attention of AR Chunk Sampler to block-causal")
     stock = prompted(ours, f"1: {RED}\n2: {GREEN}")

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -15,17 +17,18 @@ from torch import Tensor
 
 from flowcache_core import models
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
-from flowcache_core.kv.policy import KVView, LearntKVPolicy
+from flowcache_core.kv.policy import KVView, LearntKVPolicy, fitted
 from flowcache_core.kv.scores import salience as policy
 from flowcache_core.kv.scores.salience import LOW, OUT, SAME, UP, HeadInfo, Salience, SalienceHead, head_at, places
 from flowcache_core.memory import RunMemory
 from flowcache_core.models import bundle
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.attention import BlockCausal, bidirectional
-from flowcache_core.models.bundle import Bundle
+from flowcache_core.models.bundle import Bundle, files_of, load_bundle
 from flowcache_core.models.skyreels import Rope, SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.network import NetworkSizes
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.training import salience as training
 from flowcache_core.training.salience_clips import LEVELS, Clip, measure
@@ -66,6 +69,11 @@ def a_clip(head: SalienceHead, seed: int, tokens: int = 48) -> Clip:
     law = torch.randn(head.info.in_dim, 3, generator=torch.Generator().manual_seed(0)) / head.info.in_dim**0.5
     chunk = torch.arange(tokens) // CHUNK
     return Clip(hidden, (hidden @ law - 4).exp(), counted(tokens, CHUNK).T, chunk, places(torch.arange(tokens) % CHUNK, 3, GRID))
+
+
+def network_of(layers: int = 2, width: int = 128, name: str = "skyreels-v2-df") -> NetworkSizes:
+    """Sizes without weights."""
+    return cast(NetworkSizes, SimpleNamespace(layers=layers, width=width, name=name))
 
 
 def model_of(net: SkyReelsV2) -> Bundle:
@@ -348,7 +356,7 @@ def test_a_head_with_tensors_too_many_or_too_few_is_refused(head_file: Path) -> 
 
 def test_missing_and_broken_files_are_refused(head_file: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no salience head .*nowhere\.safetensors: train one with python -m"):
-        Salience(path=str(head_file.parent / "nowhere.safetensors")).check_network(2, 128)
+        Salience(path=str(head_file.parent / "nowhere.safetensors")).for_network(network_of())
     head_file.write_bytes(head_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"head\.safetensors \(1000 bytes\) is not a whole safetensors file"):
         SalienceHead.load(head_file)
@@ -360,10 +368,10 @@ def test_missing_and_broken_files_are_refused(head_file: Path) -> None:
 def test_a_head_for_another_network_is_refused(head_file: Path) -> None:
     rule = Salience(path=str(head_file))
     assert isinstance(rule, LearntKVPolicy)
-    rule.check_network(2, 128)
+    assert rule.for_network(network_of()) == rule
     for layers, width in ((30, 128), (2, 1536)):
         with pytest.raises(ValueError, match=rf"2 layers of 128 channels \(some-model\), the model has {layers} layers of {width}: train one"):
-            rule.check_network(layers, width)
+            rule.for_network(network_of(layers, width))
 
 
 def test_new_tokens_are_scored_by_the_head_and_old_ones_keep_their_score(head_file: Path) -> None:
@@ -424,10 +432,18 @@ def test_settings_are_equal_by_value_and_kept_in_range() -> None:
         Salience(low=0, up=0, same=0)
 
 
-@pytest.mark.skipif(not policy.BUNDLED.exists(), reason="the bundled model has no salience head yet")
-def test_the_bundled_head_was_trained_for_the_bundled_network() -> None:
-    info = head_at("").info
-    assert info.base_sha256 == hashlib.sha256(bundle.NETWORK.read_bytes()).hexdigest(), "train it anew: python -m flowcache_core.training.salience"
+@pytest.mark.parametrize(("model", "teacher"), [("tiny-skyreels", "tiny-skyreels"), ("tiny-causal", "tiny-skyreels")])
+def test_a_bundled_head_was_trained_for_its_bundled_network(model: str, teacher: str) -> None:
+    """It is found by the kind of network, where no file is named."""
+    family = bundle.BUNDLED[model]
+    network = load_bundle(family=family).adapter()
+    rule = fitted(Salience(), network)
+    assert isinstance(rule, Salience)
+    info = head_at(rule.path).info
+    assert (info.base_model, info.layers, info.in_dim) == (model, network.layers, network.width)
+    assert info.base_sha256 == hashlib.sha256(files_of(family)[0].read_bytes()).hexdigest(), f"train it anew: {policy.COMMAND} --model {model}"
+    assert info.teacher.startswith(f"{teacher}, bidirectional")
+    assert Path(rule.path).stat().st_size < 1_000_000
 
 
 # the command
@@ -448,7 +464,7 @@ def run(arguments: list[str]) -> None:
 def test_the_command_trains_a_head_for_any_checkpoint(net: SkyReelsV2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = checkpoint_of(net, tmp_path)
     run(arguments)
-    Salience(path=str(tmp_path / "head.safetensors")).check_network(2, 128)
+    Salience(path=str(tmp_path / "head.safetensors")).for_network(network_of())
     head = SalienceHead.load(tmp_path / "head.safetensors")
     assert head.info.base_sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert head.info.block_frames == 2

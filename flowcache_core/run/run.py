@@ -36,6 +36,7 @@ from .report import RunReport
 from .resume import FileCheckpoints, NoFileCheckpoints, RunCheckpoints, Unreadable
 from .sections import SectionSession, require_whole_rows
 from .session import Session, plan_of
+from .sink import beyond, returned
 from .states import States
 
 Film = ChunkSchedule | tuple[Section, ...]
@@ -304,6 +305,9 @@ class Run:
             checkpoints.explain(error)
             raise
         checkpoints.finish()
+        if self.compressor and self.compressor.sink and not self.sections and beyond(self.schedule):
+            report.notes += returned(latents, self.schedule, self.compressor.sink)
+            report.host_syncs += 1
         report.expected, report.pixels = self.held, self.family.frames
         report.went(self.rows, self.sigmas)
         return latents, report

@@ -15,6 +15,8 @@ from ..sampling.schedule import ChunkSchedule
 
 NEAR = 0.5
 """A chunk has returned where its distance to the sink is less than this part of the median of the chunks before it."""
+SHOWN = 8
+"""Chunks that a sentence lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,18 @@ def distances(latents: Tensor, schedule: ChunkSchedule, sink: int) -> Tensor:
 
     Of each frame the distance to the nearest frame of the sink, over that frame's norm; of a chunk the mean over its frames.
     """
-    frames = latents.float().transpose(1, 2).flatten(2)
-    stays = frames[:, :sink]
-    near = (torch.cdist(frames, stays) / stays.norm(dim=2)[:, None].clamp(min=1e-12)).amin(2)
-    return torch.stack([near[:, start : start + n].mean(1) for start, n in map(schedule.span, range(schedule.chunks))], 1)
+    stays = _frames(latents[:, :, :sink])
+    norms = stays.norm(dim=2)[:, None].clamp(min=1e-12)
+    near = []
+    for start, count in map(schedule.span, range(schedule.chunks)):
+        apart = torch.cdist(_frames(latents[:, :, start : start + count]), stays, compute_mode="donot_use_mm_for_euclid_dist")
+        near.append((apart / norms).amin(2).mean(1))
+    return torch.stack(near, 1)
+
+
+def _frames(latents: Tensor) -> Tensor:
+    """[films, C, F, h, w] -> float32 [films, F, C * h * w]."""
+    return latents.float().transpose(1, 2).flatten(2)
 
 
 def returns(latents: Tensor, schedule: ChunkSchedule, sink: int) -> Returns:
@@ -42,6 +52,25 @@ def returns(latents: Tensor, schedule: ChunkSchedule, sink: int) -> Returns:
     first = -(-sink // schedule.chunk_frames)
     parts = torch.ones_like(far)
     for chunk in range(schedule.window or schedule.chunks, schedule.chunks):
-        parts[:, chunk] = far[:, chunk] / far[:, first:chunk].median(1).values.clamp(min=1e-12)
+        usual = far[:, first:chunk].median(1).values
+        parts[:, chunk] = torch.where(usual > 0, far[:, chunk] / usual, 1.0)
     chunks = tuple(tuple((film < NEAR).nonzero().flatten().tolist()) for film in parts)
     return Returns(chunks, tuple(float(film.min()) for film in parts))
+
+
+def beyond(schedule: ChunkSchedule) -> bool:
+    """Whether a film is longer than the trained window."""
+    return schedule.window is not None and schedule.chunks > schedule.window
+
+
+def returned(latents: Tensor, schedule: ChunkSchedule, sink: int) -> tuple[str, ...]:
+    """A sentence for the report where chunks of a film, or of one of several, have returned to its first frames; () where none has."""
+    found = returns(latents, schedule, sink)
+    numbers = sorted({chunk + 1 for film in found.chunks for chunk in film})
+    if not numbers:
+        return ()
+    listed = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
+    return (
+        f"the film comes back to its first frames in chunk{'s' * (len(numbers) > 1)} {listed} ({len(numbers)} of {schedule.chunks}): the distance to "
+        f"them is {min(found.nearest):.0%} of what is usual (sink collapse); try a smaller sink in KV Compressor",
+    )

@@ -49,8 +49,9 @@ RANKING, PAIRS, GAP = 0.5, 2048, 0.1
 UMT5_WIDTH = 4096
 SAMPLE_STEPS = 20
 OURS = {"bundled": SKYREELS, **{name: family for name, family in bundle.BUNDLED.items() if family in (SKYREELS, SELF_FORCING)}}
-"""Bundled models by name; the first is also called bundled. The few-step one only looks back, but was distilled from one that attends
-bidirectionally, and what its own weights draw attention to that way is nearly what its teacher's do (docs/kv.md)."""
+"""Bundled models by name; the first is also called bundled."""
+TAUGHT_BY = {"tiny-causal": SKYREELS}
+"""Models that only look back: the bundled model that they were distilled from attends bidirectionally in their place."""
 
 
 def ranks(x: Tensor, counted: Tensor) -> Tensor:
@@ -203,13 +204,14 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a head is trained for, and where its clips come from."""
+    """The model that a head is trained for, where its clips come from, and the teacher, where that is not the model itself."""
 
     model: Bundle
     name: str
     files: Sequence[Path]
     source: Source
     job: Job
+    taught_by: Bundle | None = None
 
 
 def subject(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -226,7 +228,8 @@ def _bundled(args: argparse.Namespace, device: torch.device) -> Subject:
     steps = args.sample_steps or min(usual.steps, SAMPLE_STEPS)
     job = Job.usual(family, "", frames=args.frames or FRAMES, size=args.size or SIZE, steps=steps, cfg=args.cfg or usual.cfg)
     check_job(job, model)
-    return Subject(model, model.name, [bundle.files_of(family)[0]], Half(Drawn(model, job), Sampled(model, prompts, job)), job)
+    above = bundle.load_bundle(model.network.dtype, device, TAUGHT_BY[model.name]) if model.name in TAUGHT_BY else None
+    return Subject(model, model.name, [bundle.files_of(family)[0]], Half(Drawn(model, job), Sampled(model, prompts, job)), job, above)
 
 
 def _checkpoint(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -281,11 +284,12 @@ def run(args: argparse.Namespace) -> None:
         "model": it.name, "sha256": sha, "clips": args.clips, "steps": args.steps, "tokens": args.tokens,
         "chunk_frames": it.model.layout.chunk_frames,
         "prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest() if args.prompts else "", "job": asdict(it.job), "head": FIXED,
+        **({"teacher": it.taught_by.name} if it.taught_by else {}),
     })  # fmt: skip
 
     store = ClipStore(args.work / "clips", args.clips, held_out)
-    store.fill(it.model, it.source, it.job.fps, args.tokens)
-    teacher = f"{it.name}, bidirectional, noise levels {', '.join(map(str, LEVELS))}"
+    store.fill(it.model, it.source, it.job.fps, args.tokens, it.taught_by)
+    teacher = f"{it.taught_by.name if it.taught_by else it.name}, bidirectional, noise levels {', '.join(map(str, LEVELS))}"
     licence = args.licence or ("Apache-2.0" if args.model in OURS else "that of the base model")
     info = HeadInfo(
         config.layers, config.dim, max(1, config.dim // NARROWING), it.model.layout.chunk_frames, it.name, sha, teacher, args.clips, licence

@@ -57,11 +57,11 @@ class Clip:
 
 
 @torch.no_grad()
-def measure(model: Bundle, latents: Tensor, text: Tensor, fps: int, seed: int, keep: int) -> Clip:
+def measure(model: Bundle, latents: Tensor, text: Tensor, fps: int, seed: int, keep: int, taught_by: Bundle | None = None) -> Clip:
     """Latents [1, C, F, h, w] and text embeddings [1, L, text_dim] -> what is learnt from them, of at most `keep` tokens drawn by `seed`.
 
-    The student's pass is the one that makes a chunk history: clean and block-causal. The teacher is the same network,
-    bidirectional, on the clip with noise.
+    The student's pass is the one that makes a chunk history: clean and block-causal. The teacher is the same network, or the one that
+    it was distilled from (`taught_by`, of the same layers, latents and text), bidirectional, on the clip with noise.
     """
     adapter, x = model.adapter(), latents.to(model.like)
     grid = adapter.token_grid(x.shape[3], x.shape[4])
@@ -75,9 +75,11 @@ def measure(model: Bundle, latents: Tensor, text: Tensor, fps: int, seed: int, k
     noise = torch.randn(latents.shape, generator=rng).to(x)
     kept = torch.randperm(tokens, generator=rng)[:keep].sort().values
     sums: Tensor | None = None
+    above = (taught_by or model).adapter()
+    read = above.text(text.to((taught_by or model).like))
     for level in LEVELS:
         teacher = Teacher(chunk)
-        adapter.forward(Call((1 - level) * x + level * noise, level, whole, kv, fps), teacher)
+        above.forward(Call((1 - level) * x + level * noise, level, whole, read, fps), teacher)
         now = _stacked(teacher.received)
         sums = now if sums is None else sums + now
     assert sums is not None
@@ -190,8 +192,8 @@ class ClipStore:
         self.train = [folder / f"train-{i:05d}.safetensors" for i in range(train)]
         self.held_out = [folder / f"held-out-{i:05d}.safetensors" for i in range(held_out)]
 
-    def fill(self, model: Bundle, source: Source, fps: int, keep: int) -> None:
-        """Makes the clips that are not there yet."""
+    def fill(self, model: Bundle, source: Source, fps: int, keep: int, taught_by: Bundle | None = None) -> None:
+        """Makes the clips that are not there yet. `taught_by`: as in `measure`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         todo = [(i, kind is self.held_out, path) for kind in (self.train, self.held_out) for i, path in enumerate(kind)]
         there = sum(path.exists() for *_, path in todo)
@@ -201,5 +203,5 @@ class ClipStore:
                     continue
                 latents, prompt = source(index, held_out)
                 text = model.text("" if index % 8 in UNPROMPTED else prompt)
-                measure(model, latents, text, fps, index + HELD_OUT * held_out, keep).save(path)
+                measure(model, latents, text, fps, index + HELD_OUT * held_out, keep, taught_by).save(path)
                 bar.update()
