@@ -116,7 +116,7 @@ def still_scenes(count: int) -> list[int]:
     return found
 
 
-def stretches(bundle: Bundle, seconds: int) -> int:
+def stretches(bundle: Bundle) -> int:
     """Chunks of a stretch; a film has a whole number of them."""
     frames = bundle.layout.chunk_frames * bundle.family.frames.each
     return round(STRETCH * bundle.layout.fps / frames)
@@ -132,8 +132,8 @@ def present(film: Tensor, colours: Sequence[str]) -> float:
 def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float) -> Values:
     """A scene's film in one arm. `pictures`: what is looked at of every stretch, by byte."""
     number, arm = which
-    each, frames = stretches(bundle, seconds), bundle.layout.chunk_frames
-    scene, chunks = scene_of(number), stretches(bundle, seconds) * seconds // STRETCH
+    each, frames = stretches(bundle), bundle.layout.chunk_frames
+    scene, chunks = scene_of(number), stretches(bundle) * seconds // STRETCH
     job = Job.usual(bundle.family, scene.caption, frames=bundle.family.frames.pixel(chunks * frames), seed=number)
     latents, report = ARMS[arm].made(bundle, job, budget)
     first = decode(bundle, latents[:, :, :frames])

@@ -23,7 +23,20 @@ from torch.nn import functional as F
 
 from ..device import fast_dtype
 from ..files import refused, write_text
-from ..kv.scores.salience import BUNDLED, BUNDLED_FOR, COMMAND, FIXED, LOW, NARROWING, OUT, HeadInfo, SalienceHead, log_attention
+from ..kv.scores.salience import (
+    BUNDLED,
+    BUNDLED_FOR,
+    COMMAND,
+    FIXED,
+    LOW,
+    NARROWING,
+    OUT,
+    HeadInfo,
+    Salience,
+    SalienceHead,
+    head_at,
+    log_attention,
+)
 from ..models import bundle
 from ..models.adapter import Bidirectional
 from ..models.bundle import Bundle
@@ -277,6 +290,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("where should the head of this checkpoint be written? Name a file with --out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     it = subject(args, device)
+    beside = head_at(Salience(str(args.beside)).for_network(it.model.adapter()).path).on(device) if args.beside else None
     config, out = it.model.network.config, args.out or BUNDLED_FOR.get(it.model.adapter().name, BUNDLED)
     held_out = max(2, args.clips // HELD_OUT_SHARE)
     sha = fingerprint(it.files)
@@ -298,6 +312,9 @@ def run(args: argparse.Namespace) -> None:
     head.save(out)
     print(f"attention from later chunks, predicted on {held_out} held-out clips (by chance: 0, 0 and 0.25)")
     print(table(judge(head, store.held_out, device)))
+    if beside:
+        print(f"{args.beside.name} on the same clips")
+        print(table(judge(beside, store.held_out, device)))
     print(f"{out}: a head for {config.layers} layers of {config.dim} channels, {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -319,6 +336,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-frames", type=int, default=5, help="latent frames of a chunk; of a checkpoint only")
     parser.add_argument("--window", type=int, default=5, help="chunks that the model can look at together; of a checkpoint only")
     parser.add_argument("--licence", help="licence of the head")
+    parser.add_argument("--beside", type=Path, help="another head, which is judged on the same held-out clips at the end")
     return parser
 
 
