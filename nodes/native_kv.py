@@ -125,7 +125,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
                           (KINDS.APPLY_MODEL, run.evaluate)):  # fmt: skip
         comfy.patcher_extension.add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
     try:
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        return run.finished(executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs))
     finally:
         guider.model_options = options
         run.free()

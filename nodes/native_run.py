@@ -17,6 +17,7 @@ import torch
 from ..flowcache_core.kv.cache import CachedAttention
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.sequential import SequentialCache, SequentialFilm
+from ..flowcache_core.run.sink import beyond, returned
 from ..flowcache_core.sampling.chunk import Chunk
 from .native_model import SAMPLER
 from .settings_on_model import KV_NODE
@@ -46,6 +47,7 @@ class NativeRun:
         """Clean latents of chunks that may have to be evaluated anew."""
         self._runs = True
         """Whether the present evaluation is needed."""
+        self._returned: tuple[str, ...] = ()
 
     def prepare(self, executor, model, *args, **kwargs):  # type: ignore[no-untyped-def]
         """The host's PREPARE_SAMPLING: what the run will hold is part of its estimate, of one chunk at a time."""
@@ -120,11 +122,19 @@ class NativeRun:
             raise ValueError(f"{KV_NODE}: an evaluation was left out by a node that skips steps without knowing of chunks; bypass that node")
         return self._runs
 
+    def finished(self, samples: torch.Tensor) -> torch.Tensor:
+        """The film as it is handed on: whether it returns to its sink is found here."""
+        film = self.film
+        if film.budget.sink and beyond(film.schedule):
+            self._returned = returned(samples, film.schedule, film.budget.sink // film.frame_tokens)
+        return samples
+
     def findings(self) -> Iterator[str]:
         """What the run has found, in sentences for the log."""
         yield f"the KV cache took {readable(self.cache.peak)} at its peak"
         if self.recached:
             yield f"where the prompt changed, chunks were evaluated once more, {self.recached} in all"
+        yield from self._returned
 
     def free(self) -> None:
         self.cache.free()

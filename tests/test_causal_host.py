@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores.even import Even
-from flowcache_core.models.bundle import Bundle
+from flowcache_core.kv.scores.salience import Salience
+from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.causal_wan_family import CAUSVID, FRAMEWISE, SELF_FORCING
 from flowcache_core.models.family import Family
 from flowcache_core.models.skyreels import SkyReelsV2
@@ -192,6 +194,25 @@ def test_a_budget_makes_one_film_under_both_samplers(host: Host, graph: Graph) -
     close(ours, host.latents(by_host(graph)))
     close(normalise(ours), alone(frames=57, compressor=Compressor(Even(), 2.0, sink=1, recent=1, granularity="frame")))
     assert not torch.allclose(normalise(ours), alone(frames=57), atol=2e-3)
+
+
+def test_the_bundled_model_keeps_history_by_its_own_salience_head_under_both_samplers(host: Host, graph: Graph) -> None:
+    graph["model"] = linked("FlowCacheLoadModel", model_name="tiny-causal (bundled)", family="auto")
+    graph["text"] = linked("CLIPTextEncode", clip=["model", 1], text=TEXT)
+    budget = {"budget": 2.0, "unit": "chunks", "policy": "salience", "dtype": "as computed", "offload": False, "soft": 0.0, "granularity": "frame"}
+    graph["kv"] = linked("FlowCacheKVCompressor", model=["model", 0], sink=1, recent=1, **budget)
+    graph = put(put(graph, "CFGGuider", model=["kv", 0]), "FlowCacheLatent", length=57)
+    ours = host.latents(graph)
+    close(ours, host.latents(by_host(graph)))
+    job = Job.usual(SELF_FORCING, TEXT, frames=57, seed=7, size=64)
+    compressor = Compressor(Salience(), 2.0, sink=1, recent=1, granularity="frame")
+    close(normalise(ours), generate(load_bundle(family=SELF_FORCING), job, compressor=compressor)[0])
+
+
+def test_films_without_clean_passes_are_those_that_are_measured(host: Host, graph: Graph) -> None:
+    """`bench causal` leaves the passes out by the family, the host's sampler by KV Compressor."""
+    made = host.latents(budgeted(by_host(graph), clean_pass="none"))
+    close(normalise(made), alone(replace(SELF_FORCING, clean_pass=False)))
 
 
 def test_a_start_image_makes_one_film_under_both_samplers(host: Host, graph: Graph) -> None:
