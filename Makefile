@@ -37,6 +37,8 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
 	$(BENCH) magi --prompts 4 --workers 2 --json docs/bench/magi.json
+	$(BENCH) causal --prompts 5 --workers 2 --json docs/bench/causal.json
+	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --workers 2 --json docs/bench/kv-causal.json
 
 figures: $(VENV)/.run ## write the tables and charts of README and docs from docs/bench
 	$(BIN)/python -m flowcache_core figures $(ARGS)

@@ -46,7 +46,8 @@ def _inputs() -> list[Any]:
         io.Combo.Input("clean_pass", options=[EVERY, NO_PASS], default=EVERY, optional=True, advanced=True,
                        tooltip="For ComfyUI's own causal models. every chunk: a finished chunk is evaluated once more, clean, for later ones to look "
                                "back on; the last one is spared it, which changes nothing. none: all are, which makes another film: at 4 steps one "
-                               "evaluation in 5 is saved, and later chunks look back on the last noisy step."),
+                               "evaluation in 5 is saved, and later chunks look back on the last noisy step. The help page has what that "
+                               "cost tiny-causal: a PSNR of 25.5 dB to the film with all passes."),
     ]  # fmt: skip
     return [*shown[:2], policy, *shown[2:], *folded, *more]
 

@@ -24,7 +24,11 @@ COMMANDS = {
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
 """What makes the files that pages show of the first bundled model; `make measure` runs them all, so that they are of one commit."""
-OTHERS = {"magi": f"{BENCH} magi --prompts 4 --workers 2"}
+SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
+OTHERS = {
+    "magi": f"{BENCH} magi --prompts 4 --workers 2",
+    "causal": f"{BENCH} causal --prompts 5 --workers 2",
+}
 """The same of the other models, each at a commit of its own."""
 
 
