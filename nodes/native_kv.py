@@ -147,9 +147,12 @@ def settled(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor
     texts = [tokens for some in by_branch(conds_of(guider)) if (tokens := tokens_of(some))]
     compressor = compressor_of(options)
     assert compressor is not None  # the wrapper came with it
+    layout = getattr(model.model, "layout", None)
+    trained = {"horizon": layout.window * layout.chunk_frames, "fps": layout.fps} if layout else {}
     film = SequentialFilm.settled(
         network_of(model), compressor, noise.shape[2], chunk_frames, len(sigmas) - 1, tuple(noise.shape[3:]), noise.shape[0], max(len(texts), 1),
         dtype_of(model).itemsize, 0 if initial is None else initial.shape[2], noise.shape[0] * sum(texts), model.load_device, clean_pass_of(options),
+        **trained,
     )  # fmt: skip
     require_chunks(ChunkConds(guider.conds).firsts, film.schedule)
     return film

@@ -197,14 +197,15 @@ def test_a_budget_makes_one_film_under_both_samplers(host: Host, graph: Graph) -
 
 
 def test_the_bundled_model_keeps_history_by_its_own_salience_head_under_both_samplers(host: Host, graph: Graph) -> None:
+    """Beyond the 15 latent frames of its training, which are fewer than those of the released models."""
     graph["model"] = linked("FlowCacheLoadModel", model_name="tiny-causal (bundled)", family="auto")
     graph["text"] = linked("CLIPTextEncode", clip=["model", 1], text=TEXT)
     budget = {"budget": 2.0, "unit": "chunks", "policy": "salience", "dtype": "as computed", "offload": False, "soft": 0.0, "granularity": "frame"}
     graph["kv"] = linked("FlowCacheKVCompressor", model=["model", 0], sink=1, recent=1, **budget)
-    graph = put(put(graph, "CFGGuider", model=["kv", 0]), "FlowCacheLatent", length=57)
+    graph = put(put(graph, "CFGGuider", model=["kv", 0]), "FlowCacheLatent", length=93)
     ours = host.latents(graph)
     close(ours, host.latents(by_host(graph)))
-    job = Job.usual(SELF_FORCING, TEXT, frames=57, seed=7, size=64)
+    job = Job.usual(SELF_FORCING, TEXT, frames=93, seed=7, size=64)
     compressor = Compressor(Salience(), 2.0, sink=1, recent=1, granularity="frame")
     close(normalise(ours), generate(load_bundle(family=SELF_FORCING), job, compressor=compressor)[0])
 

@@ -46,15 +46,15 @@ class SequentialFilm:
     @classmethod
     def settled(cls, network: CausalWan, compressor: Compressor, frames: int, chunk_frames: int, steps: int, grid: tuple[int, int],
                 films: int = 1, branches: int = 1, itemsize: int = 2, given: int = 0, text_tokens: int = 0,
-                device: torch.device | str = "cpu", clean_pass: bool = True) -> SequentialFilm:  # fmt: skip
-        """`given`: latent frames at the start that are shown to the network once, in one piece.
+                device: torch.device | str = "cpu", clean_pass: bool = True, horizon: int = HORIZON, fps: int = FPS) -> SequentialFilm:  # fmt: skip
+        """`given`: latent frames at the start that are shown to the network once, in one piece; `horizon`: latent frames of the films in training.
 
         Raises ValueError, with the way out, for what cannot be laid out and for a budget that is too small.
         """
         if given > chunk_frames:
             raise ValueError(f"{given} latent frames are given at the start, and a chunk has {chunk_frames}: give at most {chunk_frames}")
-        schedule = ChunkSchedule(frames, chunk_frames, steps, steps, max(HORIZON // chunk_frames, 1), given)
-        budget = compressor.budget_for(network, schedule, grid, FPS, films * branches, itemsize, device)
+        schedule = ChunkSchedule(frames, chunk_frames, steps, steps, max(horizon // chunk_frames, 1), given)
+        budget = compressor.budget_for(network, schedule, grid, fps, films * branches, itemsize, device)
         return cls(network, schedule, budget, grid, films, branches, itemsize, text_tokens, clean_pass)
 
     @property
