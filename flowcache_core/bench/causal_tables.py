@@ -121,4 +121,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "causal-clean-pass": clean_pass,
     "causal-no-clean-pass": no_clean_pass,
     "causal-origin": lambda: origin(NAME),
+    "kv-causal": kv,
+    "kv-causal-origin": lambda: origin(KV),
 }

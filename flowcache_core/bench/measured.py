@@ -28,6 +28,7 @@ SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
 OTHERS = {
     "magi": f"{BENCH} magi --prompts 4 --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
+    "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
 }
 """The same of the other models, each at a commit of its own."""
 
