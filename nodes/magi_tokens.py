@@ -68,10 +68,10 @@ class MagiSpecialTokens(io.ComfyNode):
             rest = {key: value for key, value in extra.items() if key != MASK}
             more = {TOKENS: tuple(traits), **({DURATIONS: special.durations} if duration else {})}
             out.append([prompt_text(text, special, traits, extra.get(MASK)), {**rest, **more}])
-        return io.NodeOutput(out, ui=ui.PreviewText(_said([text for text, _ in out], traits, duration)))
+        return io.NodeOutput(out, ui=ui.PreviewText(_summary([text for text, _ in out], traits, duration)))
 
 
-def _said(texts: list[torch.Tensor], traits: list[str], duration: bool) -> str:
+def _summary(texts: list[torch.Tensor], traits: list[str], duration: bool) -> str:
     rows = " and ".join(str(text.shape[1] + duration) for text in texts)
     front = ["chunks to come"] * duration + traits
     return f"in front: {', '.join(front) or 'nothing'}; {rows} tokens of text in all"

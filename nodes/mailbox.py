@@ -71,7 +71,7 @@ class Mailbox:
         apart, kept = min(((mark.apart(one), run) for one, run in self._kept if mark), key=lambda one: one[0], default=(1.0, None))
         if kept is None or not apart <= NEAR:
             raise ValueError(
-                "there is no report of this latent: no run of this sampler made it. Connect latent to the output of the SamplerCustomAdvanced that "
+                "no run of this sampler made this latent, so it has no report. Connect latent to the output of the SamplerCustomAdvanced that "
                 "uses the sampler, and give that one at least one step: with empty sigmas nothing runs"
             )
         return kept

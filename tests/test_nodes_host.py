@@ -321,7 +321,7 @@ def test_noise_levels_that_do_not_fall_are_refused(host: Host, graph: Graph, lev
 def test_without_a_step_nothing_runs_and_no_report_of_another_run_is_shown(host: Host, graph: Graph) -> None:
     graph = put(graph, "RandomNoise", noise_seed=41)
     assert "of 4 chunk-steps" in said(host, graph, "FlowCacheReport")
-    refused(host, put(graph, "BasicScheduler", denoise=0.0), "there is no report of this latent.*with empty sigmas nothing runs")
+    refused(host, put(graph, "BasicScheduler", denoise=0.0), "no run of this sampler made this latent.*with empty sigmas nothing runs")
     one = {"class_type": "SplitSigmas", "inputs": {"sigmas": [node(graph, "BasicScheduler"), 0], "step": 0}}
     refused(host, {**put(graph, "SamplerCustomAdvanced", sigmas=["one", 0]), "one": one}, "AR Chunk Sampler got 0 steps: set at least 1")
 

@@ -74,7 +74,7 @@ def test_a_page_that_cannot_be_reached_ends_no_run(gone: Exception, nodes: Calla
         live.show(report(nodes), done)
     server.gone = None
     live.show(report(nodes), 4)
-    assert len(server.sent) == 1, "and one that comes back is told again"
+    assert len(server.sent) == 1, "and one that comes back gets it again"
 
 
 def test_without_a_page_or_a_server_nothing_is_sent(nodes: Callable[[str], Any], server: Server) -> None:
@@ -144,7 +144,7 @@ def test_the_time_left_is_never_negative_and_the_map_goes_on(
     assert len(server.sent) >= 3, "the first two and the last are always sent"
 
 
-def test_a_page_that_was_loaded_during_a_run_is_told_all_of_it(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str], Any], server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     latest, chunks = nodes("latest_runs"), 3
     monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
     item = (0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "mine"}}}, [], {})
@@ -254,7 +254,7 @@ def test_nothing_is_decoded_where_nobody_looks(who: str, projecting: Callable[..
     assert (pieces.done, one.shown.as_dict(), server.sent) == (0, {}, [])
 
 
-def test_what_hinders_is_told_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
+def test_what_hinders_is_shown_once_and_the_film_comes_later(projecting: Callable[..., Any], nodes: Callable[[str], Any], server: Server) -> None:
     hindrances = iter(["that needs 2 GiB of free memory, and 1 GiB are free"] * 3 + [""] * 9)
     partial, one = projecting(lambda: next(hindrances)), report(nodes)
     for _ in range(5):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -294,11 +294,7 @@ class Run:
         make = self._by_section if self.sections else self._by_chunk
         checkpoints: RunCheckpoints = NoFileCheckpoints() if states is None else FileCheckpoints(states, self, x)
         try:
-            try:
-                latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
-            except Unreadable as why:
-                checkpoints.refuse(why)
-                latents, report = make(x, evaluate, observer or NoObserver(), checkpoints)
+            latents, report = self._resumed_or_anew(partial(make, x, evaluate, observer or NoObserver(), checkpoints), checkpoints)
             self._require_complete(report)
             checkpoints.require(latents)
         except Exception as error:
@@ -311,6 +307,14 @@ class Run:
         report.expected, report.pixels = self.held, self.family.frames
         report.went(self.rows, self.sigmas)
         return latents, report
+
+    @staticmethod
+    def _resumed_or_anew(make: Callable[[], tuple[Tensor, RunReport]], checkpoints: RunCheckpoints) -> tuple[Tensor, RunReport]:
+        try:
+            return make()
+        except Unreadable as why:
+            checkpoints.refuse(why)
+            return make()
 
     def _require_complete(self, report: RunReport) -> None:
         """Raises RuntimeError for a run that ended without all of its steps, or without an evaluation: its film is not one."""

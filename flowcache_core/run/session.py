@@ -137,15 +137,14 @@ class Session:
     def close(self, error: BaseException | None = None) -> None:
         """`error`: what has ended the run; then it is what is raised, whatever completing the report may come to."""
         try:
-            self._tell()
+            self._complete_report()
         except Exception:
             if error is None:
                 raise
         finally:
             self._free()
 
-    def _tell(self) -> None:
-        """Completes the report."""
+    def _complete_report(self) -> None:
         try:
             if isinstance(self.policy, Forecasts):
                 self.report.notes += self.policy.findings(self.state.memory)

@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..device import fast_dtype
-from ..files import whole
 from ..models.bundle import load_bundle
 from ..models.causal_wan_checkpoint import HOST_CONFIG, HOST_KEY
 from ..models.causal_wan_family import SELF_FORCING
@@ -32,7 +31,7 @@ from ..models.skyreels import FPS as RATES
 from ..models.skyreels import SkyReelsV2
 from . import dit
 from .clips import moving
-from .loop import Loop, load_saved, optimisers, side_by_side, threads
+from .loop import Loop, export, optimisers, side_by_side, threads
 from .scenes import make_scene
 from .trajectories import CHUNK, FILMS, FPS, LEVELS, Branch, Piece, corrected, load, own_films, save, text_of
 
@@ -204,18 +203,4 @@ def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, s
                 rounds.make(number, working_copy(loop.average), pool)
             loop.run(loss, parameters, until=min(end, (number + 1) * ROUND))
         loop.save()
-    export(out)
-
-
-def export(out: Path) -> None:
-    saved = load_saved(out / "dit.pt")
-    meta = {
-        "format": "pt",
-        "architecture": SELF_FORCING.name,
-        "chunk_frames": str(CHUNK),
-        "window_chunks": str(CHUNKS),
-        HOST_CONFIG: json.dumps({"transformer": {HOST_KEY: True}}),
-        "steps_trained": str(saved["step"]),
-    }
-    with whole(out / "dit.safetensors") as partly:
-        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partly, meta)
+    export(out, SELF_FORCING.name, CHUNK, CHUNKS, **{HOST_CONFIG: json.dumps({"transformer": {HOST_KEY: True}})})

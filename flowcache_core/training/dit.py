@@ -14,10 +14,9 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import whole
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import SkyReelsConfig, SkyReelsV2
 from ..models.word_text import encode_prompt
@@ -25,7 +24,7 @@ from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
 from .clips import Clips, moving, velocity_loss
-from .loop import Loop, load_saved, optimisers
+from .loop import Loop, export, optimisers
 from .scenes import Scene, make_scene
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
@@ -117,17 +116,4 @@ def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, s
         return loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps))
 
     loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", until)
-    export(out)
-
-
-def export(out: Path) -> None:
-    saved = load_saved(out / "dit.pt")
-    meta = {
-        "format": "pt",
-        "architecture": "skyreels-v2-df",
-        "chunk_frames": str(CHUNK),
-        "window_chunks": str(CHUNKS),
-        "steps_trained": str(saved["step"]),
-    }
-    with whole(out / "dit.safetensors") as partial:
-        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partial, meta)
+    export(out, "skyreels-v2-df", CHUNK, CHUNKS)

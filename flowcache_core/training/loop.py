@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,6 +72,14 @@ def load_saved(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or not saved.keys() >= {"model", "average", "step", "optimisers"}:
         raise ValueError(f"{path} is not what a training run saves: remove it to begin anew")
     return saved
+
+
+def export(out: Path, architecture: str, chunk_frames: int, window_chunks: int, **more: str) -> None:
+    """`dit.pt` in `out` -> `dit.safetensors`: the averaged weights in bfloat16, with what a loader has to know of them; `more`: further metadata."""
+    saved = load_saved(out / "dit.pt")
+    meta = {"format": "pt", "architecture": architecture, "chunk_frames": str(chunk_frames), "window_chunks": str(window_chunks), **more}
+    with whole(out / "dit.safetensors") as partial:
+        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partial, {**meta, "steps_trained": str(saved["step"])})
 
 
 class Loop(Generic[Model]):

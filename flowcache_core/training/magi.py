@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import whole
 from ..kernels.attention import heads_apart, heads_together
 from ..models.magi import KV, PATCH, LayerText, Magi, MagiConfig, rope_table
 from ..models.magi_adapter import NULL_WORDS, RANGES
@@ -28,7 +27,7 @@ from ..models.magi_family import CHUNK_FRAMES, COMMIT, MAGI, STAGES
 from ..models.word_text import encode_prompt
 from .basis import load_or_fit
 from .clips import Clips, moving, velocity_loss
-from .loop import Loop, load_saved, optimisers, side_by_side, threads
+from .loop import Loop, export, optimisers, side_by_side, threads
 from .scenes import Scene, make_scene
 
 CONFIG = MagiConfig(dim=256, ffn_dim=1024, layers=6, kv_heads=1, head_dim=128, text_dim=256, caption=64)
@@ -317,17 +316,4 @@ def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, s
             return side_by_side(losses, parameters, pool)
 
         loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", until)
-    export(out)
-
-
-def export(out: Path) -> None:
-    saved = load_saved(out / "dit.pt")
-    meta = {
-        "format": "pt",
-        "architecture": MAGI.name,
-        "chunk_frames": str(CHUNK_FRAMES),
-        "window_chunks": str(CHUNKS),
-        "steps_trained": str(saved["step"]),
-    }
-    with whole(out / "dit.safetensors") as partial:
-        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partial, meta)
+    export(out, MAGI.name, CHUNK_FRAMES, CHUNKS)
