@@ -76,7 +76,7 @@ def test_other_scores_stand_for_themselves() -> None:
 
 
 @pytest.mark.parametrize("segments", [[], [(0, 5, 4), (5, 6, 2), (6, 15, 1)], [(0, 3, 2)]])
-@pytest.mark.parametrize("queries", [1, 30])
+@pytest.mark.parametrize("queries", [1, 30, 100])
 def test_a_slot_that_stands_for_three_counts_as_three_copies_of_it(segments: list[tuple[int, int, int]], queries: int) -> None:
     keeper = keeper_of(24)
     attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 1, HEAD_DIM, 36)), slice(0, 1), 0, 0, 0, None, keeper)

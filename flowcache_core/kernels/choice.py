@@ -102,6 +102,14 @@ def by_triton(operation: str, module: str, device: torch.device, call: Callable[
         return None
 
 
+def sentence(device: torch.device) -> str:
+    """By what the kernels of this package have been computed on a device, for the report of a run."""
+    path = path_for(device)
+    if path.name == "torch":
+        return f"PyTorch ({path.why})"
+    return "; ".join(("Triton", *(f"PyTorch for {operation} ({why})" for operation, why in _off.items())))
+
+
 def cannot_be_made(error: Exception) -> bool:
     """Whether an error means that kernels cannot be compiled or loaded on this machine: not a lack of memory, nor a fault in a call."""
     if isinstance(error, OSError):
