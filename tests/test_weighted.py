@@ -11,7 +11,7 @@ from torch import Tensor
 from flowcache_core.kernels import attention as plain
 from flowcache_core.kernels import weighted as module
 from flowcache_core.kernels.attention import Kernel, attending, attention
-from flowcache_core.kernels.weighted import ONE_CALL_FROM, QUERIES, in_one_call, weighted
+from flowcache_core.kernels.weighted import ONE_CALL_FROM, in_one_call, weighted
 from tests.test_attention import CLOSE, EDGES, exact, qkv
 
 FORMS = ("products", "fused")
@@ -102,16 +102,11 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     assert weighted((300 * q).bfloat16(), (30 * k).bfloat16(), v.bfloat16(), 3, 9, 1.3).isfinite().all()
 
 
-def test_the_processor_makes_one_call_of_all_but_the_smallest() -> None:
-    def one_call(queries: int, keys: int, fewer_keys: bool) -> bool:
-        return in_one_call(torch.empty(1, 1, queries, 8), torch.empty(1, 1, keys, 8), 1.0, fewer_keys)
-
-    keys = ONE_CALL_FROM // QUERIES
-    assert one_call(QUERIES, keys, True)
-    assert one_call(QUERIES, keys, False)
-    assert not one_call(QUERIES, keys - 1, True)
-    assert one_call(1, ONE_CALL_FROM, True)
-    assert not one_call(1, ONE_CALL_FROM, False)
+@pytest.mark.parametrize("fewer_keys", [True, False])
+def test_the_processor_makes_one_call_of_all_but_the_smallest(fewer_keys: bool) -> None:
+    q, k = torch.empty(1, 1, 16, 8), torch.empty(1, 1, ONE_CALL_FROM // 16, 8)
+    assert in_one_call(q, k, 1.0, fewer_keys)
+    assert not in_one_call(q[:, :, 1:], k, 1.0, fewer_keys)
 
 
 def test_other_devices_make_one_call_unless_a_fused_kernel_gives_the_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:

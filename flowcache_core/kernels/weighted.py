@@ -18,18 +18,17 @@ from .segments import lse_is_fused
 ONE_CALL_FROM = 2**11
 """Scores of a head from which the processor makes one call. Below, a call is over in microseconds either way, and films that small keep every bit
 that segments gave them."""
-QUERIES = 64
-"""From so many on, turning the far keys of a head takes the processor less than a tenth of attention to them."""
 
 
 def in_one_call(q: Tensor, k: Tensor, weight: float, fewer_keys: bool) -> bool:
     """Whether attention to keys of which some lie too far away, or count for exp(`weight`) each, is faster in one call than in segments.
 
-    `fewer_keys`: whether no more keys would have to be turned than queries otherwise. On the processor one call costs what attention without weights
-    costs. On CUDA flash attention takes no row of log-weights, but gives the log-sum-exp, so there the weights are those of segments.
+    `fewer_keys`: whether no more keys would have to be turned than queries otherwise. On the processor one call was faster from 16 queries on, the
+    least that was measured. On CUDA flash attention takes no row of log-weights, but gives the log-sum-exp, so there the weights are those of
+    segments.
     """
     if q.device.type == "cpu":
-        return q.shape[2] * k.shape[2] >= ONE_CALL_FROM and (fewer_keys or q.shape[2] >= QUERIES)
+        return q.shape[2] * k.shape[2] >= ONE_CALL_FROM
     return fewer_keys and not (weight and lse_is_fused(q))
 
 

@@ -212,8 +212,8 @@ class CachedAttention:
     def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor, first: int = 0) -> Tensor:
         """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them, from `first` on.
 
-        A copy of the far keys is turned, and thrown away after the call; or, where those are fewer, the queries are turned for each segment,
-        whose keys stay as they are. What stands for others counts that many times.
+        A copy of the far keys is turned, and thrown away after the call; or, where they are fewer and that is faster, the queries are turned for each
+        segment, whose keys stay as they are. What stands for others counts that many times.
         """
         middle = keeper.middle
         if not segments and not middle.weight:
