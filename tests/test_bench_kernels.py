@@ -41,6 +41,14 @@ def test_two_segments_are_the_whole() -> None:
     torch.testing.assert_close(out, products(q, k, v))
 
 
+def test_both_forms_with_weights_are_four_copies_of_a_third() -> None:
+    for name in ("attention with weights, in one call", "attention with weights, in segments"):
+        (q, k, v), out = called(name)
+        third = k.shape[2] // 3
+        copies = torch.tensor([1] * third + [4] * third + [1] * (k.shape[2] - 2 * third))
+        torch.testing.assert_close(out, products(q, k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2)))
+
+
 def test_a_quarter_of_the_keys_stays() -> None:
     (keys, scores, _), kept = called("choice of a quarter, and moving it")
     order = scores[0].topk(12).indices.sort().values

@@ -8,6 +8,7 @@ it has to move: every input read once, every output written once. On CUDA the ca
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor
 
 from ..device import device_name
-from ..kernels.attention import attention
+from ..kernels.attention import attending, attention, kernel_for
 from ..kernels.columns import column_sums, in_blocks
 from ..kernels.segments import attention_with_lse, merge
 from ..kernels.similarity import mean_similarity
+from ..kernels.weighted import weighted
 from ..kv.evict import select
 from ..models.skyreels import HEAD_DIM, gated, modulated, rope_table, rotate
 from .model import GEOMETRIES, Geometry, ceiling
 
 NAME = "kernels"
+WEIGHT = math.log(4)
 COLD = 2**28
 """Bytes that are written between repetitions on CUDA, more than any cache holds."""
 
@@ -77,6 +80,17 @@ def _two_segments(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge([attention_with_lse(q, k[:, :, part], v[:, :, part]) for part in (slice(half), slice(half, None))])
 
 
+def _weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    third = k.shape[2] // 3
+    return weighted(q, k, v, third, 2 * third, WEIGHT)
+
+
+def _weighted_in_segments(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    third = k.shape[2] // 3
+    parts = [attention_with_lse(q, k[:, :, part], v[:, :, part]) for part in (slice(third), slice(third, 2 * third), slice(2 * third, None))]
+    return merge([(out, lse + WEIGHT if number == 1 else lse) for number, (out, lse) in enumerate(parts)])
+
+
 def _evict(k: Tensor, scores: Tensor, protected: Tensor) -> Tensor:
     kept = select(scores, k.shape[2] // 4, protected)
     return k.gather(2, kept[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
@@ -85,6 +99,10 @@ def _evict(k: Tensor, scores: Tensor, protected: Tensor) -> Tensor:
 OPERATIONS = (
     Operation("attention to the window", _chunk_kv, attention, lambda s: 2 * s.dim * (s.tokens + s.keys), lambda s: 4 * s.dim * s.tokens * s.keys),
     Operation("the same in two segments, merged", _chunk_kv, _two_segments, lambda s: 2 * s.dim * (s.tokens + s.keys),
+              lambda s: 4 * s.dim * s.tokens * s.keys),
+    Operation("attention with weights, in one call", _chunk_kv, _weighted, lambda s: 2 * s.dim * (s.tokens + s.keys),
+              lambda s: 4 * s.dim * s.tokens * s.keys),
+    Operation("attention with weights, in segments", _chunk_kv, _weighted_in_segments, lambda s: 2 * s.dim * (s.tokens + s.keys),
               lambda s: 4 * s.dim * s.tokens * s.keys),
     Operation("norm of queries", lambda s, new: (_tokens(s, new), new(s.dim)),
               lambda x, weight: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6), lambda s: 2 * s.tokens * s.dim),
@@ -131,9 +149,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, device=device).to(dtype)
 
-    rows = [_row(operation, sizes, operation.inputs(sizes, new), args, product, copy) for operation in wanted]
+    kernel = kernel_for(device, dtype, HEAD_DIM)
+    with attending(kernel):
+        rows = [_row(operation, sizes, operation.inputs(sizes, new), args, product, copy) for operation in wanted]
     return {
-        "geometry": args.geometry, "dtype": args.dtype, "device": device_name(), "torch": torch.__version__,
+        "geometry": args.geometry, "dtype": args.dtype, "device": device_name(), "torch": torch.__version__, "attention": kernel.name,
         "product_tflops": round(product / 1e12, 3), "copy_gb_s": round(copy / 1e9, 2), "rows": rows,
     }  # fmt: skip
 

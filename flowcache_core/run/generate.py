@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.attention import attending, kernel_for
 from ..kv.compressor import Compressor
 from ..models.adapter import ModelAdapter
 from ..models.bundle import Bundle
@@ -168,7 +169,8 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], g
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
     run = _settled(bundle, job, film, guided, adapter, policy, compressor, integrator)
     x = given.begin(job.noise(bundle).to(bundle.like.device), run.sigmas[0])
-    return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
+    with attending(kernel_for(bundle.like.device, bundle.like.dtype, run.adapter.head_dim)):
+        return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
 
 
 def run_of(bundle: Bundle, job: Job, policy: CachePolicy | None = None, compressor: Compressor | None = None) -> Run:

@@ -206,6 +206,7 @@ class Session:
         step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
         """
         self.evaluations += 1
+        self.report.evaluates(x.device)
         call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk, texts), self.fps, branches)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, Which(branches))[0]
