@@ -27,7 +27,7 @@ from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, UniPC
 from flowcache_core.settings import setting
-from tests.driven import Driven
+from tests.driven import Driven, decided
 
 STEPS = 40
 FREE = {"warmup_steps": 1, "max_reuse": 1000}
@@ -48,7 +48,7 @@ def decisions(policy: CachePolicy, changes: list[float]) -> str:
     state, signals, out = ChunkState(), Drift(changes), ""
     for step in range(len(changes)):
         signals.at = step
-        out += "C" if isinstance(policy.decide(Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
+        out += "C" if isinstance(decided(policy, Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
     return out
 
 
@@ -113,7 +113,7 @@ def test_always_computes_and_keeps_nothing() -> None:
 @pytest.mark.parametrize("settings", [{"replay": "velocity", "order": 1}, {"replay": "residual", "order": 0}])
 def test_a_reuse_says_what_and_how(settings: dict[str, Any]) -> None:
     policy, state, signals = Chunkwise(threshold=10, warmup_steps=1, **settings), ChunkState(), Drift([0.0] * 9)
-    made = [policy.decide(Chunk(0, 0, 3, step, 9), signals, state) for step in range(2)]
+    made = [decided(policy, Chunk(0, 0, 3, step, 9), signals, state) for step in range(2)]
     assert made == [Compute(), Reuse(settings["replay"], settings["order"])]
     assert policy.keeps == settings["replay"]
 

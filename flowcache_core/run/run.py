@@ -390,6 +390,9 @@ class ChunkDenoiser:
         self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plan
 
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        self.session.begin_row(chunks, film)
+
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         if chunk.committing and chunk.index >= self.run.schedule.given and not self.run.family.clean_pass:
             return x
