@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..kernels.tokens import TINY, frame_difference, pooled
+from ..kernels.tokens import TINY, frame_difference, pooled, relative_change
 from ..models.adapter import Call, TokenAdapter
 from ..policies.protocol import Decision, Measure, Outlook, Question, Signature
 from ..policies.state import RunState
@@ -38,7 +38,7 @@ class StepSignals:
         self.state.latent = now.clone()
         if before is None:
             return float("inf")
-        return (now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)
+        return relative_change(now, before)
 
     def motion(self, measure: Measure) -> Tensor:
         if measure == "change":
