@@ -13,10 +13,11 @@ from flowcache_core.bench.geometries import GEOMETRIES, Geometry, sized
 from flowcache_core.bench.model import Arm, arms_of
 
 SKYREELS = replace(GEOMETRIES["smoke"], job=replace(GEOMETRIES["smoke"].job, steps=8, ar_step=2))
-MAGI = replace(GEOMETRIES["smoke-magi"], job=replace(GEOMETRIES["smoke-magi"].job, frames=72, steps=16, ar_step=4))
 CASES: list[Any] = [
-    *((SKYREELS, name, every) for name in ("upstream", "uncached", "safe", "flowcache-slow") for every in (3, 100)),
-    *((MAGI, name, every) for name in ("uncached", "safe") for every in (3, 100)),
+    (SKYREELS, "upstream", 3),
+    (SKYREELS, "uncached", 100),
+    (SKYREELS, "flowcache-slow", 3),
+    (GEOMETRIES["smoke-magi"], "uncached", 3),
     (GEOMETRIES["smoke-causal"], "uncached", 3),
 ]
 
@@ -38,7 +39,7 @@ def test_under_a_budget_the_count_is_near() -> None:
     assert ran < whole == pytest.approx(counted(SKYREELS, arm, 1)[0], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["uncached", "safe", "flowcache-slow"])
+@pytest.mark.parametrize("name", ["safe", "flowcache-slow"])
 def test_decisions_and_memory_are_those_of_the_whole_run(name: str) -> None:
     arm, bundle = arms_of(SKYREELS.family)[name], sized(SKYREELS, 1, torch.float32, "cpu")
     whole, some = arm.run(bundle, SKYREELS.job), arm.run(bundle, SKYREELS.job, arm.sampling(bundle, SKYREELS.job, 3))

@@ -197,6 +197,7 @@ WATCHED: dict[str, dict[str, Any]] = {
     "budget of chunks": {"kv": RKV(), "frames": 12, "steps": 3, "granularity": "chunk"},
     "budget int8": {"kv": RKV(), "frames": 12, "steps": 3, "dtype": "int8"},
     "budget offloaded": {"kv": RKV(), "frames": 12, "steps": 3, "offload": True},
+    "rule and history": {"kv": Even(), "frames": 12, "policy": Chunkwise(0.1, 2, signature="latent")},
     "budget and plan": {"kv": Even(), "frames": 12, "policy": Multirate(share=0.4), "steps": 16, "window": None},
 }
 """These wait by design, and say how often."""
@@ -221,6 +222,7 @@ def test_every_wait_is_counted(name: str, net: SkyReelsV2, texts: Tensor) -> Non
     if name in RULES:
         assert max(watch.per_row) == 1, "however many of its chunks ask"
         assert min(watch.per_row) == 0, "where every step is computed whatever it measures"
+    assert max(watch.per_row) <= (2 if name == "rule and history" else 1) or "offloaded" in name
     if "budget" in name and "offloaded" not in name:
         assert report.host_syncs == report.commits, "one a finished chunk, for where the rows lie"
 

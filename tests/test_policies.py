@@ -303,3 +303,20 @@ def test_a_line_needs_two_points() -> None:
     state.keep("a", 0.7, torch.tensor(0.0))
     assert len(state.predictions["a"]) == 2
     assert state.predict("a", 0.6, order=1).item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_line_is_drawn_in_one_buffer_and_leaves_what_is_kept_alone(dtype: torch.dtype, partly: bool) -> None:
+    """Bit for bit the formula, whether all of it or some of it was computed last."""
+    state, (a, b, c) = ChunkState(), torch.randn(3, 1, 16, 3, 4, 4).to(dtype)
+    state.keep("a", 0.9, a)
+    state.keep("a", 0.8, b)
+    if partly:
+        state.keep("a", 0.7, c, torch.rand(1, 1, 3, 4, 4) > 0.5)
+    before, last = state.predictions["a"]
+    kept = before.value.clone(), last.value.clone()
+    along = (0.6 - last.sigma) / (last.sigma - before.sigma)
+    assert torch.equal(state.predict("a", 0.6, order=1), last.value + (along * (last.value - before.value)).to(dtype))
+    assert torch.equal(before.value, kept[0])
+    assert torch.equal(last.value, kept[1])

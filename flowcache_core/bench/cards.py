@@ -77,10 +77,10 @@ def memory() -> str:
         arms, moment = arms_of(geometry.family), evaluation(geometry)
         for (ar_step, way), seconds in product(ways(geometry).items(), LENGTHS):
             whole, quarter = (held(geometry, geometry.frames_of(seconds), arms[arm], ar_step) for arm in (UNCACHED, QUARTER))
-            alls = [one.weights + one.held for one in (whole, quarter)]
-            values = (whole.weights, whole.kv, quarter.kv, moment, *alls)
+            totals = [one.weights + one.held for one in (whole, quarter)]
+            values = (whole.weights, whole.kv, quarter.kv, moment, *totals)
             size = f"{geometry.job.width} x {geometry.job.size}"
-            lines.append((name, size, f"{seconds} s", way, *(f"{value / GIB:.1f}" for value in values), *(card(one + moment) for one in alls)))
+            lines.append((name, size, f"{seconds} s", way, *(f"{value / GIB:.1f}" for value in values), *(card(one + moment) for one in totals)))
     head = ["model", "picture", "film", "chunks", "weights", "KV cache", "KV cache, a quarter", "one evaluation", "all that is held",
             "the same, a quarter", "which card", "which card, a quarter"]  # fmt: skip
     return table(head, lines)

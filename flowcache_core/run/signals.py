@@ -35,10 +35,12 @@ class StepSignals:
         if signature == "time":
             return self.outlook.time_changes()[self.call.chunk.step]
         now, before = self.call.x[: self.films], self.state.latent
-        self.state.latent = now.clone()
         if before is None:
+            self.state.latent = now.clone()
             return float("inf")
-        return relative_change(now, before)
+        change = relative_change(now, before)
+        before.copy_(now)
+        return change
 
     def motion(self, measure: Measure) -> Tensor:
         if measure == "change":
