@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from flowcache_core.policies.presets import MAGI_RULES, RULES
 from flowcache_core.run.generate import Job
 
 SMOKE = ("smoke", "smoke-magi", "smoke-causal")
+MAGI = ("uncached", "flowcache-magi-slow", "motion", "balanced, kv-quarter")
+"""The other arms of MAGI-1 have settings alone that differ."""
+RUN = [(smoke, name) for smoke in SMOKE for name in arms_of(GEOMETRIES[smoke].family) if smoke != "smoke-magi" or name in MAGI]
 SMALL = replace(GEOMETRIES["smoke"], job=Job("", 17, 2, size=32, width=48, ar_step=1, cfg=1.0))
 
 
@@ -52,7 +57,7 @@ def test_operations_are_those_of_the_formula_on_magi() -> None:
     assert two - one == pytest.approx(evaluations * (tokens * (linear + attention) + gates) + text, rel=1e-9)
 
 
-@pytest.mark.parametrize(("smoke", "name"), [(smoke, name) for smoke in SMOKE for name in arms_of(GEOMETRIES[smoke].family)])
+@pytest.mark.parametrize(("smoke", "name"), RUN)
 def test_every_arm_runs_and_is_measured(smoke: str, name: str) -> None:
     geometry = GEOMETRIES[smoke].shortened(1)
     row = model.measure(name, sized(geometry, 1, torch.float32, "cpu"), geometry, torch.float32, torch.device("cpu"), 1e12)
@@ -134,6 +139,18 @@ def test_the_profile_is_of_one_evaluation_and_names_operators_by_their_part() ->
 def test_what_cannot_work_is_refused_before_anything_is_made(texts: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         asked(arguments(*texts))
+
+
+def test_the_commands_of_the_page_are_ones_that_can_be_given() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in page.splitlines() if " bench model --geometry" in line and line.startswith("python ")]
+    assert len(commands) == 5
+    for words in commands:
+        *texts, json, _ = words[words.index("model") + 1 :]
+        assert json == "--json"
+        args = arguments(*texts)
+        arms = arms_of(asked(args).family)
+        assert all(name in arms for name in filter(None, args.arms.split("; ")))
 
 
 def test_an_unknown_arm_is_refused() -> None:
