@@ -152,14 +152,14 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
 
 @torch.inference_mode()
 def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
-                      policy: CachePolicy | None = None, integrator: Solver | None = None,
-                      states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+                      policy: CachePolicy | None = None, integrator: Solver | None = None, states: States | None = None,
+                      adapter: MakeAdapter = lambda adapter, sigmas: adapter) -> tuple[Tensor, RunReport]:  # fmt: skip
     """As published: bidirectional over each section, every chunk in every row, the branches one after the other.
 
-    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`, `states`: as in `generate`.
+    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`, `states`, `adapter`: as in `generate`.
     """
     film, guided = job.sections(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
-    return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator, states)
+    return _made(bundle, job, film, guided, on_step, given, adapter, policy, None, integrator, states)
 
 
 def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
