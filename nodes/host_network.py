@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..flowcache_core.kernels.attention import attending
 from ..flowcache_core.models.adapter import require_bidirectional
 from ..flowcache_core.models.family import Family, OpenBlocks
 from ..flowcache_core.run.run import Turn
+from .host_attention import kernel_on
 from .other_nodes import BASE, Replace, blocks_of, name_of, require_served_now
 from .settings_on_model import nodes_of, wrong_sampler
 
@@ -39,7 +41,7 @@ def host_network(family: Family) -> type[Any]:
                 raise ValueError(wrong_sampler(nodes))
             base = options.get(BASE, {})
             blocks = base if turn is not None and turn.committing else blocks_of(options)
-            with self.replacing(blocks, options):
+            with self.replacing(blocks, options), attending(kernel_on(x.device, options)):
                 if turn is not None:
                     return turn.denoise(x, context, tuple(options["uuids"]), None if blocks == base else name_of(blocks))
                 return require_bidirectional(family.adapter(self, x.dtype)).film(x, timestep, context)

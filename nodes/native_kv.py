@@ -22,6 +22,7 @@ from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.sequential import SequentialFilm
 from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
 from .guidance import conds_of
+from .host_attention import OVERRIDE
 from .host_model import HostModel
 from .native_model import SAMPLER, frames_per_block
 from .native_run import ATTEND, NativeRun, no_caches
@@ -31,7 +32,6 @@ from .texts import ChunkConds, by_branch, tokens_of
 
 KINDS = comfy.patcher_extension.WrappersMP
 KEY = "flowcache_kv"
-OVERRIDE = "optimized_attention_override"
 CACHES_MADE = "diffusion_model.init_kv_caches"
 NATIVE = ", or connect a causal model of ComfyUI's own, whose file says causal_ar in its metadata"
 EXAMPLE = (60, 104)

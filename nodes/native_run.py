@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import comfy.ldm.modules.attention
 import torch
 
+from ..flowcache_core.kernels.attention import Kernel, attending
 from ..flowcache_core.kv.cache import CachedAttention
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.sequential import SequentialCache, SequentialFilm
 from ..flowcache_core.run.sink import beyond, returned
 from ..flowcache_core.sampling.chunk import Chunk
+from .host_attention import host_kernel
 from .native_model import SAMPLER
 from .settings_on_model import KV_NODE
 from .texts import ChunkConds
@@ -35,7 +36,9 @@ class NativeRun:
     """One run, computed in `dtype`: its KV cache, and the keys and values of its texts."""
 
     def __init__(self, film: SequentialFilm, dtype: torch.dtype, texts: ChunkConds) -> None:
-        self.film, self.dtype, self.cache, self.texts = film, dtype, SequentialCache(film, plain), texts
+        self.film, self.dtype, self.cache, self.texts = film, dtype, SequentialCache(film), texts
+        self.kernel: Kernel | None = None
+        """By which the newest evaluation attended."""
         self.recached = 0
         """Chunks that were evaluated anew because a prompt changed."""
         self._crossed: dict[tuple[Hashable, ...], list[dict[str, Any]]] = {}
@@ -104,8 +107,10 @@ class NativeRun:
             cache[ATTEND] = partial(attention_by, call, layer)
         crossed = self._crossed.setdefault(texts, [{"is_init": False} for _ in caches])
         options = {**transformer_options, "ar_state": {**state, "crossattn_caches": crossed}}
+        self.kernel = host_kernel(transformer_options)
         try:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            with attending(self.kernel):
+                return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         finally:
             for cache in caches:
                 del cache[ATTEND]
@@ -132,6 +137,8 @@ class NativeRun:
     def findings(self) -> Iterator[str]:
         """What the run has found, in sentences for the log."""
         yield f"the KV cache took {readable(self.cache.peak)} at its peak"
+        if self.kernel is not None:
+            yield f"attention by {self.kernel.name}"
         if self.recached:
             yield f"where the prompt changed, chunks were evaluated once more, {self.recached} in all"
         yield from self._returned
@@ -162,11 +169,6 @@ def attention_by(call: CachedAttention, layer: int, hidden: torch.Tensor) -> Cal
         return call(layer, q, k, v, hidden).transpose(1, 2).flatten(2)
 
     return attend
-
-
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The host's attention, whichever was chosen when it was started. [B, heads, T or L, D]."""
-    return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads=q.shape[1], skip_reshape=True, skip_output_reshape=True)
 
 
 @contextmanager

@@ -19,10 +19,7 @@ CACHES = ("easycache", "lazycache")
 COMPILE = "torch.compile"
 NO_EFFECT = {"PerturbedAttentionGuidance": "it replaces the attention of a U-Net's middle block"}
 """Node classes whose functions call the network again in a way that changes nothing here -> why."""
-TRANSFORMER = {
-    "rope_options": "ScaleROPE changes positions, which are those of the KV cache here",
-    "optimized_attention_override": "another attention function was set, and the sampler attends to a KV cache by its own",
-}
+TRANSFORMER = {"rope_options": "ScaleROPE changes positions, which are those of the KV cache here"}
 MODEL = {
     "context_handler": "Context Windows cut a film that is already made chunk by chunk: set window or attention of AR Chunk Sampler",
     "denoise_mask_function": "Differential Diffusion changes masks from step to step, and given frames are kept whole here",

@@ -8,14 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
+from flowcache_core.policies.protocol import CachePolicy, Decision
+from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
+from flowcache_core.run.signals import RowDecisions
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import CLEAN, GivenNoise
 from flowcache_core.sampling.loop import Note, PredictSection, sample_sections
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.schedule import ChunkSchedule, Row, Section
 from flowcache_core.sampling.solvers import Solver
+
+
+def decided(policy: CachePolicy, chunk: Chunk, signals: Any, state: ChunkState) -> Decision:
+    """What a policy decides for a chunk that is alone in its row."""
+    return RowDecisions({chunk: policy.decide(chunk, signals, state)}).take(chunk)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,10 @@ class Driven:
 
     def anew(self, chunk: Chunk) -> Sequence[Chunk]:
         return self.session.restart(chunk) if self.session and chunk.index in self.recache else ()
+
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        if self.session:
+            self.session.begin_row(chunks, film)
 
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         return self.evaluate(x, chunk)

@@ -38,7 +38,7 @@ from flowcache_core.run.history import HistoryLog
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.signals import StepSignals
+from flowcache_core.run.signals import Reading, StepSignals
 from flowcache_core.sampling.solvers import Multistep, UniPC
 from flowcache_core.sampling.walk import CellWalk
 from flowcache_core.show import plot
@@ -164,9 +164,9 @@ STAGES = {
     "policy": Stage(Chunkwise, "decide", ("threshold", "Motion")),
     "policy by token": Stage(Motion, "decide", ("Motion",)),
     "choice of tokens": Stage(Multirate, "choose", ("Motion by a plan",)),
-    "signature": Stage(StepSignals, "unread_change", ("threshold", "Motion")),
+    "signature": Stage(StepSignals, "change", ("threshold", "Motion")),
     "motion": Stage(StepSignals, "motion", ("Motion",)),
-    "wait for the device": Stage(StepSignals, "read", ("threshold", "Motion")),
+    "wait for the device": Stage(Reading, "values", ("threshold", "Motion")),
     "state of a chunk": Stage(ChunkState, "keep", ("threshold", "Motion")),
     "solver": Stage(UniPC, "step", ("block-causal", "threshold", *BOUNDED, "Motion", "bidirectional")),
     "solver that skips": Stage(Multistep, "step", ("plan",)),

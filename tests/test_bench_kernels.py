@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flowcache_core.bench import kernels
+from flowcache_core.bench.geometries import GEOMETRIES
 from flowcache_core.bench.kernels import OPERATIONS, Operation, Sizes
-from flowcache_core.bench.model import GEOMETRIES
 from flowcache_core.kernels.attention import products
 
-SMALL = Sizes(12, 48, 3, (2, 2), 2)
+SMALL = Sizes(12, 48, 3, (2, 2), 2, 2, 512)
 
 
 def new(*shape: int) -> Tensor:
@@ -41,6 +42,14 @@ def test_two_segments_are_the_whole() -> None:
     torch.testing.assert_close(out, products(q, k, v))
 
 
+def test_both_forms_with_weights_are_four_copies_of_a_third() -> None:
+    for name in ("attention with weights, in one call", "attention with weights, in segments"):
+        (q, k, v), out = called(name)
+        third = k.shape[2] // 3
+        copies = torch.tensor([1] * third + [4] * third + [1] * (k.shape[2] - 2 * third))
+        torch.testing.assert_close(out, products(q, k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2)))
+
+
 def test_a_quarter_of_the_keys_stays() -> None:
     (keys, scores, _), kept = called("choice of a quarter, and moving it")
     order = scores[0].topk(12).indices.sort().values
@@ -49,7 +58,29 @@ def test_a_quarter_of_the_keys_stays() -> None:
 
 def test_sizes_are_those_of_the_released_model() -> None:
     """SkyReels-V2 1.3B at 960 x 544: five latent frames of 34 x 60 tokens a chunk, five chunks a window."""
-    assert Sizes.of(GEOMETRIES["skyreels-1.3b"]) == Sizes(10200, 51000, 5, (34, 60), 12)
+    assert Sizes.of(GEOMETRIES["skyreels-1.3b"]) == Sizes(10200, 51000, 5, (34, 60), 12, 12, 8960)
+
+
+def test_query_heads_share_key_heads_where_the_released_model_has_it_so() -> None:
+    """MAGI-1 4.5B: six latent frames a chunk, five chunks a window, three query heads a key head."""
+    assert Sizes.of(GEOMETRIES["magi-4.5b"]) == Sizes(12240, 61200, 6, (34, 60), 24, 8, 12288)
+    q, k, v = next(one for one in OPERATIONS if one.name == "attention to the window").inputs(replace(SMALL, heads=6), new)
+    assert (q.shape[1], k.shape[1], v.shape[1]) == (6, 2, 2)
+
+
+@pytest.mark.parametrize("operation", [one for one in OPERATIONS if one.eager], ids=lambda one: one.name)
+def test_a_kernel_and_plain_pytorch_agree(operation: Operation) -> None:
+    inputs = operation.inputs(SMALL, new)
+    assert operation.eager
+    torch.testing.assert_close(operation.call(*inputs), operation.eager(*inputs))
+
+
+def test_what_a_refresh_moves_is_a_quarter_of_the_chunk() -> None:
+    (x, at, fresh), out = called("scattering refreshed rows")
+    assert len(at) == 3
+    assert torch.equal(out[:, at], fresh)
+    (x, at), rows = called("gathering tokens to refresh")
+    assert torch.equal(rows, x[:, at])
 
 
 def test_every_operation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +92,18 @@ def test_every_operation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = kernels.run(args)["rows"]
     assert [row["operation"] for row in rows] == [operation.name for operation in OPERATIONS]
     assert all(0 < row["us_p20"] <= row["us"] <= row["us_p80"] for row in rows)
-    args.operations = "gelu"
-    assert [row["operation"] for row in kernels.run(args)["rows"]] == ["gelu"]
+    assert {row["operation"] for row in rows if row["us_eager"] is not None} == {one.name for one in OPERATIONS if one.eager}
+    args.operations, args.geometry = "gelu", "smoke,smoke-magi"
+    assert [(row["geometry"], row["operation"]) for row in kernels.run(args)["rows"]] == [("smoke", "gelu"), ("smoke-magi", "gelu")]
     args.operations = "no such"
     with pytest.raises(ValueError, match="no operation has 'no such' in its name: there are attention to the window, "):
         kernels.run(args)
+
+
+def test_geometries_are_chosen_by_name() -> None:
+    assert kernels.geometries("all") == [name for name in GEOMETRIES if "smoke" not in name]
+    with pytest.raises(ValueError, match=r"there is no geometry x: choose from all, skyreels-1\.3b, "):
+        kernels.geometries("smoke,x")
 
 
 def test_the_floor_is_the_larger_of_the_two_times() -> None:

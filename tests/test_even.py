@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache_core.kv import cache
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.compressor import Budget
 from flowcache_core.kv.keeper import Keeper, Middle
@@ -76,7 +77,7 @@ def test_other_scores_stand_for_themselves() -> None:
 
 
 @pytest.mark.parametrize("segments", [[], [(0, 5, 4), (5, 6, 2), (6, 15, 1)], [(0, 3, 2)]])
-@pytest.mark.parametrize("queries", [1, 30])
+@pytest.mark.parametrize("queries", [1, 30, 100])
 def test_a_slot_that_stands_for_three_counts_as_three_copies_of_it(segments: list[tuple[int, int, int]], queries: int) -> None:
     keeper = keeper_of(24)
     attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 1, HEAD_DIM, 36)), slice(0, 1), 0, 0, 0, None, keeper)
@@ -89,6 +90,24 @@ def test_a_slot_that_stands_for_three_counts_as_three_copies_of_it(segments: lis
         turned[:, :, start:end] = Rope().turn(k[:, :, start:end], Rope().shift(farther))
     exact = torch.nn.functional.scaled_dot_product_attention(q, turned.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2))
     torch.testing.assert_close(attend._across(keeper, segments, q, k, v), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [[], [(0, 5, 4), (5, 9, 3), (9, 15, 1)]])
+@pytest.mark.parametrize("weight", [0.0, math.log(3)])
+@pytest.mark.parametrize(("first", "middle"), [(0, (4, 12)), (5, (5, 12)), (5, (2, 4)), (5, (2, 20))])
+def test_one_call_and_segments_agree(
+    segments: list[tuple[int, int, int]], weight: float, first: int, middle: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four query heads share two key heads, and what is seen begins within history."""
+    keeper = keeper_of(24)
+    keeper.middle = Middle(*middle, weight)
+    attend = CachedAttention(KVCache((0,), KVSizes(1, 1, 2, HEAD_DIM, 40)), slice(0, 1), 0, 0, 0, None, keeper)
+    q, k, v = torch.randn(1, 4, 9, HEAD_DIM), *torch.randn(2, 1, 2, 30, HEAD_DIM)
+    segments, outs = [segment for segment in segments if segment[0] >= first], []
+    for in_one_call in (True, False):
+        monkeypatch.setattr(cache, "in_one_call", lambda *args, chosen=in_one_call: chosen)
+        outs.append(attend._across(keeper, segments, q, k, v, first))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
 
 
 def test_ranges_are_cut_at_the_middle() -> None:

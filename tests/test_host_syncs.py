@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.policies.chunkwise import Chunkwise
-from flowcache_core.policies.motion import Motion
+from flowcache_core.policies.motion import PRESETS, Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.protocol import CachePolicy
@@ -78,11 +80,17 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class Watch(TorchDispatchMode):
-    """`waits`: for each time that the host had to wait, the operation and the line of ours that asked for it."""
+    """`waits`: for each time that the host had to wait, the operation and the line of ours that asked for it; `rows`: how many there were
+    when each row began."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.rows: list[int] = []
+
+    @property
+    def per_row(self) -> list[int]:
+        return [end - begin for begin, end in pairwise((*self.rows, len(self.waits)))]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,8 +132,23 @@ def sent(network: SkyReelsV2) -> SkyReelsV2:
     return there
 
 
+@dataclass(frozen=True)
+class RowByRow(Driven):
+    """Notes where a row begins. `together` False: every chunk is decided when its turn comes, as if it were alone in its row."""
+
+    watch: Any = None
+    together: bool = True
+
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        if isinstance(self.watch, Watch):
+            self.watch.rows.append(len(self.watch.waits))
+        if self.together:
+            super().begin_row(chunks, film)
+
+
 def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, kv: KVPolicy | None = None, given: int = 0, frames: int = 9,
-         steps: int = 8, window: int | None = 3, around: Callable[[], Any] = Watch, **settings: Any) -> tuple[Tensor, RunReport, Any]:  # fmt: skip
+         steps: int = 8, window: int | None = 3, around: Callable[[], Any] = Watch, together: bool = True,
+         **settings: Any) -> tuple[Tensor, RunReport, Any]:  # fmt: skip
     """Chunk by chunk, two branches in one batch -> latents, the report, and what watched the loop."""
     adapter, schedule, levels = SkyReelsAdapter(network), ChunkSchedule(frames, 3, steps, 3, window, prefix=given), flow_sigmas(steps)
     light, device = GivenNoise(20 if given else 0), texts.device
@@ -142,7 +165,7 @@ def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, 
             noise = noise.to(device)
             session.forecast(device)
         with around() as watch:
-            out = sample_chunks(Driven(predict, session), noise, schedule, levels, UniPC(), light)  # fmt: skip
+            out = sample_chunks(RowByRow(predict, session, watch=watch, together=together), noise, schedule, levels, UniPC(), light)
         with aside():
             session.close()
     return out, session.report, watch
@@ -158,15 +181,23 @@ UNWATCHED: dict[str, dict[str, Any]] = {
     "target": {"policy": Target(share=0.6, warmup_steps=2)},
     "motion-plan": {"policy": Multirate(share=0.4), "steps": 16},
 }
-WATCHED: dict[str, dict[str, Any]] = {
+RULES: dict[str, dict[str, Any]] = {
     "chunkwise latent": {"policy": Chunkwise(0.1, 2, signature="latent")},
+    "chunkwise latent residual": {"policy": Chunkwise(0.2, 2, signature="latent", replay="residual", order=0)},
     "target latent": {"policy": Target(share=0.6, warmup_steps=2, signature="latent")},
     **{f"motion {measure}": {"policy": Motion(0.6, base=RULE, coarse=0.3, min_refresh=0.0, measure=measure)} for measure in MEASURES},
+    "motion latent": {"policy": Motion(0.3, base=replace(RULE, threshold=0.1, signature="latent"), coarse=0.3, min_refresh=0.0)},
+    **{f"published {name}": {"policy": policy, "steps": 16} for name, policy in PRESETS.items()},
+}
+"""What goes by the content of the film has to ask the device."""
+WATCHED: dict[str, dict[str, Any]] = {
+    **RULES,
     **{f"budget {policy.name}": {"kv": policy(), "frames": 12, "steps": 3} for policy in KV_POLICIES if policy is not Salience},
     "budget soft": {"kv": Even(), "frames": 12, "steps": 3, "soft": 0.2},
     "budget of chunks": {"kv": RKV(), "frames": 12, "steps": 3, "granularity": "chunk"},
     "budget int8": {"kv": RKV(), "frames": 12, "steps": 3, "dtype": "int8"},
     "budget offloaded": {"kv": RKV(), "frames": 12, "steps": 3, "offload": True},
+    "rule and history": {"kv": Even(), "frames": 12, "policy": Chunkwise(0.1, 2, signature="latent")},
     "budget and plan": {"kv": Even(), "frames": 12, "policy": Multirate(share=0.4), "steps": 16, "window": None},
 }
 """These wait by design, and say how often."""
@@ -186,9 +217,25 @@ def test_nobody_waits_for_the_device(name: str, net: SkyReelsV2, texts: Tensor) 
 def test_every_wait_is_counted(name: str, net: SkyReelsV2, texts: Tensor) -> None:
     _, report, watch = film(sent(net), Far(texts), **WATCHED[name])
     assert len(watch.waits) == report.host_syncs > 0, watch.waits
-    assert (report.share < 1) == ("policy" in WATCHED[name])
+    if "published" not in name:  # at so few steps they may compute all
+        assert (report.share < 1) == ("policy" in WATCHED[name])
+    if name in RULES:
+        assert max(watch.per_row) == 1, "however many of its chunks ask"
+        assert min(watch.per_row) == 0, "where every step is computed whatever it measures"
+    assert max(watch.per_row) <= (2 if name == "rule and history" else 1) or "offloaded" in name
     if "budget" in name and "offloaded" not in name:
         assert report.host_syncs == report.commits, "one a finished chunk, for where the rows lie"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_decisions_of_a_row_are_those_of_its_chunks_one_by_one(name: str, net: SkyReelsV2, texts: Tensor) -> None:
+    latents, report, _ = film(net, texts, around=torch.no_grad, **RULES[name])
+    alone, one_by_one, _ = film(net, texts, around=torch.no_grad, together=False, **RULES[name])
+    assert one_by_one.host_syncs > report.host_syncs, "several chunks of a row ask"
+    assert torch.equal(latents, alone)
+    assert (report.map == one_by_one.map).all()
+    assert (report.drift == one_by_one.drift).all()
+    assert (report.shares == one_by_one.shares).all()
 
 
 def test_every_wait_is_counted_with_a_learnt_score(net: SkyReelsV2, texts: Tensor, tmp_path: Path) -> None:
@@ -213,19 +260,29 @@ def test_nobody_waits_in_bidirectional_sections(net: SkyReelsV2, texts: Tensor) 
 
 
 class Refused:
-    """On CUDA PyTorch raises an error where the host would wait; with `said` it warns, and the warnings are counted."""
+    """On CUDA PyTorch raises an error where the host would wait; with `allowed` it warns, and the warnings are counted. Waits for an event,
+    of which PyTorch does not warn, are warned of here."""
 
-    def __init__(self, said: bool = False) -> None:
-        self._mode, self._caught = "warn" if said else "error", warnings.catch_warnings(record=True)
+    def __init__(self, allowed: bool = False) -> None:
+        self._mode, self._caught = "warn" if allowed else "error", warnings.catch_warnings(record=True)
+        self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> list[Any]:
+        wait = torch.cuda.Event.synchronize
+
+        def warned(event: torch.cuda.Event) -> None:
+            warnings.warn("synchronizing with an event", stacklevel=2)
+            wait(event)
+
         caught = self._caught.__enter__()
         warnings.simplefilter("always")
+        self._patch.setattr(torch.cuda.Event, "synchronize", warned)
         torch.cuda.set_sync_debug_mode(self._mode)
         return caught
 
     def __exit__(self, *error: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
+        self._patch.undo()
         self._caught.__exit__(*error)
 
 

@@ -22,6 +22,7 @@ from flowcache_core.policies.motion import BUCKETS, PRESETS
 from flowcache_core.policies.protocol import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.session import Session
+from flowcache_core.run.signals import RowDecisions
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
@@ -41,28 +42,23 @@ class Given:
     outlook = Outlook(1, (1.0, 0.0), list, POLYNOMIALS[1536, 30])
 
     def __init__(self, changes: list[float], motion: Tensor) -> None:
-        self.changes, self.seen, self.at, self.reads = changes, motion, 0, 0
+        self.changes, self.seen, self.at, self.waits = changes, motion, 0, 0
 
-    def change(self, signature: Signature) -> float:
-        self.reads += signature == "latent"
-        return self.changes[self.at]
-
-    def unread_change(self, signature: Signature) -> Tensor | float:
-        return self.changes[self.at]
+    def change(self, signature: Signature) -> Tensor | float:
+        return torch.tensor(self.changes[self.at]) if signature == "latent" else self.changes[self.at]
 
     def motion(self, measure: str) -> Tensor:
         return self.seen
-
-    def read(self, *numbers: Tensor) -> list[float]:
-        self.reads += 1
-        return [float(n) for n in numbers]
 
 
 def decide_all(policy: Chunkwise | Motion, changes: list[float], motion: Tensor) -> tuple[list[Decision], Given]:
     state, signals, out = ChunkState(), Given(changes, motion), []
     for step in range(len(changes)):
         signals.at = step
-        out.append(policy.decide(Chunk(0, 0, len(motion), step, len(changes)), signals, state))
+        chunk = Chunk(0, 0, len(motion), step, len(changes))
+        decisions = RowDecisions({chunk: policy.decide(chunk, signals, state)})
+        out.append(decisions.take(chunk))
+        signals.waits += decisions.waits
     return out, signals
 
 
@@ -186,7 +182,7 @@ def test_frames_vote_place_by_place() -> None:
 def test_one_wait_per_fine_step_and_none_where_the_chunk_must_run() -> None:
     policy = Motion(**{**FINE, "base": replace(BASE, signature="time", warmup_steps=3)})
     _, signals = decide_all(policy, [0.0, *[0.03] * 18, 0.0], torch.rand(GRID))
-    assert signals.reads == 20 - 3 - 1
+    assert signals.waits == 20 - 3 - 1
 
 
 def test_the_last_step_is_always_computed() -> None:

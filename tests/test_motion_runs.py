@@ -19,7 +19,7 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.network import Attend
 from flowcache_core.policies import Always, Chunkwise, Motion
 from flowcache_core.policies.motion import PRESETS
-from flowcache_core.policies.protocol import Compute, Decision, Refresh, Signals
+from flowcache_core.policies.protocol import Compute, Decision, Question, Refresh, Signals
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.report import REFRESHED, RunReport
 from flowcache_core.run.session import Session
@@ -259,12 +259,11 @@ def test_nothing_of_a_run_survives_into_the_next(net: SkyReelsV2, texts: Tensor,
     class Stopping(Motion):
         seen = 0
 
-        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
-            made = super().decide(chunk, signals, state)
-            Stopping.seen += isinstance(made, Refresh)
+        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+            Stopping.seen += isinstance(state.decision, Refresh)
             if Stopping.seen == 3:
                 raise KeyboardInterrupt
-            return made
+            return super().decide(chunk, signals, state)
 
     schedule, sigmas = ChunkSchedule(6, 3, 12, 3), flow_sigmas(12)
     stopping = Stopping(**{f.name: getattr(RUN, f.name) for f in fields(RUN)})

@@ -129,6 +129,7 @@ def test_a_longer_film_needs_no_more_and_the_host_is_told_before(host: Host, dty
     if dtype == "as computed":
         assert taken[21]["most"] == planned.budget.cache_bytes(planned.sizes, 1, 4)
         assert f"the KV cache took {readable(taken[21]['most'])} at its peak" in host.log.read_text()
+        assert "KV Compressor: attention by ComfyUI's attention_sub_quad" in host.log.read_text()
         host.latents(film(watched("without"), frames=21))
         assert seen(host, "without")["most"] == planned.kv_unbounded > 2 * taken[21]["most"]
 

@@ -15,7 +15,7 @@ from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.run import generate as core
 from flowcache_core.run.run import Turn
-from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, small, without_cache
+from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, report_of, small, without_cache
 
 pytestmark = NEEDS_HOST
 OTHER_PACK = """
@@ -52,7 +52,7 @@ class WrappedNetwork(Patch):
 class OtherAttention(Patch):
     def patch(self, model):
         model = model.clone()
-        model.model_options["transformer_options"]["optimized_attention_override"] = lambda *args, **kwargs: None
+        model.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs)
         return (model,)
 
 class TwoDevices(Patch):
@@ -86,7 +86,6 @@ FOREIGN = {
     "CompiledNetwork": "torch.compile",
     "OtherBlock": "diffusion_model.blocks.0 of the network was replaced by Identity",
     "WrappedNetwork": "my_wrapper wraps the network",
-    "OtherAttention": "another attention function was set",
     "TwoDevices": "texts would be evaluated by copies of the model on other devices",
 }
 SKIP = {"double_layers": "1, 2", "start_percent": 0.0, "end_percent": 1.0}
@@ -145,6 +144,13 @@ def test_a_compiled_model_is_refused_by_name(host: Host, plain: Graph) -> None:
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_other_packs_put_around_the_network_is_refused_by_name(host: Host, plain: Graph, kind: str) -> None:
     refused(host, after_loader(plain, kind), f"{FOREIGN[kind]}.*bypass that node")
+
+
+def test_attention_that_another_node_has_set_attends_and_is_named(host: Host, plain: Graph) -> None:
+    other = after_loader(plain, "OtherAttention")
+    assert report_of(host, plain)["kernels"]["attention"] == ["PyTorch"]
+    assert report_of(host, other)["kernels"]["attention"] == ["OtherAttention in place of ComfyUI's attention_sub_quad"]
+    torch.testing.assert_close(host.latents(other), host.latents(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_a_film_that_the_sampler_did_not_make_does_not_end_in_success(host: Host, plain: Graph) -> None:

@@ -27,7 +27,7 @@ from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, UniPC
 from flowcache_core.settings import setting
-from tests.driven import Driven
+from tests.driven import Driven, decided
 
 STEPS = 40
 FREE = {"warmup_steps": 1, "max_reuse": 1000}
@@ -48,7 +48,7 @@ def decisions(policy: CachePolicy, changes: list[float]) -> str:
     state, signals, out = ChunkState(), Drift(changes), ""
     for step in range(len(changes)):
         signals.at = step
-        out += "C" if isinstance(policy.decide(Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
+        out += "C" if isinstance(decided(policy, Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
     return out
 
 
@@ -113,7 +113,7 @@ def test_always_computes_and_keeps_nothing() -> None:
 @pytest.mark.parametrize("settings", [{"replay": "velocity", "order": 1}, {"replay": "residual", "order": 0}])
 def test_a_reuse_says_what_and_how(settings: dict[str, Any]) -> None:
     policy, state, signals = Chunkwise(threshold=10, warmup_steps=1, **settings), ChunkState(), Drift([0.0] * 9)
-    made = [policy.decide(Chunk(0, 0, 3, step, 9), signals, state) for step in range(2)]
+    made = [decided(policy, Chunk(0, 0, 3, step, 9), signals, state) for step in range(2)]
     assert made == [Compute(), Reuse(settings["replay"], settings["order"])]
     assert policy.keeps == settings["replay"]
 
@@ -303,3 +303,20 @@ def test_a_line_needs_two_points() -> None:
     state.keep("a", 0.7, torch.tensor(0.0))
     assert len(state.predictions["a"]) == 2
     assert state.predict("a", 0.6, order=1).item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_line_is_drawn_in_one_buffer_and_leaves_what_is_kept_alone(dtype: torch.dtype, partly: bool) -> None:
+    """Bit for bit the formula, whether all of it or some of it was computed last."""
+    state, (a, b, c) = ChunkState(), torch.randn(3, 1, 16, 3, 4, 4).to(dtype)
+    state.keep("a", 0.9, a)
+    state.keep("a", 0.8, b)
+    if partly:
+        state.keep("a", 0.7, c, torch.rand(1, 1, 3, 4, 4) > 0.5)
+    before, last = state.predictions["a"]
+    kept = before.value.clone(), last.value.clone()
+    along = (0.6 - last.sigma) / (last.sigma - before.sigma)
+    assert torch.equal(state.predict("a", 0.6, order=1), last.value + (along * (last.value - before.value)).to(dtype))
+    assert torch.equal(before.value, kept[0])
+    assert torch.equal(last.value, kept[1])

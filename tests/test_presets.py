@@ -28,7 +28,7 @@ from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.planner import least_share
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
-from tests.driven import Driven
+from tests.driven import Driven, decided
 
 SMALL, LARGE = (POLYNOMIALS[1536, 30], POLYNOMIALS[5120, 40])
 PUBLISHED = [
@@ -54,7 +54,7 @@ def decisions(policy: CachePolicy, changes: Sequence[float], polynomial: Sequenc
     state, signals, out = ChunkState(), Known(changes, polynomial), ""
     for step in range(len(changes)):
         signals.at = step
-        out += "C" if isinstance(policy.decide(Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
+        out += "C" if isinstance(decided(policy, Chunk(0, 0, 3, step, len(changes)), signals, state), Compute) else "r"
     return out
 
 

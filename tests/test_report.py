@@ -7,6 +7,9 @@ import json
 import pytest
 import torch
 
+from flowcache_core.kernels.attention import Kernel, attending, by_pytorch
+from flowcache_core.models.bundle import Bundle
+from flowcache_core.run.generate import Job, generate, generate_upstream
 from flowcache_core.run.report import CLOSENESS, RunReport
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.plan import Plan
@@ -170,3 +173,20 @@ def test_a_film_that_was_shown_on_the_way_is_told_of_and_slows_no_row(report: Ru
     assert report.pace(4) == pace
     assert "\n21 frames were decoded and shown on the way: 2.00 s of the whole, not of a row" in report.text()
     assert (report.as_dict()["shown"], RunReport(1, 1).as_dict()["shown"]) == ({"frames": 21, "seconds": 2.0}, {})
+
+
+def test_the_report_names_the_attention_of_the_run_and_the_path_of_the_kernels() -> None:
+    report = RunReport(1, 2)
+    assert report.as_dict()["kernels"] == {}
+    for name in ("a", "a", "b"):
+        with attending(Kernel(name, by_pytorch)):
+            report.evaluates(torch.device("cpu"))
+    path = "PyTorch (Triton kernels are for CUDA, and the device is cpu)"
+    assert report.as_dict()["kernels"] == {"attention": ["a", "b"], "path": path}
+    assert report.text().splitlines()[-1] == f"attention by a, then b; other kernels by {path}"
+
+
+def test_a_film_without_the_host_is_by_pytorch(bundle: Bundle) -> None:
+    for make in (generate, generate_upstream):
+        _, report = make(bundle, Job("", frames=9, steps=1, size=32))
+        assert report.as_dict()["kernels"]["attention"] == ["PyTorch"]

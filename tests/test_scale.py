@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowcache_core.bench.model import GEOMETRIES, Geometry
+from flowcache_core.bench.geometries import GEOMETRIES, Geometry
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies.presets import PLANS
 from flowcache_core.sampling.plan import Plan

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowcache_core.kernels.attention import Kernel, attending
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.policy import KVPolicy
 from flowcache_core.kv.scores.even import Even
@@ -40,10 +41,10 @@ def made(frames: int, count: int = 3, seed: int = 0) -> Tensor:
 
 
 def attended(settled: SequentialFilm, branches: tuple[str, ...] = ("a",), apart: bool = False,
-             watch: Callable[[SequentialCache], None] = lambda cache: None, plain: Callable[..., Tensor] | None = None) -> Attended:  # fmt: skip
+             watch: Callable[[SequentialCache], None] = lambda cache: None) -> Attended:  # fmt: skip
     """Every chunk's last evaluation of layer 0, by branch, in a run whose noisy evaluations have other keys and values."""
     schedule, out = settled.schedule, list[dict[str, Tensor]]()
-    cache = SequentialCache(settled, plain)
+    cache = SequentialCache(settled)
     for index in range(schedule.chunks):
         start, count = schedule.span(index)
         levels = [True] if index < schedule.given else [False] * STEPS + [True]
@@ -130,14 +131,15 @@ def test_the_forecast_counts_the_evaluations_that_are_left_out(settings: dict[st
     assert f"left out: {of - left_out} of {of} evaluations" in settled.forecast()[2]
 
 
-def test_the_attention_that_is_handed_over_is_used() -> None:
+def test_the_attention_in_force_is_used() -> None:
     seen = []
 
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append(k.shape[2])
         return F.scaled_dot_product_attention(q, k, v)
 
-    attended(film(9), plain=plain)
+    with attending(Kernel("counted", counted)):
+        attended(film(9))
     assert seen == [tokens for before in (0, 12, 24) for tokens in [before + 12] * (STEPS + (before < 24)) * LAYERS]
 
 

@@ -23,7 +23,7 @@ from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
-from tests.driven import Driven
+from tests.driven import Driven, decided
 
 Changes = Callable[[int, int], float]
 
@@ -94,7 +94,7 @@ def play(policy: Target, schedule: ChunkSchedule, changes: Changes) -> tuple[dic
     for row in schedule.rows:
         for chunk in row.active:
             signals.at = chunk.index, chunk.step
-            decision = policy.decide(chunk, signals, state.of(chunk.index))
+            decision = decided(policy, chunk, signals, state.of(chunk.index))
             made[chunk.index] += "C" if isinstance(decision, Compute) else "r"
             if chunk.step == chunk.steps - 1:
                 state.drop(chunk.index)

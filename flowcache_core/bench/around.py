@@ -8,5 +8,5 @@ from ..models.adapter import ModelAdapter
 class Around:
     def __init__(self, inner: ModelAdapter) -> None:
         self.inner = inner
-        others = [name for name in dir(inner) if not name.startswith("_") and not hasattr(type(self), name)]
+        others = [name for name in dir(inner) if not name.startswith("_") and not hasattr(type(self), name) and name != "inner"]
         vars(self).update({name: getattr(inner, name) for name in others})

@@ -1,146 +1,116 @@
 """`bench model`: where the seconds of a run go on a network of released size, arm by arm.
 
-The architecture is the real one and its weights are random, so nothing is said about films here: closeness is measured by `bench frontier`, on
-the bundled model. Floating-point operations are counted by formula from the shapes of every product (`torch.utils.flop_counter`), on the same
-run through networks of one and of two layers, from which those of all layers follow exactly. The ceiling is the rate of one large product,
+The architecture is the real one and its weights are random, so nothing is said about films here: closeness is measured on the bundled models, by
+`bench frontier` and `bench magi`. Floating-point operations are counted by formula from the shapes of every product (`torch.utils.flop_counter`), on
+the same run through networks of one and of two layers, from which those of all layers follow exactly. The ceiling is the rate of one large product,
 measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..device import device_name
 from ..kv.compressor import Compressor
+from ..kv.policy import Stored
 from ..kv.scores.even import Even
+from ..models.adapter import Call, ModelAdapter
 from ..models.bundle import Bundle
-from ..models.family import ChunkLayout
-from ..models.skyreels import SkyReelsConfig
+from ..models.family import ChunkLayout, Family
+from ..models.magi_family import MAGI_DISTILLED
 from ..models.skyreels_family import SKYREELS
+from ..network import Attend
 from ..policies.multirate import Multirate
-from ..policies.presets import PRESETS
-from ..policies.protocol import CachePolicy
-from ..run.footprint import Footprint
-from ..run.generate import Job, generate, generate_upstream
+from ..policies.presets import MAGI_RULES, PLANS, RULES
+from ..policies.protocol import CachePolicy, PartPolicy
+from ..run.generate import Job, MakeAdapter, generate, generate_upstream
 from ..run.report import RunReport
-from ..run.run import Place, Run
-from .measured import table
+from .around import Around
+from .geometries import GEOMETRIES, Geometry, Sized, sized
+from .sampled import Count, Sampling, nothing
 
 NAME = "model"
 UPSTREAM, UNCACHED = "upstream", "uncached"
-MIB, GIB = 2**20, 2**30
-HALF = 2
-"""Bytes of a number in 16 bits."""
-LENGTHS = (5, 20, 60)
-"""Seconds of the films whose memory is told."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A released model, and the film that it is measured on."""
-
-    config: SkyReelsConfig
-    layout: ChunkLayout
-    job: Job
-    words: int = 512
-    """Text tokens per branch."""
-
-    def frames_of(self, seconds: float) -> int:
-        """Pixel frames of a film of at least so many seconds in whole chunks."""
-        return SKYREELS.frames.nearest(math.ceil(seconds * self.layout.fps), self.layout.chunk_frames)[1]
-
-
-RELEASED = SKYREELS.layout
-GEOMETRIES = {
-    "skyreels-1.3b": Geometry(SkyReelsConfig(1536, 8960, 30, fps=True), RELEASED, Job("", 97, size=544, width=960)),
-    "skyreels-14b": Geometry(SkyReelsConfig(5120, 13824, 40), RELEASED, Job("", 97, size=544, width=960)),
-    "self-forcing": Geometry(
-        SkyReelsConfig(1536, 8960, 30), ChunkLayout(3, 7, 16),
-        Job("", 81, 4, size=480, width=832, cfg=1.0, shift=5.0, ar_step=4, solver="euler", fps=16),
-    ),
-    "smoke": Geometry(SkyReelsConfig(128, 256, 3, text_dim=64, fps=True), RELEASED, Job("", 37, 6, size=32, ar_step=1), 16),
-}  # fmt: skip
-"""`smoke` only shows that the bench works."""
+MIB = 2**20
+FIDELITY = "none: the weights are random; closeness is measured on the bundled models, by bench frontier and bench magi"
+NEVER = 2**30
+"""Rows apart of which only those remain that are run in any case."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of running. `history`: the share of the window that the KV cache may keep; None keeps all."""
+    """One way of running. `history`: the share of the window that the KV cache may keep, None all; `stored`: in how many bits."""
 
     policy: CachePolicy | None = None
     history: float | None = None
     upstream: bool = False
+    stored: Stored = "as computed"
 
-    def run(self, bundle: Bundle, job: Job) -> RunReport:
+    def run(self, bundle: Bundle, job: Job, adapter: MakeAdapter = lambda adapter, sigmas: adapter) -> RunReport:
         if self.upstream:
-            return generate_upstream(bundle, job)[1]
-        return generate(bundle, job, self.policy, compressor=self.compressor(bundle.layout))[1]
+            return generate_upstream(bundle, job, adapter=adapter)[1]
+        return generate(bundle, job, self.policy, adapter=adapter, compressor=self.compressor(bundle.layout))[1]
 
     def compressor(self, layout: ChunkLayout) -> Compressor | None:
-        return None if self.history is None else Compressor(Even(), self.history * layout.window)
+        return None if self.history is None else Compressor(Even(), self.history * layout.window, dtype=self.stored)
+
+    def apart(self, every: int) -> int:
+        """How many rows apart are run where `every` are asked for: all where tokens wait for those that are computed meanwhile."""
+        return 1 if isinstance(self.policy, PartPolicy) else every
+
+    def sampling(self, bundle: Bundle, job: Job, every: int, count: Count = nothing) -> Sampling:
+        held = self.policy is not None and self.policy.keeps == "residual"
+        return Sampling(job.schedule(bundle), every, held, len(bundle.family.guidance.branches(job.cfg)), count)
 
 
-ARMS: dict[str, Arm] = {
-    UPSTREAM: Arm(upstream=True),
-    UNCACHED: Arm(),
-    **{name: Arm(policy) for name, policy in PRESETS.items() if not name.endswith("-exact")},
-    "motion": Arm(Multirate()),
-    "kv-quarter": Arm(history=0.25),
-    "balanced, kv-quarter": Arm(PRESETS["balanced"], 0.25),
+def _of(policies: Mapping[str, CachePolicy]) -> dict[str, Arm]:
+    return {name: Arm(policy) for name, policy in policies.items() if not name.endswith("-exact")}
+
+
+BOUNDED = {"kv-quarter": Arm(history=0.25), "balanced, kv-quarter": Arm(PLANS["balanced"], 0.25)}
+PLANNED = {**_of(PLANS), "motion": Arm(Multirate()), **BOUNDED}
+FEW_STEPS = {UNCACHED: Arm(), "kv-quarter": BOUNDED["kv-quarter"], "kv-quarter, int8": Arm(history=0.25, stored="int8")}
+"""Of models that leave no step out."""
+ARMS = {
+    SKYREELS.name: {UPSTREAM: Arm(upstream=True), UNCACHED: Arm(), **_of(RULES), **PLANNED},
+    MAGI_DISTILLED.name: {UNCACHED: Arm(), **_of(MAGI_RULES), **PLANNED},
 }
+"""By family. `upstream` is SkyReels-V2 as published, bidirectional, with every chunk in every row; the others are published chunk by chunk, which
+is what `uncached` does."""
 
 
-@dataclass(frozen=True)
-class Sized(Bundle):
-    """A network of random weights; every text is as long as a released model pads it."""
-
-    words: int = 512
-
-    def text(self, prompt: str) -> Tensor:
-        """-> random [1, words, text_dim] in the network's dtype and place."""
-        drawn = torch.randn(1, self.words, self.network.config.text_dim, generator=torch.Generator().manual_seed(len(prompt)))
-        return drawn.to(self.like)
+def arms_of(family: Family) -> dict[str, Arm]:
+    return ARMS.get(family.name, FEW_STEPS)
 
 
-def sized(geometry: Geometry, layers: int, dtype: torch.dtype, device: torch.device | str) -> Sized:
-    """A bundle without a VAE."""
-    network = SKYREELS.network(replace(geometry.config, layers=layers), device="meta", dtype=dtype).to_empty(device=device)
-    randomise(network)
-    return Sized(SKYREELS, network.requires_grad_(False), None, geometry.layout, geometry.words)
+def operations(geometry: Geometry, arm: Arm, dtype: torch.dtype, device: torch.device | str, every: int = 1) -> tuple[float, float]:
+    """Floating-point operations of the rows that are run, and of all: all layers cost the same, so two short networks are enough for any."""
+    one, two = (_counted(sized(geometry, layers, dtype, device), geometry.job, arm, every) for layers in (1, 2))
+    ran, whole = (a + (geometry.config.layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return ran, whole
 
 
-def randomise(network: nn.Module) -> None:
-    """Weights that keep the size of what passes: normal by fan-in, and one for the scales of norms."""
-    like = next(network.parameters())
-    rng = torch.Generator(like.device).manual_seed(0)
-    for name, weight in network.named_parameters():
-        if weight.ndim == 1 and name.endswith("weight"):
-            nn.init.ones_(weight)
-        else:
-            nn.init.normal_(weight, std=0.02 if weight.ndim == 1 else weight[0].numel() ** -0.5, generator=rng)
+def _counted(bundle: Bundle, job: Job, arm: Arm, every: int = 1) -> tuple[float, float]:
+    with counter() as counted:
+        sampling = arm.sampling(bundle, job, every, lambda: float(counted.get_total_flops()))
+        arm.run(bundle, job, sampling)
+    ran = float(counted.get_total_flops())
+    return ran, ran + sampling.left_out
 
 
-def operations(geometry: Geometry, arm: Arm, dtype: torch.dtype, device: torch.device | str) -> float:
-    """Floating-point operations of the arm's run: all layers cost the same, so two short networks tell those of any."""
-    one, two = (_counted(sized(geometry, layers, dtype, device), geometry.job, arm) for layers in (1, 2))
-    return one + (geometry.config.layers - 1) * (two - one)
-
-
-def _counted(bundle: Bundle, job: Job, arm: Arm) -> float:
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}) as counter:
-        arm.run(bundle, job)
-    return float(counter.get_total_flops())
+def counter() -> FlopCounterMode:
+    """Counts the floating-point operations of products, those of PyTorch's own kernels for the processor too."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention})
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -166,68 +136,56 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def held(geometry: Geometry, frames: int, arm: Arm, ar_step: int) -> Footprint:
-    """What a film of so many frames holds in 16 bits, by the arithmetic that every run announces. Made on the meta device: no memory is needed."""
-    bundle = Sized(SKYREELS, SKYREELS.network(geometry.config, device="meta", dtype=torch.bfloat16), None, geometry.layout, geometry.words)
-    job = replace(geometry.job, frames=frames, ar_step=ar_step)
-    noise, branches = job.noise_shape(bundle), len(SKYREELS.guidance.branches(job.cfg))
-    weights = sum(weight.numel() for weight in bundle.network.parameters()) * HALF
-    place = Place(1, branches, branches * geometry.words, weights, HALF)
-    compressor = arm.compressor(geometry.layout)
-    return Run(SKYREELS, bundle.adapter(), job.schedule(bundle), job.sigmas(bundle), (noise[1], *noise[3:]), place, arm.policy, compressor).held
-
-
-def memory() -> str:
-    """Weights, KV cache and everything held, in GiB: chunks as closely behind each other as the window allows, and one by one."""
-    lines = []
-    for name, geometry in GEOMETRIES.items():
-        steps, window = geometry.job.steps, geometry.layout.window
-        ways = {max(geometry.job.ar_step, steps // window): f"up to {window} at once", steps: "one after the other"}
-        for ar_step, seconds in product(ways, LENGTHS):
-            if name == "smoke":
-                continue
-            whole, quarter = (held(geometry, geometry.frames_of(seconds), ARMS[arm], ar_step) for arm in (UNCACHED, "kv-quarter"))
-            values = (whole.weights, whole.kv, quarter.kv, whole.weights + whole.held, quarter.weights + quarter.held)
-            size = f"{geometry.job.width} x {geometry.job.size}"
-            lines.append((name, size, f"{seconds} s", ways[ar_step], *(f"{value / GIB:.1f}" for value in values)))
-    return table(
-        ["model", "picture", "film", "chunks", "weights", "KV cache", "KV cache, a quarter", "all that is held", "the same, a quarter"], lines
-    )
-
-
-FIGURES: dict[str, Callable[[], str]] = {"gpu-memory": memory}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="smoke", help="whose sizes the network has (default %(default)s)")
-    parser.add_argument("--arms", default="", help=f"which ways to run it, separated by semicolons, of {'; '.join(ARMS)} (default: all)")
-    parser.add_argument("--frames", type=int, help="pixel frames (default: 97, of self-forcing 81)")
-    parser.add_argument("--steps", type=int, help="steps per chunk (default: 50, of self-forcing 4)")
+    parser.add_argument("--arms", default="", help=f"which ways to run it, separated by semicolons (default: all): {_listed()}")
+    parser.add_argument("--frames", type=int, help=f"pixel frames (default: {_defaults('frames')})")
+    parser.add_argument("--steps", type=int, help=f"steps per chunk (default: {_defaults('steps')})")
     parser.add_argument("--layers", type=int, help="a shorter network, where all layers would take too long (default: all of them)")
+    every = ", ".join(f"{name} {one.every}" for name, one in GEOMETRIES.items() if one.every > 1)
+    parser.add_argument("--every", type=int, help=f"run every n-th row of the schedule, and count the others (default: {every}; 1 of the others)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list the N operators that take most of a short uncached run")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also list the N operators that take most of one evaluation of a chunk")
+
+
+def _listed() -> str:
+    few = {"few-step causal models": FEW_STEPS}
+    return ". ".join(f"{name}: {'; '.join(arms)}" for name, arms in (ARMS | few).items())
+
+
+def _defaults(setting: str) -> str:
+    return ", ".join(f"{name} {getattr(one.job, setting)}" for name, one in GEOMETRIES.items() if not one.smoke)
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: per arm seconds, operations and their rate, peaks of memory, host waits; see `measure`. Raises ValueError for what cannot work."""
     geometry = asked(args)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    wanted = [part.strip() for part in args.arms.split(";") if part.strip()] or list(ARMS)
-    if unknown := [name for name in wanted if name not in ARMS]:
-        raise ValueError(f"there is no arm {'; '.join(unknown)}: choose from {'; '.join(ARMS)}")
+    device, dtype, arms = torch.device(args.device), getattr(torch, args.dtype), arms_of(geometry.family)
+    wanted = [part.strip() for part in args.arms.split(";") if part.strip()] or list(arms)
+    if unknown := [name for name in wanted if name not in arms]:
+        raise ValueError(f"{args.geometry} has no arm {'; '.join(unknown)}: choose from {'; '.join(arms)}")
     most = ceiling(dtype, device, 8192 if device.type == "cuda" else 1024)
     bundle = sized(geometry, geometry.config.layers, dtype, device)
-    short = replace(geometry.job, steps=2, ar_step=1)
-    Arm().run(bundle, short)
+    Arm().run(bundle, geometry.job, Arm().sampling(bundle, geometry.job, NEVER))
     rows = [measure(name, bundle, geometry, dtype, device, most) for name in wanted]
     compare(rows)
-    profile = profiled(bundle, short, args.profile) if args.profile else []
     return {
-        "geometry": args.geometry, "config": asdict(geometry.config), "job": asdict(geometry.job), "dtype": args.dtype, "device": device_name(),
-        "torch": torch.__version__, "ceiling_tflops": round(most / 1e12, 3), "rows": rows, "profile": profile,
+        "geometry": args.geometry, "family": geometry.family.name, "config": asdict(geometry.config), "job": asdict(geometry.job),
+        "dtype": args.dtype, "device": device_name(), "torch": torch.__version__, "ceiling_tflops": round(most / 1e12, 3),
+        "fidelity": FIDELITY, "rows_run": rows_run(geometry.every), "rows": rows,
+        "profile": profiled(bundle, geometry.job, args.profile) if args.profile else [],
     }  # fmt: skip
+
+
+def rows_run(every: int) -> str:
+    if every == 1:
+        return "all rows of the schedule were run"
+    return (
+        f"of {every} rows of the schedule one was run, with the first step and the clean pass of every chunk (column every: 1 where all were); "
+        "seconds are those of all rows, at the rate of operations of those that were run"
+    )
 
 
 def asked(args: argparse.Namespace) -> Geometry:
@@ -236,21 +194,31 @@ def asked(args: argparse.Namespace) -> Geometry:
     changes = {key: value for key in ("frames", "steps") if (value := getattr(args, key)) is not None}
     if args.layers is not None and not 1 <= args.layers <= geometry.config.layers:
         raise ValueError(f"{args.layers} layers were asked for: {args.geometry} has {geometry.config.layers}")
-    config = replace(geometry.config, layers=args.layers or geometry.config.layers)
-    geometry = replace(geometry, config=config, job=replace(geometry.job, **changes))
-    geometry.job.schedule(Sized(SKYREELS, None, None, geometry.layout))
+    if args.every is not None and args.every < 1:
+        raise ValueError(f"every {args.every} rows were asked for: 1 runs all of them")
+    if args.steps is not None:
+        changes["ar_step"] = geometry.family.published.stagger(args.steps)
+    job = replace(geometry.job, **changes)
+    geometry = replace(geometry.shortened(args.layers or geometry.config.layers), job=job, every=args.every or geometry.every)
+    bundle = Sized.of(geometry)
+    geometry.family.check(job.schedule(bundle))
+    geometry.family.check_levels(job.sigmas(bundle))
     return geometry
 
 
 def measure(name: str, bundle: Bundle, geometry: Geometry, dtype: torch.dtype, device: torch.device, most: float) -> dict[str, Any]:
-    """`network_s`: of the evaluations, by the device's clock; `of_ceiling`: their rate over that of one large product."""
+    """`every`: how many rows apart were run; `network_s`: of the evaluations, by the device's clock, for all rows at the rate of those that were run;
+    `wall_s`: None where not all were; `of_ceiling`: their rate over that of one large product."""
+    arm, job = arms_of(geometry.family)[name], geometry.job
+    every = arm.apart(geometry.every)
     with peak_of(device) as peak:
-        report = ARMS[name].run(bundle, geometry.job)
-    network, counted = report.clock.seconds["network"], operations(geometry, ARMS[name], dtype, device)
+        report = arm.run(bundle, job, arm.sampling(bundle, job, every)) if every > 1 else arm.run(bundle, job)
+    network, (ran, whole) = report.clock.seconds["network"], operations(geometry, arm, dtype, device, every)
     return {
-        "arm": name, "share_of_tokens": round(report.share, 4), "wall_s": round(report.wall_s, 3), "network_s": round(network, 3),
-        "tflop": float(f"{counted / 1e12:.5g}"), "tflops": round(counted / network / 1e12, 3), "of_ceiling": round(counted / network / most, 3),
-        "kv_mib": round(report.kv_peak_bytes / MIB, 1), "peak_mib": round(peak[0] / MIB, 1) if peak else None, "host_waits": report.host_syncs,
+        "arm": name, "every": every, "share_of_tokens": round(report.share, 4), "wall_s": round(report.wall_s, 3) if every == 1 else None,
+        "network_s": round(network * whole / ran, 3), "tflop": float(f"{whole / 1e12:.5g}"), "tflops": round(ran / network / 1e12, 3),
+        "of_ceiling": round(ran / network / most, 3), "kv_mib": round(report.kv_peak_bytes / MIB, 1),
+        "peak_mib": round(peak[0] / MIB, 1) if peak else None, "host_waits": report.host_syncs,
     }  # fmt: skip
 
 
@@ -274,14 +242,35 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
         found.append(torch.cuda.max_memory_allocated(device))
 
 
-def profiled(bundle: Bundle, job: Job, count: int) -> list[dict[str, Any]]:
-    """The operators that take most of an uncached run's time on the device, with their part of it."""
-    from torch.profiler import ProfilerActivity, profile
+class Traced(Around):
+    """Profiles one evaluation: the first step of the last chunk, which looks back on as much as any. `times`: microseconds and calls by operator."""
 
-    cuda = bundle.like.is_cuda
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
-        Arm().run(bundle, job)
-    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total for event in trace.key_averages()}
-    total = sum(times.values())
-    first = sorted(times.items(), key=lambda one: -one[1])[:count]
-    return [{"operator": name, "ms": round(us / 1000, 3), "part": round(us / total, 4)} for name, us in first]
+    def __init__(self, inner: ModelAdapter, chunks: int, cuda: bool) -> None:
+        super().__init__(inner)
+        self.chunks, self.cuda = chunks, cuda
+        self.times: dict[str, tuple[float, int]] = {}
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        if self.times or (call.chunk.index, call.chunk.step) != (self.chunks - 1, 0):
+            return self.inner.forward(call, attend)
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]) as trace:
+            out = self.inner.forward(call, attend)
+        events = trace.key_averages()
+        self.times = {one.key: (one.self_device_time_total if self.cuda else one.self_cpu_time_total, one.count) for one in events}
+        return out
+
+
+def profiled(bundle: Bundle, job: Job, count: int) -> list[dict[str, Any]]:
+    """The operators that take most of one evaluation's time on the device, with their part of it (`Traced`)."""
+    made: list[Traced] = []
+    sampling = Arm().sampling(bundle, job, NEVER)
+
+    def adapter(inner: ModelAdapter, sigmas: Any) -> ModelAdapter:
+        made.append(Traced(inner, sampling.schedule.chunks, bundle.like.is_cuda))
+        return sampling(cast(ModelAdapter, made[-1]), sigmas)
+
+    Arm().run(bundle, job, adapter)
+    times = made[0].times
+    total = sum(us for us, _ in times.values())
+    first = sorted(times.items(), key=lambda one: -one[1][0])[:count]
+    return [{"operator": name, "calls": calls, "ms": round(us / 1000, 3), "part": round(us / total, 4)} for name, (us, calls) in first]

@@ -1,31 +1,139 @@
-"""Attention without a mask, by whichever form is fastest on the device at hand."""
+"""Attention without a mask: by the kernel that is in force, which whoever evaluates a network puts there, once for all of its layers.
+
+Self-attention, attention to text and attention to a KV cache all go through `attention`. Without ComfyUI `kernel_for` chooses; in ComfyUI it is the
+host's, which this file does not know. What needs the log-sum-exp, or weights, is in `segments.py`.
+"""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .choice import Capability, capability_of
 
 SCORES_AT_MOST = 2**26
 """Elements of the score matrix that the product form may hold in memory."""
+HOPPER: Capability = (9, 0)
+"""From this compute capability on cuDNN's attention is faster than PyTorch's own flash attention (release notes of PyTorch 2.5)."""
+
+FUSED = {SDPBackend.FLASH_ATTENTION: "flash", SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.EFFICIENT_ATTENTION: "memory-efficient"}
+"""Backends of `scaled_dot_product_attention` that never hold the score matrix, and their names."""
+
+log = logging.getLogger(__name__)
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""[B, heads, T, D], [B, heads, L, D] twice -> [B, heads, T, D]; views that are not contiguous, too."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What attends. `name`: in the report; `around`: what has to be entered while it is in force."""
+
+    name: str
+    call: Call
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, G * heads, T, D], [B, heads, L, D] twice -> [B, G * heads, T, D].
+    """[B, G * heads, T, D], [B, heads, L, D] twice -> [B, G * heads, T, D], by the kernel in force.
 
-    `G` neighbouring query heads share a key head (grouped-query attention). PyTorch's fused CPU kernel is slow in bfloat16 on
-    processors without AMX; there two matrix products win as long as the scores are small.
+    `G` neighbouring query heads share a key head (grouped-query attention).
     """
     if q.shape[1] != k.shape[1]:
         return heads_apart(attention(heads_together(q, k.shape[1]), k, v), q.shape[1])
-    small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SCORES_AT_MOST
-    if q.device.type == "cpu" and q.element_size() == 2 and small:
+    return _in_force.get().call(q, k, v)
+
+
+def by_pytorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused CPU kernel is slow in bfloat16 on processors without AMX; there two matrix products win as long as the scores are small."""
+    if as_products(q, k):
         return products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def as_products(q: Tensor, k: Tensor) -> bool:
+    """Whether two matrix products are the faster form."""
+    small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SCORES_AT_MOST
+    return q.device.type == "cpu" and q.element_size() == 2 and small
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The textbook form: softmax(q k^T / sqrt(D)) v."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+PYTORCH = Kernel("PyTorch", by_pytorch)
+_in_force: ContextVar[Kernel] = ContextVar("attention", default=PYTORCH)
+
+
+def in_force() -> Kernel:
+    """The kernel by which `attention` attends now."""
+    return _in_force.get()
+
+
+@contextmanager
+def attending(kernel: Kernel) -> Iterator[None]:
+    """Until the block ends, in this thread, `attention` is by this kernel."""
+    with kernel.around():
+        before = _in_force.set(kernel)
+        try:
+            yield
+        finally:
+            _in_force.reset(before)
+
+
+@cache
+def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """What attends to heads of this size without ComfyUI: PyTorch, on CUDA by its fused kernels alone, the fastest first.
+
+    The form that holds the whole score matrix is left to cards and dtypes for which there is no other, and one line says so.
+    """
+    if device.type != "cuda":
+        return PYTORCH
+    flash, cudnn, efficient = FUSED
+    order = (cudnn, flash, efficient) if capability_of(device) >= HOPPER else (flash, cudnn, efficient)
+    if not (there := [backend for backend in order if _runs(backend, device, dtype, head_dim)]):
+        log.warning(
+            "FlowCache: PyTorch has no fused attention for %s heads of %d on this device: whole score matrices are held, so larger pictures may run "
+            "out of memory", dtype, head_dim,
+        )  # fmt: skip
+        return Kernel("PyTorch, whole score matrices", F.scaled_dot_product_attention)
+    names = " or ".join(FUSED[backend] for backend in there)
+    return Kernel(f"PyTorch, {names}", F.scaled_dot_product_attention, partial(sdpa_kernel, there, set_priority=True))
+
+
+def _runs(backend: SDPBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a backend attends to such heads here. Tried on one key; a lack of memory is the caller's."""
+    x = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
+    return runs(lambda: _pinned([backend], x))
+
+
+def _pinned(backends: Sequence[SDPBackend], x: Tensor) -> None:
+    with sdpa_kernel(list(backends)):
+        F.scaled_dot_product_attention(x, x, x)
+
+
+def runs(call: Callable[[], object]) -> bool:
+    """Whether a call comes to its end; PyTorch refuses with a RuntimeError, after warnings. OutOfMemoryError is raised."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 def heads_together(q: Tensor, heads: int) -> Tensor:

@@ -5,32 +5,17 @@ The scores are made for a block of queries at a time, so their memory is bounded
 
 from __future__ import annotations
 
-import errno
-import functools
-import importlib.util
-import logging
-import os
-import re
-import subprocess
-from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .choice import by_triton
 
 SCORES_AT_MOST = 2**25
 """Scores (query x key pairs) that are in memory at a time; at least those of one query."""
 
 Grouped = Literal["mean", "max"]
-
-CANNOT = re.compile(
-    "C compiler|C[+][+] compiler|newly compiled|cache dir|active drivers|libcuda|kernel image|unsupported toolchain|PassManager|CUDA 10"
-)
-"""What Triton says, in errors of no kind of its own, where there is no compiler, no driver, or a card that it does not know."""
-
-log = logging.getLogger(__name__)
-_off: list[str] = []
-"""Why there are no kernels in this process; empty as long as there are."""
 
 
 def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:
@@ -38,36 +23,14 @@ def column_sums(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = 
 
     Where `G` query heads share a key head, "mean" takes the mean of their attention; "max" takes, before the softmax, the
     largest of their logits (R-KV, and FlowCache after it). Whatever the dtypes, sums and softmax are in float32. Triton
-    kernels do it on CUDA where triton is installed, `in_blocks` elsewhere.
+    kernels do it where `choice.py` says so, `in_blocks` elsewhere.
     """
-    sums = _by_triton(q, k, grouped == "max") if q.is_cuda and not _off else None
+
+    def call(kernels: Any) -> Tensor | None:
+        return kernels.column_sums(q, k, grouped == "max") if kernels.serves(q, k) else None
+
+    sums = by_triton("column sums of attention", "columns_triton", q.device, call)
     return in_blocks(q, k, grouped, at_most) if sums is None else sums
-
-
-def _by_triton(q: Tensor, k: Tensor, largest: bool) -> Tensor | None:
-    """None where the kernels are not for such tensors, or cannot be made on this machine, which is found once. Other errors are the caller's."""
-    try:
-        kernels = _triton()
-        if kernels is None or not kernels.serves(q, k):
-            return None
-        with torch.cuda.device(q.device):
-            sums: Tensor = kernels.column_sums(q, k, largest)
-            return sums
-    except Exception as error:
-        if not cannot_be_made(error):
-            raise
-        _off.append(str(error))
-        log.warning("attention sums are made by PyTorch from now on, since the Triton kernels cannot be made here: %s", error)
-        return None
-
-
-def cannot_be_made(error: Exception) -> bool:
-    """Whether an error means that kernels cannot be compiled or loaded on this machine: not a lack of memory, nor a fault in a call."""
-    if isinstance(error, OSError):
-        return error.errno != errno.ENOMEM
-    if isinstance(error, ImportError | subprocess.CalledProcessError) or type(error).__module__.startswith("triton."):
-        return True
-    return isinstance(error, RuntimeError | AssertionError) and CANNOT.search(str(error)) is not None
 
 
 def in_blocks(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SCORES_AT_MOST) -> Tensor:
@@ -89,13 +52,3 @@ def in_blocks(q: Tensor, k: Tensor, grouped: Grouped = "mean", at_most: int = SC
                 columns += logits.softmax(-1).sum((1, 2)) / group
         sums.append(columns)
     return torch.cat(sums).view(batch, heads, n)
-
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    """The kernels; None where triton is not installed or FLOWCACHE_KERNELS is torch."""
-    if os.environ.get("FLOWCACHE_KERNELS") == "torch" or importlib.util.find_spec("triton") is None:
-        return None
-    from . import columns_triton
-
-    return columns_triton

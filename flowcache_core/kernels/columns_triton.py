@@ -1,20 +1,37 @@
 """Column sums of attention as two Triton kernels: the log-sum-exp of every query, then the sums of every key.
 
-No score leaves the registers and nothing is added atomically, so the result is the same every time. Imports triton: only
-`columns.column_sums` imports this, and only for tensors on CUDA; under TRITON_INTERPRET=1 it also runs on the CPU.
+No score leaves the registers and nothing is added atomically, so the result is the same every time. Imports triton, so `choice.py` alone imports
+this; under TRITON_INTERPRET=1 it also runs on the CPU.
 """
 
 from __future__ import annotations
 
-import os
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-QUERIES, KEYS = 64, 64
-"""Tile of scores. With D = 128 its operands fit the shared memory of every card since compute capability 8.0."""
+from .choice import Capability, interpreted, tile_for
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile of scores, warps that share it, and stages of the pipeline that loads its operands."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def shared(self, width: int, itemsize: int = 2) -> int:
+        """Bytes of shared memory for operands `width` channels wide: what stays, and every stage of what is streamed past it."""
+        streamed = max(self.queries, self.keys)
+        return (self.queries + self.keys - streamed + self.stages * streamed) * width * itemsize
+
+
+TILES: dict[Capability, Tile] = {(8, 0): Tile(64, 64, 4, 3), (8, 6): Tile(64, 64, 4, 2), (9, 0): Tile(128, 64, 8, 3), (12, 0): Tile(64, 64, 4, 2)}
+"""By compute capability, of what fits the shared memory of a block: 163, 99, 227 and 99 KiB. Not yet measured on a card."""
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
@@ -28,13 +45,14 @@ def column_sums(q: Tensor, k: Tensor, largest: bool) -> Tensor:
     batch, heads, n, d = k.shape
     group, count = q.shape[1] // heads, q.shape[2]
     over, share = (group, 1) if largest else (1, group)
-    upcast = os.environ.get("TRITON_INTERPRET") == "1"  # its bfloat16 is an integer
     lse = q.new_empty(batch * heads * share, count, dtype=torch.float32)
     out = q.new_empty(batch, heads, n, dtype=torch.float32)
     sizes = (q, k, lse, out, count, n, heads, d**-0.5, *q.stride()[:3], *k.stride()[:3])
-    tile = {"OVER": over, "SHARE": share, "D": d, "BM": QUERIES, "BN": KEYS, "UPCAST": upcast}
-    _log_sum_exp[(triton.cdiv(count, QUERIES), len(lse))](*sizes, **tile)
-    _sums[(triton.cdiv(n, KEYS), batch * heads)](*sizes, **tile)
+    tile = tile_for(TILES, q.device)
+    form = {"OVER": over, "SHARE": share, "D": d, "BM": tile.queries, "BN": tile.keys, "UPCAST": interpreted()}  # its bfloat16 is an integer
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    _log_sum_exp[(triton.cdiv(count, tile.queries), len(lse))](*sizes, **form, **launch)
+    _sums[(triton.cdiv(n, tile.keys), batch * heads)](*sizes, **form, **launch)
     return out
 
 

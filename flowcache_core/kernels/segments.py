@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import SCORES_AT_MOST, heads_apart, heads_together
+from .attention import SCORES_AT_MOST, heads_apart, heads_together, runs
+from .choice import by_triton
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -25,7 +27,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     if q.shape[1] != k.shape[1]:
         out, lse = attention_with_lse(heads_together(q, k.shape[1]), k, v)
         return heads_apart(out, q.shape[1]), heads_apart(lse, q.shape[1])
-    if q.device.type == "cuda" and q.dtype in HALF and has_flash(q.device, q.dtype, q.shape[3]):
+    if lse_is_fused(q):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
         return out, lse
     if q.device.type == "cpu":
@@ -35,15 +37,16 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return products_with_lse(q, k, v)
 
 
+def lse_is_fused(q: Tensor) -> bool:
+    """Whether a fused kernel of a GPU returns the log-sum-exp for such queries."""
+    return q.device.type == "cuda" and q.dtype in HALF and has_flash(q.device, q.dtype, q.shape[3])
+
+
 @cache
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether PyTorch's flash attention, which returns the log-sum-exp, runs here: not every card, build and size of heads. Tried once."""
     x = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
-    try:
-        torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)
-    except RuntimeError:
-        return False
-    return True
+    return runs(lambda: torch.ops.aten._scaled_dot_product_flash_attention(x, x, x))
 
 
 def products_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +74,17 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     first, _ = parts[0]
     if len(parts) == 1:
         return first
+
+    def call(kernels: Any) -> Tensor | None:
+        return kernels.merge(parts) if kernels.serves(parts) else None
+
+    merged = by_triton("merging segments of attention", "segments_triton", first.device, call)
+    return merge_by_pytorch(parts) if merged is None else merged
+
+
+def merge_by_pytorch(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`merge` of at least two."""
+    first, _ = parts[0]
     shares = torch.stack([lse for _, lse in parts]).softmax(0)
     whole = shares[0].unsqueeze(-1) * first
     for share, (out, _) in zip(shares[1:], parts[1:], strict=True):

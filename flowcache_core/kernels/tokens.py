@@ -1,4 +1,4 @@
-"""Maps of tokens: how far every token differs from the frame before, scaled to weights; masks laid over latents.
+"""How far latents have changed; maps of tokens: how far every token differs from the frame before, scaled to weights; masks laid over latents.
 
 A token is a patch of so many cells of one latent frame, given as (height, width). Token maps are [F, h / height, w / width] and
 flatten in the order frame, row, column.
@@ -29,6 +29,11 @@ def frame_difference(now: Tensor, before: Tensor | None, relative: bool = False)
     if before is not None:
         return out
     return torch.cat([out[1:2], out[1:]]) if len(out) > 1 else torch.ones_like(out)
+
+
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """mean|now - before| / mean|before|, a scalar (FlowCache, section 3.1: the relative L1 distance)."""
+    return (now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)
 
 
 def pooled(cells: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -17,8 +17,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.attention import attention
+from ..kernels.attention import attention, heads_apart, heads_together
 from ..kernels.segments import attention_with_lse, merge
+from ..kernels.weighted import in_one_call, weighted
 from ..network import NetworkSizes
 from ..sampling.chunk import Chunk
 from .keeper import Choice, Keeper, Segment
@@ -26,8 +27,6 @@ from .layout import Capacity, Layout, Range
 from .waiting import Waiting
 
 Branches = tuple[Hashable, ...]
-Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention over all that is given, as `kernels.attention.attention` has it."""
 Seen = Callable[[Chunk, Hashable], int | None]
 """How many chunks, itself included, a branch of a chunk sees at this step; None: as many as the schedule allows."""
 T = TypeVar("T")
@@ -161,16 +160,15 @@ class CachedAttention:
     refreshed tokens meet the fresh slots and the old ones of their own chunk. With a `keeper` and the `chunk`, slots beyond
     the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the slots
     of its other tokens are written too, as they would be by now. With `ranges`, one per branch, each branch sees no more than its own.
-    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone. `plain`: what attends, in
-    place of `attention`, where all that is seen lies within the horizon and counts once.
+    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone.
     """
 
     def __init__(self, cache: KVCache, batch: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
                  keeper: Keeper | None = None, chunk: Chunk | None = None, waiting: Waiting | None = None,
-                 ranges: tuple[Range | None, ...] = (), aside: bool = False, plain: Plain | None = None) -> None:  # fmt: skip
+                 ranges: tuple[Range | None, ...] = (), aside: bool = False) -> None:  # fmt: skip
         self.cache, self.batch, self.first, self.end, self.ranges, self.aside = cache, batch, first, end, ranges, aside
         self.at = slice(start, end) if tokens is None or waiting else tokens + start
-        self.keeper, self.chunk, self.waiting, self.plain = keeper, chunk, waiting, plain or attention
+        self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         keys, values = self._beside(layer, k, v) if self.aside else self._written(layer, k, v)
@@ -197,10 +195,8 @@ class CachedAttention:
     def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         firsts = [self.first if one is None else one.first for one in self.ranges for _ in range(self.cache.sizes.films)]
         if not firsts:
-            return self.plain(q, keys, values)
-        return _grouped(
-            firsts, q, lambda first, mine: self.plain(q[mine], keys[mine, :, first - self.first :], values[mine, :, first - self.first :])
-        )
+            return attention(q, keys, values)
+        return _grouped(firsts, q, lambda first, mine: attention(q[mine], keys[mine, :, first - self.first :], values[mine, :, first - self.first :]))
 
     def _bounded(self, keeper: Keeper, chunk: Chunk, layer: int, q: Tensor, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
         films = self.cache.sizes.films
@@ -216,27 +212,43 @@ class CachedAttention:
     def _across(self, keeper: Keeper, segments: list[Segment], q: Tensor, keys: Tensor, values: Tensor, first: int = 0) -> Tensor:
         """Attention over segments beyond the horizon, as if each lay within it, and over all that lies behind them, from `first` on.
 
-        A few segments: queries are turned for each, and its keys stay as they are. Many short ones: then a copy of their keys
-        is fewer to turn, and it is thrown away after the call. What stands for others counts that many times.
+        A copy of the far keys is turned, and thrown away after the call; or, where they are fewer and that is faster, the queries are turned for each
+        segment, whose keys stay as they are. What stands for others counts that many times.
         """
-        if not segments and not keeper.middle.weight:
-            return self.plain(q, keys[:, :, first:], values[:, :, first:])
+        middle = keeper.middle
+        if not segments and not middle.weight:
+            return attention(q, keys[:, :, first:], values[:, :, first:])
         far = segments[-1][1] if segments else first
-        pieces = [(q, keys[:, :, far:], far, keys.shape[2])]
-        if segments:
-            phases, lengths = keeper.turns(segments, q.device)
-            if len(segments) * q.shape[1] * q.shape[2] <= keys.shape[1] * (far - first):
-                back = zip(phases.conj().split(1), segments, strict=True)
-                pieces += [(keeper.rotary.turn(q, turn), keys[:, :, start:end], start, end) for turn, (start, end, _) in back]
-            else:
-                phases = phases.repeat_interleave(lengths, 0, output_size=far - first)
-                pieces.append((q, keeper.rotary.turn(keys[:, :, first:far], phases), first, far))
+        turns_queries = bool(segments) and len(segments) * q.shape[1] * q.shape[2] <= keys.shape[1] * (far - first)
+        if in_one_call(q, keys, middle.weight, not turns_queries):
+            start, end = (max(edge - first, 0) for edge in (middle.start, middle.end))
+            return weighted(q, self._near(keeper, segments, keys, first), values[:, :, first:], start, end, middle.weight)
+        folded = heads_together(q, keys.shape[1])
+        pieces = [(folded, keys[:, :, far:], far, keys.shape[2])]
+        if turns_queries:
+            phases, _ = keeper.turns(segments, q.device)
+            back = zip(phases.conj().split(1), segments, strict=True)
+            pieces += [(keeper.rotary.turn(folded, turn), keys[:, :, start:end], start, end) for turn, (start, end, _) in back]
+        elif segments:
+            pieces.append((folded, self._turned(keeper, segments, keys, first), first, far))
         parts = []
         for queries, piece, begin, last in pieces:
-            for start, end, weight in keeper.middle.cut(begin, last):
+            for start, end, weight in middle.cut(begin, last):
                 out, lse = attention_with_lse(queries, piece[:, :, start - begin : end - begin], values[:, :, start:end])
                 parts.append((out, lse + weight if weight else lse))
-        return merge(parts)
+        return heads_apart(merge(parts), q.shape[1])
+
+    def _turned(self, keeper: Keeper, segments: list[Segment], keys: Tensor, first: int) -> Tensor:
+        """A copy of the keys from `first` on that are beyond the horizon, as if they lay within it."""
+        phases, lengths = keeper.turns(segments, keys.device)
+        far = segments[-1][1]
+        return keeper.rotary.turn(keys[:, :, first:far], phases.repeat_interleave(lengths, 0, output_size=far - first))
+
+    def _near(self, keeper: Keeper, segments: list[Segment], keys: Tensor, first: int) -> Tensor:
+        """All keys from `first` on, as if none lay beyond the horizon: a copy where some do."""
+        if not segments:
+            return keys[:, :, first:]
+        return torch.cat([self._turned(keeper, segments, keys, first), keys[:, :, segments[-1][1] :]], 2)
 
 
 class BesideHistory:
@@ -278,10 +290,10 @@ class KVStore:
     """By branch, the chunks of which it has keys and values."""
 
     def __init__(self, sizes: KVSizes, layout: Layout, keeper: Keeper | None = None, make: Callable[[Branches], KVCache] | None = None,
-                 waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None, plain: Plain | None = None) -> None:  # fmt: skip
+                 waits: Callable[[int], bool] = lambda index: False, seen: Seen | None = None) -> None:  # fmt: skip
         """`waits`: whether tokens of a chunk may wait while others of it are computed; `seen`: for a network that lets some steps
-        or branches see fewer chunks than the schedule allows; `plain`: as in `CachedAttention`."""
-        self.sizes, self.layout, self.keeper, self.waits, self.seen, self.plain = sizes, layout, keeper, waits, seen, plain
+        or branches see fewer chunks than the schedule allows."""
+        self.sizes, self.layout, self.keeper, self.waits, self.seen = sizes, layout, keeper, waits, seen
         self._new = make or (lambda branches: KVCache(branches, sizes))
         self.gone: frozenset[int] = frozenset()
         """Chunks of which nothing is kept: no branch needs to have run for them."""
@@ -317,7 +329,7 @@ class KVStore:
         if self.waits(chunk.index) and not (chunk.committing or replaced or aside):
             waiting = self._waiting.setdefault((chunk.index, branches), Waiting(self.layout.spans[chunk.index][1]))
             waiting.begin(chunk.step, tokens)
-        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges, aside, self.plain)
+        return CachedAttention(cache, batch, *place, tokens, self.keeper, chunk, waiting, ranges, aside)
 
     def _require_history(self, branches: Branches, chunk: Chunk, ranges: tuple[Range | None, ...]) -> None:
         """Notes that the branches ran for the chunk. Raises ValueError for one that did not run for an earlier chunk that it sees."""

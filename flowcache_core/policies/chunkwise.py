@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .forecast import expected_steps, headroom, on_rescaling
-from .protocol import Compute, Decision, Outlook, Replay, Rescale, Reuse, Signals, Signature
+from .protocol import Compute, Decision, Outlook, Question, Replay, Rescale, Reuse, Signals, Signature
 from .state import ChunkState
 from .thresholds import rescaled
 
@@ -68,16 +70,18 @@ class Chunkwise:
     def follows_time(self) -> bool:
         return self.signature == "time" and self.threshold > 0
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
         if self.threshold == 0:
             return self._compute(state)
-        return self.decide_at(self.threshold, self.change(signals), chunk, state)
+        change = self.change(signals)
+        if self._must_compute(chunk, state):
+            return self._compute(state)
+        return Question((change,), lambda change: self.decide_at(self.threshold, change, chunk, state))
 
     def decide_at(self, threshold: float, change: float, chunk: Chunk, state: ChunkState) -> Decision:
         """The rule itself, for a change that is already measured and rescaled."""
         state.drift += change
-        must = self.forced(chunk.step, chunk.steps, state.computed) or state.reused_in_a_row >= self.max_reuse
-        if must or state.drift >= threshold:
+        if self._must_compute(chunk, state) or state.drift >= threshold:
             return self._compute(state)
         state.reused_in_a_row += 1
         return Reuse(self.replay, self.order)
@@ -86,9 +90,11 @@ class Chunkwise:
         """Whether a step is computed whatever the drift: warm-up, last step, outside start_percent..end_percent."""
         return computed < self.warmup_steps or step == steps - 1 or not self.start_percent <= step / steps <= self.end_percent
 
-    def change(self, signals: Signals) -> float:
+    def change(self, signals: Signals) -> Tensor | float:
         change = signals.change(self.signature)
-        return change if self.rescale == "none" else rescaled(change, signals.outlook.polynomial, self.rescale)
+        if self.rescale == "none" or isinstance(change, Tensor):
+            return change
+        return rescaled(change, signals.outlook.polynomial, self.rescale)
 
     def known_changes(self, outlook: Outlook) -> list[float]:
         """The changes of every step of a chunk, as `decide` will add them up. Only for signature time."""
@@ -102,6 +108,9 @@ class Chunkwise:
 
     def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()
+
+    def _must_compute(self, chunk: Chunk, state: ChunkState) -> bool:
+        return self.forced(chunk.step, chunk.steps, state.computed) or state.reused_in_a_row >= self.max_reuse
 
     def _compute(self, state: ChunkState) -> Decision:
         state.drift, state.reused_in_a_row = 0.0, 0

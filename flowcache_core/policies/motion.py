@@ -21,11 +21,20 @@ from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .chunkwise import Chunkwise
 from .forecast import headroom
-from .protocol import Compute, Decision, Measure, Outlook, Refresh, Replay, Reuse, Signals, Signature
+from .protocol import Compute, Decision, Measure, Outlook, Question, Refresh, Replay, Reuse, Signals, Signature
 from .state import ChunkState
 
 BUCKETS = 16
 """A chunk runs in one of this many lengths, so that shapes repeat."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Due:
+    """Of every token of a chunk, [frames, height, width]: whether it is due, its drift, and for how many steps it has been replayed."""
+
+    due: Tensor
+    drift: Tensor
+    age: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,12 @@ class Motion:
     def watches(self) -> Measure:
         return self.measure
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
         if self.threshold == 0:
             return Compute()
         if self.alpha == 1 or chunk.step < round(self.coarse * chunk.steps):
             return self.chunkwise.decide(chunk, signals, state)
-        base = self.chunkwise
-        change = base.change(signals) if base.signature == "time" else signals.unread_change(base.signature)
+        change = self.chunkwise.change(signals)
         return self._whole(state) if self._must_compute(chunk, state) else self._fine(change, signals, state)
 
     def check_run(self, steps: int) -> None:
@@ -123,8 +131,8 @@ class Motion:
             or base.threshold == 0
         )
 
-    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Decision:
-        """Which tokens are due. One host sync, for how many."""
+    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Question:
+        """Which tokens are due. What is asked of the device is how many."""
         motion = signals.motion(self.measure)
         weight = self.alpha + (1 - self.alpha) * normalised(motion, self.quantile, self.scale == "chunk")
         if state.token_drift is None or state.token_age is None:
@@ -133,9 +141,14 @@ class Motion:
         drift, age = state.token_drift + weight * change, state.token_age
         old = age >= self.max_age
         due = self._voted(drift >= self.threshold) | old
-        counts = signals.read(due.sum(), old.sum(), drift.mean())
-        count, forced, total = int(counts[0]), int(counts[1]), due.numel()
-        state.drift = counts[2]
+        return Question(
+            (due.sum(), old.sum(), drift.mean()), lambda count, forced, mean: self._among(Due(due, drift, age), int(count), int(forced), mean, state)
+        )
+
+    def _among(self, found: Due, count: int, forced: int, mean: float, state: ChunkState) -> Decision:
+        """`count` tokens are due, `forced` of them by their age; `mean`: of all drifts."""
+        due, drift, age = found.due, found.drift, found.age
+        total, state.drift = due.numel(), mean
         size = math.ceil(total / BUCKETS)
         run = -(-count // size) * size
         if count > self.full_share * total or run >= total:

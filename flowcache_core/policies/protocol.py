@@ -57,6 +57,16 @@ class Part:
 Decision = Compute | Reuse | Refresh | Part
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A decision that depends on numbers which are on the device. `numbers`: scalars there, and numbers that are known already;
+    `answer`: their values, in this order -> the decision. It is called when the chunk's turn comes, in the order of the chunks.
+    """
+
+    numbers: tuple[Tensor | float, ...]
+    answer: Callable[..., Decision]
+
+
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What is known of a run before it begins."""
@@ -81,16 +91,12 @@ class Signals(Protocol):
     @property
     def outlook(self) -> Outlook: ...
 
-    def change(self, signature: Signature) -> float:
+    def change(self, signature: Signature) -> Tensor | float:
         """Relative L1 change since the chunk's previous step, mean|now - before| / mean|before|.
 
-        "latent": of the chunk's noisy latent; costs one host sync. "time": of the network's time modulation; known before
-        sampling, costs nothing.
+        "latent": of the chunk's noisy latent, a scalar that stays on the device; infinite at the first step. "time": of the network's
+        time modulation, known before sampling. To be asked for at every step, whether it counts or not. No host sync.
         """
-        ...
-
-    def unread_change(self, signature: Signature) -> Tensor | float:
-        """The same number, left on the device where it is measured there: costs no host sync."""
         ...
 
     def motion(self, measure: Measure) -> Tensor:
@@ -100,10 +106,6 @@ class Signals(Protocol):
         predicted, or of the last block's output (relative). "change": how fast the kept prediction changed with the noise
         level between the last two times the token was computed.
         """
-        ...
-
-    def read(self, *numbers: Tensor) -> list[float]:
-        """Waits for the device: one host sync for all numbers together."""
         ...
 
 
@@ -125,7 +127,10 @@ class CachePolicy(Protocol):
         """Which output of computed steps the session has to remember; None when nothing is ever reused."""
         ...
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision: ...
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+        """What becomes of the chunk at this step. Asked of all active chunks of a row, in order, before the first of them moves; what it
+        has to know of the device it asks for by a `Question`, so that the host waits for all of them once."""
+        ...
 
 
 @runtime_checkable

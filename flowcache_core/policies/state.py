@@ -90,10 +90,10 @@ class ChunkState:
         ahead, between = sigma - last.sigma, last.sigma - earlier[0].sigma
         if isinstance(between, Tensor):
             along = torch.where(between == 0, 0.0, ahead / between)
-            return last.value + (along * (last.value - earlier[0].value)).to(last.value.dtype)
+            return (along * (last.value - earlier[0].value)).to(last.value.dtype).add_(last.value)
         if between == 0:
             return last.value
-        return last.value + ahead / between * (last.value - earlier[0].value)
+        return (last.value - earlier[0].value).mul_(ahead / between).add_(last.value)
 
     @property
     def latest(self) -> tuple[Prediction, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.attention import attending, kernel_for
 from ..kv.compressor import Compressor
 from ..models.adapter import ModelAdapter
 from ..models.bundle import Bundle
@@ -151,14 +152,14 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
 
 @torch.inference_mode()
 def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk: None, given: Given = NOTHING,
-                      policy: CachePolicy | None = None, integrator: Solver | None = None,
-                      states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+                      policy: CachePolicy | None = None, integrator: Solver | None = None, states: States | None = None,
+                      adapter: MakeAdapter = lambda adapter, sigmas: adapter) -> tuple[Tensor, RunReport]:  # fmt: skip
     """As published: bidirectional over each section, every chunk in every row, the branches one after the other.
 
-    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`, `states`: as in `generate`.
+    `policy`: one that plans, and so can leave out whole rows; None computes all of them. `integrator`, `states`, `adapter`: as in `generate`.
     """
     film, guided = job.sections(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
-    return _made(bundle, job, film, guided, on_step, given, lambda adapter, sigmas: adapter, policy, None, integrator, states)
+    return _made(bundle, job, film, guided, on_step, given, adapter, policy, None, integrator, states)
 
 
 def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
@@ -168,7 +169,8 @@ def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], g
         raise ValueError(f"denoise {job.denoise} starts from a given film, and none was given: use 1 for a new film")
     run = _settled(bundle, job, film, guided, adapter, policy, compressor, integrator)
     x = given.begin(job.noise(bundle).to(bundle.like.device), run.sigmas[0])
-    return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
+    with attending(kernel_for(bundle.like.device, bundle.like.dtype, run.adapter.head_dim)):
+        return run.sample(x, guided, Steps(on_step), states and replace(states, film={**states.film, **guided.film}))
 
 
 def run_of(bundle: Bundle, job: Job, policy: CachePolicy | None = None, compressor: Compressor | None = None) -> Run:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import choice
+from ..kernels.attention import in_force
 from ..sampling.chunk import Chunk
 from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.plan import Plan
@@ -63,6 +65,22 @@ class Shown:
         return {"frames": self.frames, "seconds": round(self.seconds, 3)} if self.frames else {}
 
 
+@dataclass(slots=True)
+class Kernels:
+    """By what the network attended, in the order in which it came, and by which path the kernels of this package were computed: "" before a step."""
+
+    attention: tuple[str, ...] = ()
+    path: str = ""
+
+    def line(self) -> str:
+        """In one sentence; "" where nothing was evaluated."""
+        return f"attention by {', then '.join(self.attention)}; other kernels by {self.path}" if self.attention else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; {} where nothing was evaluated."""
+        return {"attention": list(self.attention), "path": self.path} if self.attention else {}
+
+
 class RunReport:
     """Filled while a run goes on. `map` is uint8 [chunks, steps] of NOT_RUN, REUSED, COMPUTED, REFRESHED (some tokens of it).
 
@@ -75,7 +93,8 @@ class RunReport:
 
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
-    on from; a run that went on has counts of the whole film, and saves of its own. `shown`: of the film on the way.
+    on from; a run that went on has counts of the whole film, and saves of its own. `shown`: of the film on the way. `kernels`: of this
+    run alone, by what it attended.
     """
 
     remembers: ClassVar[tuple[str, ...]] = (
@@ -103,7 +122,7 @@ class RunReport:
         self.notes = ()
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
-        self.saves, self.shown = Saves(), Shown()
+        self.saves, self.shown, self.kernels = Saves(), Shown(), Kernels()
         self.clock = Clock(chunks, steps)
         self._closed = False
 
@@ -177,6 +196,12 @@ class RunReport:
         for number, chunks in enumerate(rows, 1):
             for chunk in chunks:
                 self.row_of[chunk.index, chunk.step] = number
+
+    def evaluates(self, device: torch.device) -> None:
+        """The network is evaluated on a device, by the attention that is in force."""
+        if (name := in_force().name) not in self.kernels.attention:
+            self.kernels.attention = (*self.kernels.attention, name)
+        self.kernels.path = choice.sentence(device)
 
     def kv_bytes(self, now: int) -> None:
         self.kv_peak_bytes = max(self.kv_peak_bytes, now)
@@ -253,7 +278,7 @@ class RunReport:
         """What was expected, the summary, and what was known before the run and found in it: a sentence a line."""
         expected = self.expected.sentence() if self.expected else ""
         lines = expected, self.summary(), self.pace(self.rows), self.history.line(), self.saves.line(), self.shown.line(), *map(_past, self.notes)
-        return "\n".join(filter(None, lines))
+        return "\n".join(filter(None, (*lines, self.kernels.line())))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `map` has a string per chunk, one digit per step (0 not run, 1 reused or skipped, 2 computed, 3 refreshed in part).
@@ -285,6 +310,7 @@ class RunReport:
             "history": self.history.as_dict(),
             "saves": self.saves.as_dict(),
             "shown": self.shown.as_dict(),
+            "kernels": self.kernels.as_dict(),
         }
 
     def _seconds_as_dict(self) -> dict[str, float]:

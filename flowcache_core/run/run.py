@@ -418,6 +418,9 @@ class ChunkDenoiser:
     def anew(self, chunk: Chunk) -> Sequence[Chunk]:
         return self.session.restart(chunk) if chunk.index in self.run.recache else ()
 
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        self.session.begin_row(chunks, film)
+
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         if chunk.committing and chunk.index >= self.run.schedule.given and not self.run.family.clean_pass:
             return x

@@ -91,6 +91,7 @@ class SectionSession:
     def denoise(self, x: Tensor, sigmas: Sequence[float], context: Tensor, branches: Branches, active: Sequence[Chunk] = ()) -> Tensor:
         """Velocity of a section. x: [len(branches) * films, C, F, h, w]; sigmas: the noise level of every latent frame; `active`: who moves."""
         self.evaluations += 1
+        self.report.evaluates(x.device)
         if branches not in self._text:
             self._text[branches] = self.adapter.text(context)
         at = [(chunk.index, chunk.step) for chunk in active] if self.plans is not None else []

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from ..kv.cache import Branches, CachedAttention, KVSizes, KVStore, Plain
+from ..kv.cache import Branches, CachedAttention, KVSizes, KVStore
 from ..kv.compressor import Budget, Compressor
 from ..kv.forecast import forecast_history
 from ..kv.keeper import Keeper
@@ -110,10 +110,10 @@ class SequentialFilm:
 
 
 class SequentialCache:
-    """Of one run. `plain`: as in `CachedAttention`. Whoever makes one frees it."""
+    """Of one run. Whoever makes one frees it."""
 
-    def __init__(self, film: SequentialFilm, plain: Plain | None = None) -> None:
-        self.film, self.schedule, self.plain, self.peak = film, film.schedule, plain, 0
+    def __init__(self, film: SequentialFilm) -> None:
+        self.film, self.schedule, self.peak = film, film.schedule, 0
         """`peak`: the most bytes that the caches took."""
         self.keeper, self.store = self._empty()
         self._at = {self.schedule.span(index)[0]: index for index in range(self.schedule.chunks)}
@@ -127,7 +127,7 @@ class SequentialCache:
         film, budget, network = self.film, self.film.budget, self.film.network
         layout = Layout(film.schedule, film.frame_tokens, budget.slots)
         keeper = Keeper(budget, film.schedule, network.layers, film.films, network.token_grid(*film.grid), network.rotary)
-        return keeper, KVStore(film.sizes, layout, keeper, budget.cache_of(film.sizes, layout), plain=self.plain)
+        return keeper, KVStore(film.sizes, layout, keeper, budget.cache_of(film.sizes, layout))
 
     @property
     def kept(self) -> set[int]:

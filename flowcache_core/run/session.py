@@ -7,7 +7,7 @@ The decision is made once per chunk and step, by the first branch that arrives, 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ from ..policies.protocol import (
     Part,
     PartPolicy,
     PlanPolicy,
+    Question,
     Refresh,
     Replay,
     Reuse,
@@ -46,7 +47,7 @@ from ..sampling.chunk import Chunk
 from ..sampling.plan import Plan
 from ..sampling.schedule import ChunkSchedule, forecast_short
 from .report import RunReport
-from .signals import StepSignals
+from .signals import RowDecisions, StepSignals
 
 Texts = tuple[Branches, Hashable]
 """Branches, and which of their texts: None where they have one for all chunks."""
@@ -114,6 +115,9 @@ class Session:
         """The newest chunk that has used a text."""
         self._chunk_text: dict[tuple[Texts, int], object] = {}
         self._time_changes: list[float] | None = None
+        self._row: tuple[Sequence[Chunk], Tensor | None] = (), None
+        """The chunks of the row that has begun, and the film."""
+        self._decisions = RowDecisions({})
 
     def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
         adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None, reach_of(self.adapter))
@@ -162,6 +166,7 @@ class Session:
         self._text.clear()
         self._last.clear()
         self._chunk_text.clear()
+        self._row, self._decisions = ((), None), RowDecisions({})
         self.state.clear()
 
     def forecast(self, device: torch.device) -> tuple[str, ...]:
@@ -206,6 +211,7 @@ class Session:
         step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
         """
         self.evaluations += 1
+        self.report.evaluates(x.device)
         call = Call(x, self.level(chunk), chunk, self._text_of(context, branches, chunk, texts), self.fps, branches)
         if self.plan is None and not chunk.committing:  # an evaluation that is only timed
             return self._compute(call, Which(branches))[0]
@@ -292,16 +298,40 @@ class Session:
         self.report.notes += (f"the prompt changes with chunk {chunk.index + 1}: of history {len(kept)} chunks were evaluated once more",)
         return tuple(self.schedule.at(index, self.schedule.steps) for index in kept)
 
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        """These chunks come to their next step, from where they are in the film [films, C, F, h, w]. The first that is evaluated brings about
+        the decisions of all."""
+        self._row = chunks, film
+
     def _decide(self, call: Call, state: ChunkState) -> Decision:
         chunk = call.chunk
         if state.decided_at != chunk.step or state.decision is None:
-            grid = (chunk.frames, *self._grid)
-            signals = StepSignals(call, self.films, grid, self.state, self.report, self.outlook(call.x.device), self._tokens)
-            state.decision = self.policy.decide(chunk, signals, state)
-            state.decided_at = chunk.step
+            if chunk not in self._decisions:
+                self._decisions = RowDecisions({one.chunk: self._asked(one) for one in self._of_row(call)})
+            waits = self._decisions.waits
+            state.decision, state.decided_at = self._decisions.take(chunk), chunk.step
+            self.report.host_syncs += self._decisions.waits - waits
             computed, some = isinstance(state.decision, Compute), state.decision.tokens if isinstance(state.decision, Refresh) else None
             self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift, some)
         return state.decision
+
+    def _of_row(self, call: Call) -> Iterator[Call]:
+        """Of every chunk of the row what it will be called with, as far as policies look at it; this call alone where they look at nothing."""
+        chunks, film = self._row
+        if film is None or call.chunk not in chunks or isinstance(self.policy, Always | PlanPolicy):
+            chunks, film = (call.chunk,), call.x
+        for chunk in chunks:
+            if chunk == call.chunk:
+                yield call
+            else:
+                x = film[:, :, chunk.start : chunk.start + chunk.frames].to(call.x).contiguous()
+                yield replace(call, x=x, sigma=self.level(chunk), chunk=chunk)
+
+    def _asked(self, call: Call) -> Decision | Question:
+        chunk = call.chunk
+        grid = (chunk.frames, *self._grid)
+        signals = StepSignals(call, self.films, grid, self.state, self.outlook(call.x.device), self._tokens)
+        return self.policy.decide(chunk, signals, self.state.of(chunk.index))
 
     def _narrow(self, state: ChunkState, which: Which) -> None:
         """Branches are run without some that were run beside and after them: what is kept of these is let go."""

@@ -1,20 +1,23 @@
-"""What is measured before a step is decided: the drift of a chunk, the motion of its tokens.
+"""What is measured before a step is decided, the drift of a chunk and the motion of its tokens; and the decisions of a row.
 
-Everything stays on the device until `read` or `change` is called: these two are where a decision waits.
+Everything that is measured stays on the device. What the decisions of a row have to know of it goes to the host in one copy, and is waited
+for where the first decision hangs on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ..kernels.tokens import TINY, frame_difference, pooled
+from ..kernels.tokens import TINY, frame_difference, pooled, relative_change
 from ..models.adapter import Call, TokenAdapter
-from ..policies.protocol import Measure, Outlook, Signature
+from ..policies.protocol import Decision, Measure, Outlook, Question, Signature
 from ..policies.state import RunState
-from .report import RunReport
+from ..sampling.chunk import Chunk
 
 
 class StepSignals:
@@ -23,23 +26,21 @@ class StepSignals:
     In x the films of the first branch come first. `adapter` is asked only by `motion`.
     """
 
-    def __init__(self, call: Call, films: int, grid: tuple[int, int, int], run: RunState, report: RunReport,
-                 outlook: Outlook, adapter: TokenAdapter | None = None) -> None:  # fmt: skip
+    def __init__(self, call: Call, films: int, grid: tuple[int, int, int], run: RunState, outlook: Outlook,
+                 adapter: TokenAdapter | None = None) -> None:  # fmt: skip
         self.call, self.films, self.grid, self.adapter = call, films, grid, adapter
-        self.run, self.state, self.report, self.outlook = run, run.of(call.chunk.index), report, outlook
+        self.run, self.state, self.outlook = run, run.of(call.chunk.index), outlook
 
-    def change(self, signature: Signature) -> float:
-        change = self.unread_change(signature)
-        return self.read(change)[0] if isinstance(change, Tensor) else change
-
-    def unread_change(self, signature: Signature) -> Tensor | float:
+    def change(self, signature: Signature) -> Tensor | float:
         if signature == "time":
             return self.outlook.time_changes()[self.call.chunk.step]
         now, before = self.call.x[: self.films], self.state.latent
-        self.state.latent = now.clone()
         if before is None:
+            self.state.latent = now.clone()
             return float("inf")
-        return (now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)
+        change = relative_change(now, before)
+        before.copy_(now)
+        return change
 
     def motion(self, measure: Measure) -> Tensor:
         if measure == "change":
@@ -51,10 +52,6 @@ class StepSignals:
         self.run.keep_edge(index, picture)
         cells = frame_difference(picture, self.run.edges.get(index - 1), relative=measure == "output")
         return pooled(cells, self._patch(picture))
-
-    def read(self, *numbers: Tensor) -> list[float]:
-        self.report.host_syncs += 1
-        return torch.stack([n.float() for n in numbers]).tolist() if len(numbers) > 1 else [float(numbers[0].item())]
 
     def _patch(self, cells: Tensor) -> tuple[int, int]:
         """Cells of [..., h, w] in a token."""
@@ -82,3 +79,48 @@ class StepSignals:
         if rate.ndim == 3:
             return rate.mean((0, 2)).view(self.grid)
         return pooled(rate.mean((0, 1)), self._patch(rate))
+
+
+class Reading:
+    """Scalars of the device on their way to the host, in one copy. Nobody waits for them before `values`, and there only for what the device
+    was given before them: what it is given afterwards goes on."""
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
+        together = torch.stack([number.to(dtype) for number in numbers])
+        self._numbers, self._arrival = together, None
+        if together.is_cuda:
+            self._numbers = together.to("cpu", non_blocking=True)
+            self._arrival = torch.cuda.current_stream(together.device).record_event()
+
+    def values(self) -> list[float]:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._numbers.tolist()
+
+
+class RowDecisions:
+    """What was decided for the chunks of a row at its beginning, and what is still asked. `waits`: of the host for the device, at most one."""
+
+    def __init__(self, made: Mapping[Chunk, Decision | Question]) -> None:
+        self._made, self.waits = dict(made), 0
+        asked = [number for one in made.values() if isinstance(one, Question) for number in one.numbers if isinstance(number, Tensor)]
+        self._places = {id(number): place for place, number in enumerate(asked)}
+        self._reading = Reading(asked) if asked else None
+        self._values: list[float] = []
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk in self._made
+
+    def take(self, chunk: Chunk) -> Decision:
+        """The chunk's turn has come. The first whose decision hangs on a number waits for those of all."""
+        made = self._made.pop(chunk)
+        return made.answer(*map(self._value, made.numbers)) if isinstance(made, Question) else made
+
+    def _value(self, number: Tensor | float) -> float:
+        if not isinstance(number, Tensor):
+            return number
+        if not self._values:
+            assert self._reading is not None
+            self.waits, self._values, self._reading = 1, self._reading.values(), None
+        return self._values[self._places[id(number)]]

@@ -36,6 +36,10 @@ class Denoiser(Protocol):
         """Before a chunk's first step -> finished chunks that history is made of anew, oldest first: they are shown once more and committed."""
         ...
 
+    def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
+        """Before a row: the chunks that come to their next step, of which none has moved yet, and the latents of the whole film."""
+        ...
+
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Latents of the chunk [B, C, F, h, w] -> velocity, same shape; in the commit pass the result is not used."""
         ...
@@ -150,6 +154,7 @@ def _show_prefix(run: Denoiser, x: Tensor, schedule: ChunkSchedule, given: Given
 
 def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, plan: Plan, walk_of: dict[int, Walk]) -> None:
     """A row: every active chunk by a step, in place; those that are finished become history."""
+    run.begin_row(row.active, x)
     for chunk in row.active:
         clean = None
         if chunk.step == 0:
