@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, pool
+from flowcache_core.kernels.slots import pool
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper

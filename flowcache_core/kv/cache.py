@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..kernels.attention import attention, heads_apart, heads_together
 from ..kernels.segments import attention_with_lse, merge
+from ..kernels.slots import keep, move_up, pool
 from ..kernels.weighted import in_one_call, weighted
 from ..network import NetworkSizes
 from ..sampling.chunk import Chunk
-from .keeper import Choice, Keeper, Segment
+from .keeper import Choice, Keeper, Segment, side_by_side
 from .layout import Capacity, Layout, Range
 from .waiting import Waiting
 
@@ -63,12 +64,17 @@ class KVCache:
     def __init__(self, branches: Branches, sizes: KVSizes) -> None:
         self.branches, self.sizes = branches, sizes
         self.syncs = 0
-        """How often the host has waited for the device to store history elsewhere."""
+        """How often the host has waited for the device to store history elsewhere, before the run was resumed."""
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
     def bytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self._buffers)
+
+    @property
+    def waits(self) -> int:
+        """How often it has since."""
+        return 0
 
     def history_bytes(self, kept: int) -> int:
         """Of these, what `kept` slots of history take."""
@@ -110,21 +116,18 @@ class KVCache:
     def join(self, before: int, count: int, after: int) -> None:
         """A finished chunk's `count` slots become history, which ends at `before`: here they lie right behind it already."""
 
-    def keep(self, layer: int, batch: slice, choice: Choice, before: int, after: int) -> None:
-        """Of the first `before` slots those of `choice` stay, in order; the `after` slots behind them move up."""
-        stay = choice.index.shape[1]
+    def keep(self, layer: int, choice: Choice, before: int, after: int) -> None:
+        """Of the first `before` slots those of `choice`, of all branches, stay, in order; the `after` slots behind them move up."""
         for buffer in self._buffers[layer]:
-            mine = buffer[batch]
             if choice.pooled is not None:
-                pool(mine, choice.pooled)
-            mine[:, :, :stay] = mine[:, :, :before].take_along_dim(choice.index[:, None, :, None], 2)
-            mine[:, :, stay : stay + after] = mine[:, :, before : before + after].clone()
+                pool(buffer, choice.pooled)
+            keep(buffer, choice.index, before, choice.first, choice.last, after)
 
     def drop(self, gone: int, stay: int) -> None:
         """The first `gone` slots are given up, the `stay` slots behind them move up."""
         for pair in self._buffers:
             for buffer in pair:
-                buffer[:, :, :stay] = buffer[:, :, gone : gone + stay].clone()
+                move_up(buffer, 0, gone, stay)
 
     def adopt(self, other: KVCache) -> None:
         """Copy the branches that another cache holds: the host has begun to batch them differently."""
@@ -140,17 +143,11 @@ class KVCache:
 
     def hold(self, held: Held) -> None:
         """The same back, in place. Raises RuntimeError for tensors of other sizes."""
-        for number, slots in enumerate(held["buffers"]):
-            self.layer(number // 2, slots)[number % 2][:, :, : slots.shape[2]].copy_(slots)
+        for number, saved in enumerate(held["buffers"]):
+            self.layer(number // 2, saved)[number % 2][:, :, : saved.shape[2]].copy_(saved)
 
     def free(self) -> None:
         self._buffers.clear()
-
-
-def pool(slots: Tensor, groups: Tensor) -> None:
-    """Of slots [films, heads, N, D], in place: the middle one of every group, int64 [films, n, m], becomes the group's mean."""
-    for film, of_film in zip(slots, groups, strict=True):
-        film[:, of_film[:, of_film.shape[1] // 2]] = film[:, of_film].float().mean(2).to(film.dtype)
 
 
 class CachedAttention:
@@ -307,7 +304,7 @@ class KVStore:
 
     @property
     def syncs(self) -> int:
-        return sum(cache.syncs for cache in self._caches)
+        return sum(cache.syncs + cache.waits for cache in self._caches)
 
     @property
     def history_bytes(self) -> int:
@@ -364,18 +361,17 @@ class KVStore:
         """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
         count = self.layout.spans[chunk.index][1]
         history, stays = self.layout.settle(chunk.index)
-        for cache in self._caches:
-            if self.keeper is None:
-                if stays < history:
-                    cache.drop(history - stays, stays)
-                continue
+        if self.keeper is None:
+            for cache in self._caches if stays < history else ():
+                cache.drop(history - stays, stays)
+            return
+        chosen = [[self.keeper.settle(chunk, branch, stays) for branch in cache.branches] for cache in self._caches]
+        self.keeper.send()
+        for cache, branches in zip(self._caches, chosen, strict=True):
             cache.join(history - count, count, self.layout.active)
-            for branch in cache.branches:
-                batch = cache.batch_of((branch,))
-                assert batch is not None
-                for layer, choice in enumerate(self.keeper.settle(chunk, branch, stays)):
-                    if choice is not None:
-                        cache.keep(layer, batch, choice, history, self.layout.active)
+            for layer, choices in enumerate(zip(*branches, strict=True)):
+                if (choice := side_by_side(choices)) is not None:
+                    cache.keep(layer, choice, history, self.layout.active)
 
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
         """The cache that holds these branches, in this order, and where they lie in its batch."""
@@ -397,7 +393,7 @@ class KVStore:
     @property
     def held(self) -> list[tuple[Branches, int, Held]]:
         """Of every cache its branches, how often the host has waited for it, and its slots in use; settable."""
-        return [(cache.branches, cache.syncs, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
+        return [(cache.branches, cache.syncs + cache.waits, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
 
     @held.setter
     def held(self, held: list[tuple[Branches, int, Held]]) -> None:

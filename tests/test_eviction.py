@@ -1,0 +1,131 @@
+"""What is left of history after chunks have come and slots have gone: the keys and values that were written, bit for bit and in order,
+without a copy of a buffer on the way."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.kernels import slots
+from flowcache_core.kv.cache import KVCache
+from flowcache_core.kv.keeper import Choice, Keeper, side_by_side
+from flowcache_core.sampling.chunk import Chunk
+from flowcache_core.sampling.schedule import ChunkSchedule
+from tests.ledger import Peak
+from tests.recorded import FRAME, GROUPS, RecordedFilm, budget
+
+SCHEDULES = {
+    "one by one in a window": ChunkSchedule(21, 3, 2, 2, 3),
+    "rolling in a window": ChunkSchedule(23, 3, 6, 2, 4),
+    "after given frames": ChunkSchedule(17, 3, 2, 2, 2, prefix=4),
+    "all chunks together": ChunkSchedule(9, 3, 2, 0),
+}
+WITHIN_THE_HORIZON = {
+    "one by one": ChunkSchedule(21, 3, 2, 2),
+    "rolling": ChunkSchedule(23, 3, 6, 2),
+    "after given frames": ChunkSchedule(17, 3, 2, 2, prefix=4),
+}
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
+batched = pytest.mark.parametrize("groups", GROUPS, ids=["together", "apart", "swapped"])
+
+
+@batched
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_without_a_budget_a_chunk_sees_its_window_bit_for_bit(name: str, groups: tuple[tuple[str, ...], ...]) -> None:
+    assert RecordedFilm(SCHEDULES[name], None, groups).run(exactly).compared > 50
+
+
+@batched
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("name", WITHIN_THE_HORIZON)
+def test_under_a_budget_a_chunk_sees_what_was_kept_bit_for_bit(name: str, offload: bool, groups: tuple[tuple[str, ...], ...]) -> None:
+    assert RecordedFilm(WITHIN_THE_HORIZON[name], budget(5, offload=offload), groups).run(exactly).compared > 50
+
+
+@pytest.mark.parametrize("kept", [None, budget(5), budget(5, offload=True)], ids=["window", "budget", "offloaded"])
+@pytest.mark.parametrize("seed", range(4))
+def test_branches_may_be_batched_anew_at_every_evaluation(kept: object, seed: int) -> None:
+    schedule = SCHEDULES["rolling in a window"] if kept is None else WITHIN_THE_HORIZON["rolling"]
+    assert RecordedFilm(schedule, kept, regrouped=seed).run(exactly).compared > 50  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block", [1, 3 * 2 * 128])
+@pytest.mark.parametrize("offload", [False, True])
+def test_how_much_moves_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch, offload: bool, block: int) -> None:
+    monkeypatch.setattr(slots, "BLOCK", block)
+    RecordedFilm(WITHIN_THE_HORIZON["rolling"], budget(5, offload=offload)).run(exactly)
+    RecordedFilm(SCHEDULES["rolling in a window"]).run(exactly)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp8", 0.07), ("int8", 0.02), ("int4", 0.3)])
+@pytest.mark.parametrize("offload", [False, True])
+def test_in_fewer_bits_a_slot_is_as_near_at_the_end_as_at_the_beginning(dtype: str, error: float, offload: bool) -> None:
+    def close(seen: Tensor, written: Tensor) -> None:
+        assert (seen - written).norm() <= error * written.norm()
+
+    RecordedFilm(WITHIN_THE_HORIZON["rolling"], budget(5, dtype=dtype, offload=offload)).run(close)
+
+
+@pytest.mark.parametrize("kept", [None, budget(6)], ids=["window", "budget"])
+def test_a_chunk_that_becomes_history_needs_no_copy_of_a_buffer(monkeypatch: pytest.MonkeyPatch, kept: object) -> None:
+    """Beside a block of slots there are the numbers by which slots are known, a few bytes each."""
+    block, most = 2 * 128 * FRAME, []
+    monkeypatch.setattr(slots, "BLOCK", block)
+    film = RecordedFilm(ChunkSchedule(27, 3, 2, 2, 3 if kept is None else None), kept)  # type: ignore[arg-type]
+
+    def settled(chunk: Chunk) -> None:
+        buffers = [buffer for cache in film.store._caches for pair in cache._buffers for buffer in pair]
+        with Peak(*buffers) as peak:
+            film.store.settle(chunk)
+        most.append((peak.most, buffers[0].nbytes))
+
+    film.run(exactly, settled)
+    numbers = 0 if kept is None else 2 * 3 * 2 * film.sizes.history * 64
+    assert all(peak <= block * 4 + numbers < size / 4 for peak, size in most)
+    assert max(peak for peak, _ in most) > 0 or kept is None
+
+
+def test_what_goes_by_the_chunk_is_not_even_copied_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = RecordedFilm(ChunkSchedule(27, 3, 2, 2, 3))
+    monkeypatch.setattr(slots, "BLOCK", 1)
+
+    def settled(chunk: Chunk) -> None:
+        with Peak(*(buffer for cache in film.store._caches for pair in cache._buffers for buffer in pair)) as peak:
+            film.store.settle(chunk)
+        assert peak.most == 0
+
+    film.run(exactly, settled)
+
+
+def test_the_host_asks_for_the_kept_tokens_before_a_slot_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it waits for the choice, and the device goes on moving slots meanwhile."""
+    order: list[str] = []
+
+    def noted(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*args: object) -> object:
+            order.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for owner, name in ((Keeper, "settle"), (Keeper, "send"), (KVCache, "join"), (KVCache, "keep"), (Keeper, "locate")):
+        noted(owner, name)
+    RecordedFilm(ChunkSchedule(9, 3, 2, 2), budget(4), GROUPS[1]).run(exactly)
+    moved = ["join", *["keep"] * 3]
+    assert order == ["settle", "settle", "send", "join", "join", "locate", "settle", "settle", "send", *moved, *moved, "locate"]
+
+
+def test_choices_of_branches_side_by_side_are_one_choice() -> None:
+    one, other = (Choice(torch.tensor([[0, k, 9]]), torch.tensor([[[k, k + 1, k + 2]]]), 1, 1) for k in (3, 5))
+    both = side_by_side([one, other])
+    assert both is not None
+    assert both.pooled is not None
+    assert (both.index.tolist(), both.pooled.tolist()) == ([[0, 3, 9], [0, 5, 9]], [[[3, 4, 5]], [[5, 6, 7]]])
+    assert (both.first, both.last) == (1, 1)
+    assert side_by_side([one]) is one
+    assert side_by_side([None, None]) is None
