@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowcache_core.kv.cache import KVSizes, KVStore
+from flowcache_core.kv.cache import CachedAttention, KVSizes, KVStore
 from flowcache_core.kv.compressor import Budget
 from flowcache_core.kv.keeper import Keeper
 from flowcache_core.kv.layout import Layout, capacity
@@ -50,11 +50,11 @@ class RecordedFilm:
         self.sizes = KVSizes(FILMS, LAYERS, HEADS, HEAD_DIM, room.total, room.history, room.active)
         self.keeper = Keeper(kept, schedule, LAYERS, FILMS, (2, 2), Rope()) if kept else None
         make = kept.cache_of(self.sizes, layout) if kept else None
-        self.store = KVStore(self.sizes, layout, self.keeper, make, plain=self._plain)
+        self.store = KVStore(self.sizes, layout, self.keeper, make)
         self.written = torch.zeros(2, 2, LAYERS, FILMS, HEADS, schedule.frames * FRAME, HEAD_DIM)
         """Keys and values by branch."""
         self.compared = 0
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self.seen = torch.empty(0), torch.empty(0)
 
     def run(self, close: Callable[[Tensor, Tensor], None], settled: Callable[[Chunk], None] | None = None) -> RecordedFilm:
         """`close`: compares what is seen with what was written; `settled`: makes a chunk history."""
@@ -80,9 +80,8 @@ class RecordedFilm:
             attend, numbers = self.store.attention(group, chunk), ["ab".index(branch) for branch in group]
             for layer in range(LAYERS):
                 k, v = (x[numbers, layer][..., mine, :].flatten(0, 1) for x in self.written)
-                attend(layer, k, k, v, k.new_zeros(len(k), k.shape[2], 1))
-                assert self._seen is not None
-                for seen, written in zip(self._seen, self.written, strict=True):
+                self.attend(attend, layer, k, v)
+                for seen, written in zip(self.seen, self.written, strict=True):
                     for number, branch in enumerate(numbers):
                         for film in range(FILMS):
                             tokens = self._tokens(chunk, group[number], layer, film)
@@ -98,6 +97,15 @@ class RecordedFilm:
         first = min(self.store.layout.spans)
         return torch.cat([kept, torch.arange(self.schedule.span(first)[0] * FRAME, end)])
 
-    def _plain(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._seen = keys.clone(), values.clone()
-        return q
+    def attend(self, attend: CachedAttention, layer: int, k: Tensor, v: Tensor) -> None:
+        """Notes what is attended to."""
+        write = attend._written
+
+        def written(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            seen = write(layer, k, v)
+            self.seen = seen[0].clone(), seen[1].clone()
+            return seen
+
+        attend._written = written  # type: ignore[method-assign]
+        attend(layer, k, k, v, k.new_zeros(len(k), k.shape[2], 1))
+        attend._written = write  # type: ignore[method-assign]

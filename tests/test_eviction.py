@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels import slots
-from flowcache_core.kv.cache import KVCache
+from flowcache_core.kv.cache import CachedAttention, KVCache
 from flowcache_core.kv.keeper import Choice, Keeper, side_by_side
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.schedule import ChunkSchedule
@@ -118,6 +118,40 @@ def test_the_host_asks_for_the_kept_tokens_before_a_slot_moves(monkeypatch: pyte
     RecordedFilm(ChunkSchedule(9, 3, 2, 2), budget(4), GROUPS[1]).run(exactly)
     moved = ["join", *["keep"] * 3]
     assert order == ["settle", "settle", "send", "join", "join", "locate", "settle", "settle", "send", *moved, *moved, "locate"]
+
+
+@pytest.mark.parametrize("tokens", [None, torch.tensor([0, 3, 7])], ids=["all", "some"])
+@pytest.mark.parametrize("kept", [None, budget(5), budget(5, offload=True, dtype="int8")], ids=["window", "budget", "offloaded"])
+def test_an_aside_sees_its_own_keys_and_values_and_leaves_the_slots_as_they_were(kept: object, tokens: Tensor | None) -> None:
+    film = RecordedFilm(SCHEDULES["rolling in a window"] if kept is None else WITHIN_THE_HORIZON["rolling"], kept)  # type: ignore[arg-type]
+    layout, seen = film.store.layout, 0
+
+    def settled(chunk: Chunk) -> None:
+        nonlocal seen
+        k, v = torch.randn(2, 4, 2, 12 if tokens is None else len(tokens), 128)
+        before = [tensor.clone() for *_, held in film.store.held for kind in held.values() for tensor in kind]
+        aside = film.store.attention(("a", "b"), film.schedule.at(chunk.index, 1), tokens, aside=True)
+        film.attend(aside, 1, k, v)
+        at = torch.arange(12) if tokens is None else tokens
+        for x, fresh in zip(film.seen, (k, v), strict=True):
+            assert torch.equal(x[:, :, aside.end - 12 - aside.first :][:, :, at], fresh)
+        after = [tensor for *_, held in film.store.held for kind in held.values() for tensor in kind]
+        assert all(torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8)) for one, other in zip(before, after, strict=True))
+        seen += layout.kept > 0 or kept is None
+        film.store.settle(chunk)
+
+    film.run(lambda *_: None, settled)
+    assert seen > 2
+
+
+def test_an_aside_needs_the_memory_of_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CachedAttention, "_ranged", lambda attend, q, keys, values: q)
+    film = RecordedFilm(ChunkSchedule(27, 3, 2, 2)).run(lambda *_: None)
+    k, v = torch.randn(2, 4, 2, 12, 128)
+    aside = film.store.attention(("a", "b"), film.schedule.at(8, 1), aside=True)
+    with Peak(*(buffer for pair in aside.cache._buffers for buffer in pair), k, v) as peak:
+        aside(0, k, k, v, k)
+    assert peak.most == k.nbytes + v.nbytes
 
 
 def test_choices_of_branches_side_by_side_are_one_choice() -> None:

@@ -6,6 +6,8 @@ buffer that all layers share. A chunk is quantised once, when it joins history; 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from ..kernels.slots import move_up
@@ -14,6 +16,9 @@ from .codec import CHANNEL, Codec
 from .keeper import Choice
 from .layout import Layout
 from .stored import BOTH, OnDevice, Pages, Stored, StoredSizes
+
+
+At = TypeVar("At", slice, Tensor, slice | Tensor)
 
 
 class PackedCache(KVCache):
@@ -50,12 +55,13 @@ class PackedCache(KVCache):
         return self._buffers[index]
 
     def write(self, layer: int, batch: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
-        kept = self.layout.kept
-        super().write(layer, batch, slice(at.start - kept, at.stop - kept) if isinstance(at, slice) else at - kept, k, v)
+        super().write(layer, batch, self._behind_history(at), k, v)
 
     def own(self, layer: int, batch: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.layout.kept
-        return super().own(layer, batch, slice(at.start - kept, at.stop - kept), like)
+        return super().own(layer, batch, self._behind_history(at), like)
+
+    def copied(self, layer: int, batch: slice, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        return super().copied(layer, batch, self._behind_history(at))
 
     def read(self, layer: int, batch: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         assert self._scratch is not None
@@ -111,6 +117,11 @@ class PackedCache(KVCache):
         if self._stored:
             self._stored.free()
         self._stored = self._scratch = None
+
+    def _behind_history(self, at: At) -> At:
+        """Slots of the cache in terms of the buffers here."""
+        kept = self.layout.kept
+        return slice(at.start - kept, at.stop - kept) if isinstance(at, slice) else at - kept
 
     @property
     def _history(self) -> Stored:
