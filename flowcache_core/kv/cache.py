@@ -80,7 +80,7 @@ class KVCache:
     def __init__(self, branches: Branches, sizes: KVSizes) -> None:
         self.branches, self.sizes = branches, sizes
         self.syncs = 0
-        """How often the host has waited for the device to store history elsewhere, before the run was resumed."""
+        """How often the host has waited for the device to store history elsewhere, without `waits`."""
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -89,7 +89,7 @@ class KVCache:
 
     @property
     def waits(self) -> int:
-        """How often it has since."""
+        """How often it has for the copies of a step."""
         return 0
 
     def history_bytes(self, kept: int) -> int:

@@ -93,6 +93,7 @@ class PackedCache(KVCache):
     def adopt(self, other: KVCache) -> None:
         super().adopt(other)
         if isinstance(other, PackedCache) and other._stored:
+            self.syncs += self.offload
             states, theirs = self._history.states(), other._stored.states()
             for branch in set(self.branches) & set(other.branches):
                 to, source = self.batch_of((branch,)), other.batch_of((branch,))

@@ -51,7 +51,7 @@ class Stored(Protocol):
 
     @property
     def waits(self) -> int:
-        """How often the host has waited for a copy."""
+        """How often the host has waited for a copy while the run went on."""
         ...
 
     def at_hand(self, layer: int, slots: int) -> AbstractContextManager[State]:
@@ -67,7 +67,7 @@ class Stored(Protocol):
         ...
 
     def states(self) -> list[State]:
-        """Of every layer, for the host to read and write."""
+        """Of every layer, for the host to read and write: it waits for all copies."""
         ...
 
     def free(self) -> None:
@@ -126,7 +126,6 @@ class Pages:
         channel = sizes.batch, sizes.heads, 1, sizes.head_dim
         self._channels = [torch.zeros(channel, device=device) for _ in range(sizes.layers)] if codec.evens_keys else []
         self._copied: Mark = REACHED
-        self._asked = 0
 
     @property
     def bytes(self) -> int:
@@ -138,7 +137,7 @@ class Pages:
 
     @property
     def waits(self) -> int:
-        return self._side.waits + self._asked
+        return self._side.waits
 
     @contextmanager
     def at_hand(self, layer: int, slots: int) -> Iterator[State]:
@@ -167,8 +166,6 @@ class Pages:
             self._fetch(0, stay)
 
     def states(self) -> list[State]:
-        """Here the host waits."""
-        self._asked += 1
         self._copied.synchronize()
         self._holds = 0, 0
         return [self._state(home, layer) for layer, home in enumerate(self._home)]
