@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels import slots
+from flowcache_core.kv import codec
 from flowcache_core.kv.cache import CachedAttention, KVCache
 from flowcache_core.kv.keeper import Choice, Keeper, side_by_side
 from flowcache_core.sampling.chunk import Chunk
@@ -98,6 +99,26 @@ def test_what_goes_by_the_chunk_is_not_even_copied_in_blocks(monkeypatch: pytest
         assert peak.most == 0
 
     film.run(exactly, settled)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offload"), [("fp8", False), ("int8", False), ("int4", False), ("as computed", True), ("fp8", True), ("int8", True), ("int4", True)]
+)
+def test_history_in_another_form_is_restored_in_one_place_without_a_copy_of_it(monkeypatch: pytest.MonkeyPatch, dtype: str, offload: bool) -> None:
+    """What conversion needs beside it is a block, whichever layer is read and however often."""
+    monkeypatch.setattr(codec, "BLOCK", 4 * 2 * 128)
+    film, places, most = RecordedFilm(WITHIN_THE_HORIZON["one by one"], budget(6, dtype=dtype, offload=offload)), set(), 0
+    film.run(lambda *_: None)
+    cache = film.store._caches[0]
+    held = [tensor for *_, kinds in film.store.held for kind in kinds.values() for tensor in kind]
+    scratch = cache.read(0, slice(0, 4), 0, 1)
+    for layer in (0, 1, 2, 0, 1, 2):
+        with Peak(*held, *scratch, *([cache._history._near] if offload else [])) as peak:  # type: ignore[attr-defined]
+            seen = cache.read(layer, slice(0, 4), 0, film.store.layout.total)
+        places.add((seen[0].data_ptr(), seen[1].data_ptr()))
+        most = max(most, peak.most)
+    assert len(places) == 1
+    assert most <= 8 * 4 * 2 * 128 < seen[0].nbytes / 2
 
 
 def test_the_host_asks_for_the_kept_tokens_before_a_slot_moves(monkeypatch: pytest.MonkeyPatch) -> None:

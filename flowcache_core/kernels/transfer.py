@@ -6,6 +6,7 @@ On CUDA they have a stream of their own, and what the host asks for lies in pinn
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -73,9 +74,9 @@ class Side:
 class CudaSide(Side):
     """A stream for all copies of one owner, in both directions: one after the other, in the order in which they are asked for."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)

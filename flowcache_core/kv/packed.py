@@ -17,7 +17,6 @@ from .keeper import Choice
 from .layout import Layout
 from .stored import BOTH, OnDevice, Pages, Stored, StoredSizes
 
-
 At = TypeVar("At", slice, Tensor, slice | Tensor)
 
 
@@ -48,10 +47,10 @@ class PackedCache(KVCache):
             sizes, batch = self.sizes, len(self.branches) * self.sizes.films
             whole = (batch, sizes.heads, sizes.capacity, sizes.head_dim)
             active = (batch, sizes.heads, sizes.active, sizes.head_dim)
-            self._scratch = like.new_empty(whole), like.new_empty(whole)
-            self._buffers = [(like.new_empty(active), like.new_empty(active)) for _ in range(sizes.layers)]
             history = StoredSizes(sizes.layers, batch, sizes.heads, sizes.history, sizes.head_dim, like.dtype)
             self._stored = (Pages if self.offload else OnDevice)(self.codec, history, like.device)
+            self._scratch = like.new_empty(whole), like.new_empty(whole)
+            self._buffers = [(like.new_empty(active), like.new_empty(active)) for _ in range(sizes.layers)]
         return self._buffers[index]
 
     def write(self, layer: int, batch: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:

@@ -21,7 +21,7 @@ from .codec import CHANNEL, Codec, State, Which
 from .keeper import Choice
 
 BOTH: tuple[Which, Which] = ("k", "v")
-WORDS = (torch.int64, torch.int32, torch.int16)
+WORDS = (torch.int32, torch.int16)
 
 
 @dataclass(frozen=True, slots=True)
