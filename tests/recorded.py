@@ -41,6 +41,10 @@ def budget(frames: int, **settings: object) -> Budget:
     return Budget(frames * FRAME, FRAME, 3 * FRAME, "token", Scattered(), **settings)  # type: ignore[arg-type]
 
 
+def exactly(seen: Tensor, written: Tensor) -> None:
+    assert torch.equal(seen, written)
+
+
 class RecordedFilm:
     """`groups`: how branches are batched; `regrouped`: a seed, with which that changes from evaluation to evaluation."""
 

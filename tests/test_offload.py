@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,10 +22,10 @@ from flowcache_core.kv.codec import CODECS, Codec
 from flowcache_core.kv.stored import OnDevice, Pages, StoredSizes
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.schedule import ChunkSchedule
-from tests.recorded import FRAME, LAYERS, RecordedFilm, budget
+from tests.ledger import Ledger
+from tests.recorded import FRAME, LAYERS, RecordedFilm, budget, exactly
 
-exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
-ROLLING = ChunkSchedule(23, 3, 6, 2)
+ROLLING = ChunkSchedule(20, 3, 4, 2)
 
 
 @dataclass
@@ -37,16 +36,15 @@ class Copy:
     slots: int
     out: bool
     do: Callable[[], object]
-    done: bool = False
 
 
 @dataclass
 class At:
-    """A mark: the computation's `time`, or the `copy` that it is the end of."""
+    """A mark: the computation's `time`, or the end of so many `copies`."""
 
     side: LateSide
     time: int = 0
-    copy: Copy | None = None
+    copies: int = 0
 
     def synchronize(self) -> None:
         self.side.waits_of_host += 1
@@ -59,6 +57,7 @@ class LateSide(Side):
     waits: int = 0
     waits_of_host: int = 0
     time: int = 0
+    done: int = 0
     log: list[Copy] = field(default_factory=list)
     homes: list[int] = field(default_factory=list)
     touched: dict[int, int] = field(default_factory=dict)
@@ -77,18 +76,16 @@ class LateSide(Side):
         last = self.touched.get(near.untyped_storage().data_ptr(), 0)
         assert last <= (after.time if isinstance(after, At) else 0), "it may begin while the page is still used"
         self.log.append(Copy(self.homes.index(home.untyped_storage().data_ptr()), len(to), out, lambda: to.copy_(source)))
-        return At(self, copy=self.log[-1])
+        return At(self, copies=len(self.log))
 
     def mark(self) -> Mark:
         return At(self, self.time)
 
     def wait(self, mark: Mark) -> None:
         """The copies are done in order, as those of one stream."""
-        if isinstance(mark, At) and mark.copy is not None:
-            for copy in self.log[: self.log.index(mark.copy) + 1]:
-                if not copy.done:
-                    copy.do()
-                    copy.done = True
+        while isinstance(mark, At) and self.done < mark.copies:
+            self.log[self.done].do()
+            self.done += 1
 
     def fetch(self, tensor: Tensor) -> Fetched:
         return Fetched(tensor.cpu(), At(self, self.time))
@@ -199,6 +196,14 @@ def test_a_page_holds_the_bytes_of_its_slots_and_one_is_on_the_device(codec: Cod
     slots, channels = 2 * 20 * codec.bytes_per_token(3, 16, dtype.itemsize), 4 * 2 * codec.bytes_per_layer(3, 16)
     assert pages.whole == there.whole == there.bytes == 4 * slots + channels
     assert pages.bytes == slots + channels
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_what_pages_hold_on_the_device_is_counted(codec: Codec) -> None:
+    with Ledger() as ledger:
+        pages = pages_of(codec)
+    assert ledger.held(*pages._home) == pages.bytes
+    assert ledger.held() == pages.bytes + sum(home.nbytes for home in pages._home)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
