@@ -234,7 +234,8 @@ def copying(device: torch.device, size: int) -> float:
 
 def _row(operation: Operation, sizes: Sizes, inputs: tuple[Any, ...], args: argparse.Namespace, product: float, copy: float) -> dict[str, Any]:
     """`of_ceiling`: the least time that a copy or a product of this size would take here, over the median; `us_eager`: of plain PyTorch, None where
-    the operation is that or where the scores of attention would fill the memory; `us_compiled`: of what `torch.compile` makes of that."""
+    the operation is that, or for attention where key heads are shared or its scores would fill the memory; `us_compiled`: of what
+    `torch.compile` makes of that."""
     device, itemsize = torch.device(args.device), getattr(torch, args.dtype).itemsize
     times = timings(lambda: operation.call(*inputs), device, args.seconds)
     median, tenths = statistics.median(times), statistics.quantiles(times, n=10)
@@ -249,7 +250,7 @@ def _row(operation: Operation, sizes: Sizes, inputs: tuple[Any, ...], args: argp
 
 def _beside(operation: Operation, sizes: Sizes, inputs: tuple[Any, ...], args: argparse.Namespace) -> dict[str, float | None]:
     device, plain = torch.device(args.device), operation.eager
-    if plain is products and sizes.heads * sizes.tokens * sizes.keys > SCORES_AT_MOST:
+    if plain is products and (sizes.heads != sizes.kv_heads or sizes.heads * sizes.tokens * sizes.keys > SCORES_AT_MOST):
         plain = None
     others = {"us_eager": plain, **({"us_compiled": torch.compile(plain or operation.call)} if args.compile else {})}
     return {name: one and round(statistics.median(_timed(one, inputs, device, args.seconds)) * 1e6, 1) for name, one in others.items()}
