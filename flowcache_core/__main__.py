@@ -15,6 +15,8 @@ from .device import commit, device_name
 from .files import refused, write_text
 from .fleet import command as render
 from .models.bundle import weights_id
+from .ranks.group import DeviceLost
+from .ranks.launch import first, world
 from .show.film import write_picture
 from .show.plot import line_plot
 
@@ -37,14 +39,19 @@ def main() -> int:
         if args.command == "render":
             return render.main(args)
         if args.command == "demo":
-            demo.main(args)
+            with world() as devices:
+                demo.main(args, devices)
         elif args.command == "figures":
             figures.main(args)
         else:
             _bench(args)
     except ValueError as error:
-        print(f"flowcache: {error}", file=sys.stderr)
+        if first():
+            print(f"flowcache: {error}", file=sys.stderr)
         return 2
+    except DeviceLost as error:
+        print(f"flowcache: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"flowcache: {refused(error)}", file=sys.stderr)
         return 2
