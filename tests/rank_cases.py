@@ -43,7 +43,9 @@ from tests.toy_family import no_vae, words
 MACHINE = Machine(1e9, 1e9, 1e9, 1e9, 1e-4)
 JOB = Job("a text", frames=57, steps=4, seed=3, size=32, cfg=3.0, ar_step=2)
 """Three chunks of 5 latent frames of 4 tokens, of which a chunk sees two."""
-BASE = Chunkwise(0.3, 1, max_reuse=3)
+DECIDED = replace(JOB, steps=6, ar_step=3)
+BASE = Chunkwise(1.6, 1, max_reuse=3)
+FINE: dict[str, Any] = {"base": BASE, "coarse": 0.2, "min_refresh": 0.0}
 HEAD, TOKENS = "head.safetensors", 20
 
 
@@ -77,17 +79,16 @@ CASES: dict[str, Case] = {
     "uncached, float32": Case(dtype="float32"),
     "planned": Case(Planned(share=0.5), rows=2),
     "seconds": Case(Planned(seconds=100.0)),
-    "rule": Case(Chunkwise(0.3, 1, replay="residual"), rows=2),
-    "motion": Case(Motion(0.3, base=BASE, coarse=0.2, min_refresh=0.0), rows=2),
-    "motion by output": Case(Motion(0.4, base=replace(BASE, replay="residual"), coarse=0.2, min_refresh=0.0, measure="output"), rows=2),
-    "motion by change": Case(Motion(0.4, base=BASE, coarse=0.2, min_refresh=0.0, measure="change"), rows=2),
-    "part": Case(Multirate(share=0.6), rows=2),
+    "rule": Case(replace(BASE, replay="residual"), job=DECIDED, rows=2),
+    "motion": Case(Motion(1.6, **FINE), job=DECIDED, rows=2),
+    "motion by output": Case(Motion(1.6, **{**FINE, "base": replace(BASE, replay="residual")}, measure="output"), job=DECIDED, rows=2),
+    "motion by change": Case(Motion(1.6, **FINE, measure="change"), job=DECIDED, rows=2),
+    "part": Case(Multirate(share=0.5), job=replace(JOB, steps=8, ar_step=4), rows=2),
     "prefix": Case(prefix=3),
-    "one branch": Case(job=replace(JOB, cfg=1.0)),
     **{f"kv {name}": scored(name) for name in ("importance-redundancy", "expected-attention", "even")},
     "kv int8": Case(compressor=kv("r-kv", dtype="int8"), rows=2),
     "kv means": Case(compressor=kv("h2o", soft=0.2)),
-    "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), rows=2),
+    "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, rows=2),
     "magi": Case(job=replace(JOB, frames=72, cfg=7.5, ar_step=1, shift=3.0, solver="euler", addnoise=0), family=MAGI.name),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from flowcache_core.kv.scores.salience import Salience
 from flowcache_core.memory import RunMemory
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies import Motion
+from flowcache_core.policies.protocol import PlanPolicy
 from flowcache_core.ranks.cost import Machine, Mesh, Network, Work, fastest, kept_bytes, meshes, ratio, sent_bytes
 from flowcache_core.ranks.group import shares
 from flowcache_core.ranks.launch import world
@@ -60,6 +61,12 @@ def test_no_device_holds_more_than_its_share_of_the_cache(came: dict[str, Any], 
         assert device[name]["kv"] * int(devices) == device[name]["kv_alone"]
 
 
+@pytest.mark.parametrize("name", ["motion", "motion by output", "motion by change", "part"])
+def test_some_evaluations_of_these_cases_are_of_some_tokens(came: dict[str, Any], name: str) -> None:
+    tokens = came["films"]["2"][0][name]["tokens"]
+    assert {0, TOKENS} < set(tokens)
+
+
 NET = Network(2, 512, 4, 4, 128, 1, 64)
 """Of the cases of SkyReels-V2."""
 HISTORY = (TOKENS, 2 * TOKENS)
@@ -79,7 +86,8 @@ def test_bytes_are_those_of_the_formula(came: dict[str, Any], devices: str, name
         row, column = divmod(rank, mesh.columns)
         itemsize, branches = torch.finfo(getattr(torch, case.dtype)).bits // 8, 1 if case.job.cfg == 1 else 2
         work = Work(NET, branches, TOKENS, 0, 0, itemsize, residual=wants_residual(case.policy))
-        ran = [replace(work, tokens=tokens, chunk_tokens=TOKENS) for tokens in device["tokens"] if tokens] + [work] * device["commits"]
+        asked = [tokens for tokens in device["tokens"] if tokens or not isinstance(case.policy, PlanPolicy)]
+        ran = [replace(work, tokens=tokens, chunk_tokens=TOKENS) for tokens in asked] + [work] * device["commits"]
         expected = sum(sent_bytes(one, mesh, row, column) for one in ran)
         if case.compressor or name == "kv salience":
             expected += sum(kept_bytes(work, mesh, row, column, slots, name == "kv salience") for slots in HISTORY)

@@ -41,8 +41,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Work:
-    """One evaluation. `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed; `seen`: slots that they attend to;
-    `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered."""
+    """One evaluation.
+
+    `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed, 0 where an output is replayed; `seen`: slots that they
+    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered.
+    """
 
     network: Network
     branches: int
@@ -101,7 +104,7 @@ def kept_bytes(work: Work, mesh: Mesh, row: int, column: int, slots: int, hidden
 
 
 def _by_columns(work: Work, devices: int, mine: int, branches: int) -> int:
-    if devices == 1:
+    if devices == 1 or not work.tokens:
         return 0
     network, heads, tokens = work.network, shares(work.network.heads, devices), shares(work.tokens, devices)
     together = network.query_heads // network.heads
