@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, seam
+from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, scale, seam
 from .demo import run as demo
 from .device import commit, device_name
 from .files import refused, write_text
@@ -20,7 +20,7 @@ from .ranks.launch import first, world
 from .show.film import write_picture
 from .show.plot import line_plot
 
-BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels)
+BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels, scale)
 
 
 def main() -> int:
@@ -67,6 +67,8 @@ def _bench(args: argparse.Namespace) -> None:
         "bench": bench.NAME, "device": device_name(), "commit": commit(),
         "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
     }  # fmt: skip
+    if not first():
+        return
     rows = result["rows"]
     print(_table(rows))
     if result.get("summary"):

@@ -27,8 +27,9 @@ def first() -> bool:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """All devices of the command; this one alone where torchrun has not started it. Raises ValueError where some are not there.
+def world(device: torch.device | str = "cpu") -> Iterator[World]:
+    """All devices of the command; this one alone where torchrun has not started it. Raises ValueError where some are not there. `device`: where
+    films are made.
 
     While it is open, an end by SIGTERM, which torchrun sends when another process has ended, is said in a sentence. When it is left by an
     error, the process has to end: that is how the others learn of it.
@@ -39,7 +40,7 @@ def world() -> Iterator[World]:
     rank, devices = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _end_announced(rank, devices):
         _come_together()
-        yield World(devices, rank, timed_machine())
+        yield World(devices, rank, timed_machine(device))
         dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,10 @@ from .cost import Machine, Mesh, Network, Work, fastest, meshes, ratio, seconds,
 from .group import Group, Traffic, shares
 from .split import parts, split_adapter, split_policy
 
-T = TypeVar("T")
 MIB = 2**20
-SIDE, PIECE, REPEATS = 512, 2**20, 3
-"""Of the product and of the message, in numbers, by which a machine is timed."""
+SIDE, PIECE, REPEATS = 512, 2**20, 10
+"""Of the product and of the message, in numbers, by which a machine is timed, and how often."""
+TICK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -168,32 +168,38 @@ def network_of(family: Family, adapter: ModelAdapter, latent: Sequence[int]) -> 
     return Network(adapter.layers, adapter.width, adapter.heads, adapter.query_heads, adapter.head_dim, max(weights - of_text, 1), cells)
 
 
-def timed_machine() -> Machine:
-    """What each of the devices computes and sends, on average: some milliseconds, on all of them at once and on the first alone."""
+def timed_machine(device: torch.device | str = "cpu") -> Machine:
+    """What each of the devices computes and sends: a fraction of a second, on the first alone and then on all of them at once."""
     group = Group(dist.group.WORLD)
-    a = torch.randn(SIDE, SIDE)
-    message = [torch.zeros(PIECE // group.size)] * group.size
-    alone = _least(lambda: a @ a) if group.rank == 0 else 0.0
+    a = torch.randn(SIDE, SIDE, device=device)
+    message = [torch.zeros(PIECE // group.size, device=device)] * group.size
+    alone = _mean(lambda: a @ a, a) if group.rank == 0 else 0.0
     dist.barrier()
-    together = _least(lambda: a @ a)
-    copy = _least(a.clone)
-    sending = _least(lambda: group.exchange(message, [message[0].shape] * group.size))
-    nothing = _least(lambda: group.exchange([a[0, :1]] * group.size, [(1,)] * group.size))
-    slowest = torch.tensor([alone, together, copy, sending, nothing], dtype=torch.float64)
+    together = _mean(lambda: a @ a, a)
+    copy = _mean(a.clone, a)
+    sending = _mean(lambda: group.exchange(message, [message[0].shape] * group.size), a)
+    nothing = _mean(lambda: group.exchange([a[0, :1]] * group.size, [(1,)] * group.size), a)
+    slowest = torch.tensor([alone, together, copy, sending, nothing], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     alone, together, copy, sending, nothing = slowest.tolist()
-    product, sent = 2 * SIDE**3, 4 * PIECE * (group.size - 1) // group.size
-    return Machine(product / together, product / alone, 8 * a.numel() / copy, sent / max(sending - nothing, 1e-9), nothing)
+    product, sent = 2 * SIDE**3, a.element_size() * PIECE * (group.size - 1) // group.size
+    return Machine(product / together, product / min(alone, together), 2 * a.nbytes / copy, sent / max(sending - nothing, TICK), nothing)
 
 
-def _least(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls."""
-    took = []
+def _mean(call: Callable[[], object], like: Tensor) -> float:
+    """Seconds of a call, after a first one."""
+    call()
+    _wait(like)
+    began = time.perf_counter()
     for _ in range(REPEATS):
-        began = time.perf_counter()
         call()
-        took.append(time.perf_counter() - began)
-    return min(took)
+    _wait(like)
+    return (time.perf_counter() - began) / REPEATS
+
+
+def _wait(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
 
 
 def _largest(group: Group, value: float) -> float:

@@ -1,0 +1,155 @@
+"""`bench scale`: one film on one device and on all that torchrun has started, in every way that they can share it.
+
+`torchrun --nproc-per-node N -m flowcache_core bench scale`. The network has random weights: nothing is said about films. The film of one device is
+timed while the others wait, then that of all of them; what was expected follows from a product and a message that are timed before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..device import device_name
+from ..models.bundle import Bundle
+from ..models.family import ChunkLayout, Family
+from ..models.magi import MagiConfig
+from ..models.magi_family import MAGI
+from ..models.skyreels import HEAD_DIM, SkyReelsConfig
+from ..models.skyreels_family import SKYREELS
+from ..ranks.cost import Machine, Mesh, Work, fastest, meshes, ratio, seconds, sent_bytes
+from ..ranks.group import shares
+from ..ranks.launch import world
+from ..ranks.world import ONE, World, network_of
+from ..run.generate import Job, generate
+from ..run.report import RunReport
+from .measured import table
+from .model import GIB, HALF, MIB, Geometry, Sized, sized
+
+NAME = "scale"
+LAYOUT = ChunkLayout(5, 2, 24)
+CARDS = (1, 2, 4, 8)
+REPEATS = 2
+RATE, READS = 4e14, 2.5e12
+"""Assumed of a card: operations per second in 16 bits, and bytes per second from its memory; about 40 % and 75 % of what an H100 is sold
+with."""
+LINKS = {"NVLink": Machine(RATE, RATE, READS, 3e11, 2e-5), "PCIe": Machine(RATE, RATE, READS, 2e10, 3e-5)}
+"""Assumed of a link: 300 and 20 GB per second that a card sends, and 20 and 30 microseconds for a collective of nothing."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A published model, and the evaluation that is counted: a chunk that sees all of its window, every branch of guidance.
+
+    `frames`: of a chunk; `seen`: latent frames; `latent`: height and width of one.
+    """
+
+    family: Family
+    config: Any
+    frames: int
+    seen: int
+    latent: tuple[int, int]
+    words: int
+    cfg: float
+
+    @property
+    def cached(self) -> int:
+        """Branches with a KV cache."""
+        guidance = self.family.guidance
+        return len(guidance.remembered(self.cfg) if guidance.inside else guidance.branches(self.cfg))
+
+    def work(self) -> Work:
+        """On the meta device: no memory is needed."""
+        adapter = self.family.adapter(self.family.network(self.config, device="meta", dtype=torch.bfloat16), None)
+        frame, branches = adapter.tokens_per_frame(*self.latent), len(self.family.guidance.branches(self.cfg))
+        return Work(network_of(self.family, adapter, self.latent), branches, self.frames * frame, self.seen * frame, self.words, HALF)
+
+
+MODELS = {
+    "SkyReels-V2 1.3B, 960 x 544": Released(SKYREELS, SkyReelsConfig(1536, 8960, 30, fps=True), 5, 25, (68, 120), 512, 6.0),
+    "SkyReels-V2 14B, 960 x 544": Released(SKYREELS, SkyReelsConfig(5120, 13824, 40), 5, 25, (68, 120), 512, 6.0),
+    "MAGI-1 4.5B, 720 x 720": Released(MAGI, MagiConfig(3072, 12288, 34, 8), 6, 30, (90, 90), 800, 7.5),
+    "MAGI-1 24B, 1280 x 720": Released(MAGI, MagiConfig(6144, 16384, 48, 8, channels=32, gated=True), 6, 30, (90, 160), 800, 7.5),
+}  # fmt: skip
+
+
+def cards() -> str:
+    """Seconds of one evaluation, and how many times as fast as one card, by the arithmetic of `ranks/cost.py`."""
+    lines = []
+    for name, released in MODELS.items():
+        work = released.work()
+        for count in CARDS:
+            inside = released.family.guidance.inside
+            choices = meshes(count, 1 if inside else work.branches, work.network.heads)
+            mesh = {link: fastest(work, choices, machine) for link, machine in LINKS.items()}
+            each = (f"{sum(seconds(work, mesh[link], LINKS[link])):.2f} s, {ratio(work, mesh[link], LINKS[link]):.2f}x" for link in LINKS)
+            one = mesh["PCIe"]
+            sent, kept = sent_bytes(work, one) / MIB, cache_bytes(work, one, released.cached) / GIB
+            lines.append((name, count, f"{one.rows} x {one.columns}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
+    head = ["model", "cards", "branches x heads", *LINKS, "each card sends for an evaluation", "KV cache of the window on each"]
+    return table(head, lines)
+
+
+def cache_bytes(work: Work, mesh: Mesh, branches: int) -> int:
+    """Keys and values of all that a chunk sees, in so many branches, on the device that holds most of them."""
+    network = work.network
+    heads, branches = max(shares(network.heads, mesh.columns)), max(shares(branches, mesh.rows))
+    return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
+
+
+FIGURES: dict[str, Callable[[], str]] = {"scale-cards": cards}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=37, help="pixel frames (default %(default)s: two chunks)")
+    parser.add_argument("--steps", type=int, default=4, help="steps per chunk (default %(default)s)")
+    parser.add_argument("--width", type=int, default=512, help="of the network, a multiple of 128, the size of a head (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the network (default %(default)s)")
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """-> {"rows"}: for one device and every mesh of all of them seconds of the film, how many times as fast as one device it was and was expected
+    to be, `efficiency` by device, and what the first device sent. Raises ValueError for what cannot work."""
+    geometry = asked(args)
+    with world() as devices:
+        choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
+        bundle = sized(geometry, geometry.config.layers, torch.float32, "cpu")
+        alone = least(bundle, geometry.job, ONE) if devices.first else None
+        reports = [] if devices.machine is None else [least(bundle, geometry.job, replace(devices, rows=mesh.rows)) for mesh in choices]
+    base = alone.wall_s if alone else 1.0
+    rows = [row(report, base) for report in (alone, *reports) if report]
+    return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config), "rows": rows}
+
+
+def asked(args: argparse.Namespace) -> Geometry:
+    """Raises ValueError, before anything is made."""
+    if args.width % HEAD_DIM or not HEAD_DIM <= args.width <= 8192 or not 1 <= args.layers <= 100:
+        raise ValueError(
+            f"a network of width {args.width} with {args.layers} layers was asked for: width is a multiple of {HEAD_DIM}, layers 1 to 100"
+        )
+    job = Job("", args.frames, args.steps, size=args.size, ar_step=args.steps)
+    job.schedule(Sized(SKYREELS, None, None, LAYOUT))
+    return Geometry(SkyReelsConfig(args.width, 2 * args.width, args.layers, text_dim=64), LAYOUT, job, 16)
+
+
+def least(bundle: Bundle, job: Job, world: World) -> RunReport:
+    """Of the fastest of a few runs; what comes first is timed after a shorter one."""
+    generate(bundle, replace(job, steps=2, ar_step=2), world=world)
+    return min((generate(bundle, job, world=world)[1] for _ in range(REPEATS)), key=lambda report: report.wall_s)
+
+
+def row(report: RunReport, base: float) -> dict[str, Any]:
+    """`base`: seconds of one device. `deviation`: of what came from what was expected."""
+    came, devices = base / report.wall_s, report.devices or {"rows": 1, "columns": 1, "expected_ratio": 1.0, "bytes": 0, "seconds": 0.0}
+    evaluations, count = report.chunk_steps_computed + report.commits, devices["rows"] * devices["columns"]
+    return {
+        "devices": count, "branches": devices["rows"], "heads": devices["columns"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
+        "efficiency": round(came / count, 3), "expected": devices["expected_ratio"], "deviation": round(came / devices["expected_ratio"] - 1, 3),
+        "mib_per_evaluation": round(devices["bytes"] / evaluations / MIB, 3), "sending_s": round(devices["seconds"], 3),
+        "kv_mib": round(report.kv_peak_bytes / MIB, 2),
+    }  # fmt: skip
