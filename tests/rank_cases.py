@@ -36,12 +36,12 @@ from flowcache_core.ranks.world import ONE, World
 from flowcache_core.run.generate import NOTHING, Given, Job, generate
 from flowcache_core.run.report import RunReport
 from tests.forked import forked
-from tests.rank_ends import ended
+from tests.rank_ends import ended, free_port, scaled
 from tests.tiny_magi import tiny_magi
 from tests.toy_family import no_vae, words
 
 MACHINE = Machine(1e9, 1e9, 1e9, 1e9, 1e-4)
-JOB = Job("a text", frames=57, steps=4, seed=3, size=32, cfg=3.0, ar_step=2)
+JOB = Job("a text", frames=57, steps=2, seed=3, size=32, cfg=3.0, ar_step=1)
 """Three chunks of 5 latent frames of 4 tokens, of which a chunk sees two."""
 DECIDED = replace(JOB, steps=6, ar_step=3)
 BASE = Chunkwise(1.6, 1, max_reuse=3)
@@ -67,17 +67,11 @@ def kv(name: str, **settings: Any) -> Compressor:
     return Compressor(policy(), 1.5, **settings)
 
 
-def scored(name: str) -> Case:
-    """One policy measures the length of vectors in float32, which PyTorch refuses for float64."""
-    dtype = "float32" if name == "expected-attention" else "float64"
-    return Case(compressor=kv(name), job=replace(JOB, steps=2, ar_step=1), dtype=dtype)
-
-
 CASES: dict[str, Case] = {
     "uncached": Case(),
     "uncached, branches apart": Case(rows=2),
     "uncached, float32": Case(dtype="float32"),
-    "planned": Case(Planned(share=0.5), rows=2),
+    "planned": Case(Planned(share=0.5), job=DECIDED, rows=2),
     "seconds": Case(Planned(seconds=100.0)),
     "rule": Case(replace(BASE, replay="residual"), job=DECIDED, rows=2),
     "motion": Case(Motion(1.6, **FINE), job=DECIDED, rows=2),
@@ -85,16 +79,16 @@ CASES: dict[str, Case] = {
     "motion by change": Case(Motion(1.6, **FINE, measure="change"), job=DECIDED, rows=2),
     "part": Case(Multirate(share=0.5), job=replace(JOB, steps=8, ar_step=4), rows=2),
     "prefix": Case(prefix=3),
-    **{f"kv {name}": scored(name) for name in ("importance-redundancy", "expected-attention", "even")},
+    "kv scores": Case(compressor=kv("importance-redundancy")),
     "kv int8": Case(compressor=kv("r-kv", dtype="int8"), rows=2),
     "kv means": Case(compressor=kv("h2o", soft=0.2)),
     "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, rows=2),
-    "magi": Case(job=replace(JOB, frames=72, cfg=7.5, ar_step=1, shift=3.0, solver="euler", addnoise=0), family=MAGI.name),
+    "magi": Case(job=replace(JOB, frames=72, steps=4, cfg=7.5, shift=3.0, solver="euler", addnoise=0), family=MAGI.name),
 }  # fmt: skip
 
 
 SIZES = (2, 4)
-FEW = ("uncached, branches apart", "rule", "motion", "part", "kv importance-redundancy", "kv int8", "magi")
+FEW = ("rule", "motion", "kv scores", "magi")
 """Cases for four devices."""
 
 
@@ -169,7 +163,9 @@ def main(folder: Path) -> None:
         statuses = forked(devices, partial(device, devices=devices, folder=folder, cases=some, references=references))
         assert statuses == [0] * devices, statuses
     films = {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in SIZES}
-    print(json.dumps({"films": films, "ends": ended(folder)}))
+    assert forked(2, partial(scaled, port=free_port(), folder=folder)) == [0, 0]
+    scale = {"rows": json.loads((folder / "scale.json").read_text())["rows"], "others": (folder / "scale-1.txt").read_text()}
+    print(json.dumps({"films": films, "ends": ended(folder), "scale": scale}))
 
 
 if __name__ == "__main__":

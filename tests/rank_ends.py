@@ -1,4 +1,4 @@
-"""The command on several devices, of which one ends in the middle; `rank_cases` runs it for `test_ranks`."""
+"""The commands on several devices, and of these one that ends in the middle; `rank_cases` runs it for `test_ranks`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,43 @@ ENDS = {"killed": (killed, 4, 3), "stopped": (stopped, 2, 0), "interrupted": (in
 """How it ends, of how many devices, and which."""
 
 
+def as_torchrun(rank: int, devices: int, port: int) -> None:
+    """Tells a process, as torchrun does, which one it is."""
+    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{devices}", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def scaled(rank: int, port: int, folder: Path) -> None:
+    """`bench scale` on two devices."""
+    as_torchrun(rank, 2, port)
+    sys.argv = [
+        "flowcache_core",
+        "bench",
+        "scale",
+        "--size",
+        "32",
+        "--steps",
+        "2",
+        "--width",
+        "256",
+        "--layers",
+        "1",
+        "--json",
+        f"{folder}/scale.json",
+    ]
+    os.dup2(os.open(folder / f"scale-{rank}.txt", os.O_WRONLY | os.O_CREAT), 1)
+    sys.exit(command())
+
+
 def device(rank: int, name: str, port: int, folder: Path) -> None:
     end, devices, who = ENDS[name]
-    os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{devices}", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    as_torchrun(rank, devices, port)
     os.dup2(os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
     calls, exchange = 0, Group.exchange
 
@@ -64,10 +98,7 @@ def ended(folder: Path) -> dict[str, Any]:
     out, bundle = {}, load_bundle()
     with patch.object(demo, "load_bundle", lambda *_, **__: bundle), patch.object(demo, "warm_up", lambda _: None):
         for name, (_, devices, _) in ENDS.items():
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
-            statuses = forked(devices, partial(device, name=name, port=port, folder=folder))
+            statuses = forked(devices, partial(device, name=name, port=free_port(), folder=folder))
             took = time.time() - float((folder / f"{name}-began").read_text())
             texts = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(devices)]
             out[name] = {"statuses": statuses, "seconds": took, "texts": texts, "files": (folder / name).exists()}

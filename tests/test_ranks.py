@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from flowcache_core.bench import scale
 from flowcache_core.kv.policy import KVPolicy, SharedKVPolicy
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import Salience
@@ -73,8 +74,8 @@ HISTORY = (TOKENS, 2 * TOKENS)
 """Slots that are scored when the first and the second chunk join history."""
 
 
-NO_FORMULA = ("magi", "kv even", "prefix", "seconds")
-"""Another network, scores that are not sent, another first chunk, evaluations that are only timed."""
+NO_FORMULA = ("magi", "prefix", "seconds")
+"""Another network, another first chunk, evaluations that are only timed."""
 COUNTED = [(devices, name) for devices, name in SHARED if name not in NO_FORMULA]
 
 
@@ -107,6 +108,14 @@ def test_all_devices_end_with_a_sentence_when_one_ends(came: dict[str, Any], nam
         else:
             assert status in (-9, 130)
         assert "Traceback" not in text
+
+
+def test_the_bench_has_a_row_for_one_device_and_for_every_way_of_all(came: dict[str, Any]) -> None:
+    rows = came["scale"]["rows"]
+    assert [(row["devices"], row["branches"], row["heads"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (2, 2, 1)]
+    assert all(row["seconds"] > 0 and row["expected"] > 0 for row in rows)
+    assert [row["kv_mib"] * row["devices"] for row in rows] == [rows[0]["kv_mib"]] * 3
+    assert came["scale"]["others"] == ""
 
 
 # how a film is shared
@@ -173,6 +182,26 @@ def test_what_is_expected_follows_from_the_machine() -> None:
     assert ratio(FILM, Mesh(1, 2), slow) < ratio(FILM, Mesh(1, 2), fast)
     assert fastest(FILM, meshes(4, 2, 12), slow) == Mesh(2, 2)
     assert sent_bytes(FILM, Mesh()) == 0
+
+
+def test_more_cards_are_faster_and_hold_less_by_the_arithmetic() -> None:
+    for released in scale.MODELS.values():
+        work = released.work()
+        each = [
+            fastest(work, meshes(count, 1 if released.family.guidance.inside else 2, work.network.heads), scale.LINKS["NVLink"])
+            for count in scale.CARDS
+        ]
+        ratios = [ratio(work, mesh, scale.LINKS["NVLink"]) for mesh in each]
+        assert all(0.9 * count < got <= count for count, got in zip(scale.CARDS, ratios, strict=True))
+        held = [scale.cache_bytes(work, mesh, released.cached) for mesh in each]
+        assert held == [held[0] // count for count in scale.CARDS]
+
+
+def test_operations_of_a_released_model_are_those_of_its_shapes() -> None:
+    """Per token of a block of 1.3B: 6 d^2 + 2 d x ffn."""
+    d, ffn = 1536, 8960
+    work = scale.MODELS["SkyReels-V2 1.3B, 960 x 544"].work()
+    assert work.network.weights == pytest.approx(30 * (6 * d * d + 2 * d * ffn), rel=1e-3)
 
 
 def test_what_one_device_sends_by_heads_falls_with_their_number() -> None:

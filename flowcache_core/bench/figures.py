@@ -25,7 +25,8 @@ from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
 HELP = ("Chunkwise", "Compare", "ConditionFrames", "KVCompressor", "LoadModel", "Motion", "Overlay", "Policy", "Report", "Sampler")
 """Nodes of which something is measured."""
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "magi", "causal", "gpu", "scale")), *(f"web/docs/FlowCache{node}.md" for node in HELP))
+DOCS = ("measurements", "magi", "causal", "gpu", "scale")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS), *(f"web/docs/FlowCache{node}.md" for node in HELP))
 CHART = "docs/frontier.png"
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

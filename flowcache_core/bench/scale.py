@@ -26,7 +26,7 @@ from ..ranks.launch import world
 from ..ranks.world import ONE, World, network_of
 from ..run.generate import Job, generate
 from ..run.report import RunReport
-from .measured import table
+from .measured import SCALE, data, origin, table
 from .model import GIB, HALF, MIB, Geometry, Sized, sized
 
 NAME = "scale"
@@ -100,7 +100,31 @@ def cache_bytes(work: Work, mesh: Mesh, branches: int) -> int:
     return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
 
 
-FIGURES: dict[str, Callable[[], str]] = {"scale-cards": cards}
+def measured() -> str:
+    """What `bench scale` found, with processes of one machine."""
+    lines = []
+    for name in SCALE:
+        alone, *shared = data(name)["rows"]
+        for one in shared:
+            seconds = (f"{row['seconds']:.1f} s" for row in (alone, one))
+            ratios = f"{one['ratio']:.2f}x", f"{one['expected']:.2f}x", f"{one['deviation']:+.0%}"
+            sent, kept = f"{one['mib_per_evaluation']:.2f} MiB", f"{one['kv_mib']:.0f} MiB"
+            lines.append((one["devices"], f"{one['branches']} x {one['heads']}", *seconds, *ratios, sent, kept))
+    head = [
+        "processes",
+        "branches x heads",
+        "one process",
+        "all",
+        "ratio",
+        "expected",
+        "deviation",
+        "each sends for an evaluation",
+        "KV cache of each",
+    ]
+    return table(head, lines) + "\n" + "\n".join(map(origin, SCALE))
+
+
+FIGURES: dict[str, Callable[[], str]] = {"scale-cards": cards, "scale-measured": measured}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
