@@ -62,10 +62,14 @@ class Released:
         return len(guidance.remembered(self.cfg) if guidance.inside else guidance.branches(self.cfg))
 
     def work(self) -> Work:
-        """On the meta device: no memory is needed."""
-        adapter = self.family.adapter(self.family.network(self.config, device="meta", dtype=torch.bfloat16), None)
+        """From a network of one layer on the meta device: no memory is needed."""
+        layers = self.config.layers
+        one = self.family.network(replace(self.config, layers=1), device="meta", dtype=torch.bfloat16)
+        adapter = self.family.adapter(one, None)
+        network = network_of(self.family, adapter, self.latent)
+        network = replace(network, layers=layers, weights=layers * network.weights)
         frame, branches = adapter.tokens_per_frame(*self.latent), len(self.family.guidance.branches(self.cfg))
-        return Work(network_of(self.family, adapter, self.latent), branches, self.frames * frame, self.seen * frame, self.words, HALF)
+        return Work(network, branches, self.frames * frame, self.seen * frame, self.words, HALF)
 
 
 MODELS = {

@@ -34,10 +34,10 @@ def world(device: torch.device | str = "cpu") -> Iterator[World]:
     While it is open, an end by SIGTERM, which torchrun sends when another process has ended, is said in a sentence. When it is left by an
     error, the process has to end: that is how the others learn of it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    rank, devices = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if devices == 1:
         yield ONE
         return
-    rank, devices = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _end_announced(rank, devices):
         _come_together()
         yield World(devices, rank, timed_machine(device))
