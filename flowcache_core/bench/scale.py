@@ -1,12 +1,13 @@
 """`bench scale`: one film on one device and on all that torchrun has started, in every way that they can share it.
 
 `torchrun --nproc-per-node N -m flowcache_core bench scale`. The network has random weights: nothing is said about films. The film of one device is
-timed while the others wait, then that of all of them; what was expected follows from a product and a message that are timed before.
+timed while the others wait, in turn with those of all of them; what was expected follows from a product and a message that are timed before.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from ..models.magi_family import MAGI
 from ..models.skyreels import HEAD_DIM, SkyReelsConfig
 from ..models.skyreels_family import SKYREELS
 from ..ranks.cost import Machine, Mesh, Work, fastest, meshes, ratio, seconds, sent_bytes
-from ..ranks.group import shares
+from ..ranks.group import Traffic, shares
 from ..ranks.launch import world
 from ..ranks.world import ONE, World, network_of
 from ..run.generate import Job, generate
@@ -32,7 +33,7 @@ from .model import GIB, HALF, MIB, Geometry, Sized, sized
 NAME = "scale"
 LAYOUT = ChunkLayout(5, 2, 24)
 CARDS = (1, 2, 4, 8)
-REPEATS = 2
+REPEATS = 3
 RATE, READS = 4e14, 2.5e12
 """Assumed of a card: operations per second in 16 bits, and bytes per second from its memory; about 40 % and 75 % of what an H100 is sold
 with."""
@@ -110,8 +111,8 @@ def measured() -> str:
     for name in SCALE:
         alone, *shared = data(name)["rows"]
         for one in shared:
-            seconds = (f"{row['seconds']:.1f} s" for row in (alone, one))
-            ratios = f"{one['ratio']:.2f}x", f"{one['expected']:.2f}x", f"{one['deviation']:+.0%}"
+            seconds = (f"{row['seconds']:.1f} s, {row['cpu_s']:.1f} s" for row in (alone, one))
+            ratios = f"{one['ratio']:.2f}x", f"{one['expected']:.2f}x", f"{one['deviation']:+.0%}", f"{one['cpu_ratio']:.2f}x"
             sent, kept = f"{one['mib_per_evaluation']:.2f} MiB", f"{one['kv_mib']:.0f} MiB"
             lines.append((one["devices"], f"{one['branches']} x {one['heads']}", *seconds, *ratios, sent, kept))
     head = [
@@ -134,7 +135,7 @@ FIGURES: dict[str, Callable[[], str]] = {"scale-cards": cards, "scale-measured":
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels (default %(default)s)")
     parser.add_argument("--frames", type=int, default=37, help="pixel frames (default %(default)s: two chunks)")
-    parser.add_argument("--steps", type=int, default=4, help="steps per chunk (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps per chunk (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="of the network, a multiple of 128, the size of a head (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the network (default %(default)s)")
 
@@ -142,16 +143,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: for one device and every mesh of all of them seconds of the film, how many times as fast as one device it was and was expected
-    to be, `efficiency` by device, and what the first device sent. Raises ValueError for what cannot work."""
+    to be, `efficiency` by device, and what the first device sent. Raises ValueError for what cannot work.
+
+    All ways take turns, and the fastest run of each counts. `cpu_s`: of the first device, by the clock of its process, which stands still while
+    other processes have its core.
+    """
     geometry = asked(args)
     with world() as devices:
         choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
         bundle = sized(geometry, geometry.config.layers, torch.float32, "cpu")
-        alone = least(bundle, geometry.job, ONE) if devices.first else None
-        reports = [] if devices.machine is None else [least(bundle, geometry.job, replace(devices, rows=mesh.rows)) for mesh in choices]
-    base = alone.wall_s if alone else 1.0
-    rows = [row(report, base) for report in (alone, *reports) if report]
-    return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config), "rows": rows}
+        shared = [replace(devices, rows=mesh.rows) for mesh in choices if mesh.devices > 1]
+        ways = [*([ONE] if devices.first else []), *shared]
+        timed = [[Timed.of(bundle, geometry.job, way) for way in ways] for _ in range(1 + REPEATS)][1:]
+    each = [min(runs, key=lambda one: one.report.wall_s) for runs in zip(*timed, strict=True)]
+    return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config),
+            "rows": [row(one, each[0]) for one in each]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timed:
+    report: RunReport
+    cpu_s: float
+
+    @classmethod
+    def of(cls, bundle: Bundle, job: Job, world: World) -> Timed:
+        began = time.process_time()
+        _, report = generate(bundle, job, world=world)
+        return cls(report, time.process_time() - began)
 
 
 def asked(args: argparse.Namespace) -> Geometry:
@@ -165,19 +183,15 @@ def asked(args: argparse.Namespace) -> Geometry:
     return Geometry(SkyReelsConfig(args.width, 2 * args.width, args.layers, text_dim=64), LAYOUT, job, 16)
 
 
-def least(bundle: Bundle, job: Job, world: World) -> RunReport:
-    """Of the fastest of a few runs; what comes first is timed after a shorter one."""
-    generate(bundle, replace(job, steps=2, ar_step=2), world=world)
-    return min((generate(bundle, job, world=world)[1] for _ in range(REPEATS)), key=lambda report: report.wall_s)
-
-
-def row(report: RunReport, base: float) -> dict[str, Any]:
-    """`base`: seconds of one device. `deviation`: of what came from what was expected."""
-    came, devices = base / report.wall_s, report.devices or {"rows": 1, "columns": 1, "expected_ratio": 1.0, "bytes": 0, "seconds": 0.0}
+def row(timed: Timed, alone: Timed) -> dict[str, Any]:
+    """`deviation`: of the ratio that came from the one that was expected."""
+    report = timed.report
+    came, devices = alone.report.wall_s / report.wall_s, report.devices or asdict(Mesh()) | {"expected_ratio": 1.0} | asdict(Traffic())
     evaluations, count = report.chunk_steps_computed + report.commits, devices["rows"] * devices["columns"]
     return {
         "devices": count, "branches": devices["rows"], "heads": devices["columns"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
         "efficiency": round(came / count, 3), "expected": devices["expected_ratio"], "deviation": round(came / devices["expected_ratio"] - 1, 3),
+        "cpu_s": round(timed.cpu_s, 3), "cpu_ratio": round(alone.cpu_s / timed.cpu_s, 3),
         "mib_per_evaluation": round(devices["bytes"] / evaluations / MIB, 3), "sending_s": round(devices["seconds"], 3),
         "kv_mib": round(report.kv_peak_bytes / MIB, 2),
     }  # fmt: skip
