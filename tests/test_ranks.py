@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flowcache_core.bench import scale
+from flowcache_core.bench.geometries import GEOMETRIES
 from flowcache_core.kv.policy import KVPolicy, SharedKVPolicy
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.salience import Salience
@@ -184,23 +185,21 @@ def test_what_is_expected_follows_from_the_machine() -> None:
     assert sent_bytes(FILM, Mesh()) == 0
 
 
-def test_more_cards_are_faster_and_hold_less_by_the_arithmetic() -> None:
-    for released in scale.MODELS.values():
-        work = released.work()
-        each = [
-            fastest(work, meshes(count, 1 if released.family.guidance.inside else 2, work.network.heads), scale.LINKS["NVLink"])
-            for count in scale.CARDS
-        ]
-        ratios = [ratio(work, mesh, scale.LINKS["NVLink"]) for mesh in each]
-        assert all(0.9 * count < got <= count for count, got in zip(scale.CARDS, ratios, strict=True))
-        held = [scale.cache_bytes(work, mesh, released.cached) for mesh in each]
-        assert held == [held[0] // count for count in scale.CARDS]
+@pytest.mark.parametrize("name", scale.MODELS)
+def test_more_cards_are_faster_and_hold_less_by_the_arithmetic(name: str) -> None:
+    geometry, link = GEOMETRIES[name], scale.LINKS["NVLink"]
+    work = scale.work_of(geometry)
+    each = [fastest(work, scale.meshes_of(geometry, work, count), link) for count in scale.CARDS]
+    ratios = [ratio(work, mesh, link) for mesh in each]
+    assert all(0.9 * count < got <= count for count, got in zip(scale.CARDS, ratios, strict=True))
+    held = [scale.cache_bytes(work, mesh) for mesh in each]
+    assert held == [held[0] // count for count in scale.CARDS]
 
 
 def test_operations_of_a_released_model_are_those_of_its_shapes() -> None:
     """Per token of a block of 1.3B: 6 d^2 + 2 d x ffn."""
     d, ffn = 1536, 8960
-    work = scale.MODELS["SkyReels-V2 1.3B, 960 x 544"].work()
+    work = scale.work_of(GEOMETRIES["skyreels-1.3b"])
     assert work.network.weights == pytest.approx(30 * (6 * d * d + 2 * d * ffn), rel=1e-3)
 
 

@@ -16,9 +16,6 @@ import torch
 
 from ..device import device_name
 from ..models.bundle import Bundle
-from ..models.family import ChunkLayout, Family
-from ..models.magi import MagiConfig
-from ..models.magi_family import MAGI
 from ..models.skyreels import HEAD_DIM, SkyReelsConfig
 from ..models.skyreels_family import SKYREELS
 from ..ranks.cost import Machine, Mesh, Work, fastest, meshes, ratio, seconds, sent_bytes
@@ -27,11 +24,12 @@ from ..ranks.launch import world
 from ..ranks.world import ONE, World, network_of
 from ..run.generate import Job, generate
 from ..run.report import RunReport
+from .cards import GIB, HALF
+from .geometries import GEOMETRIES, Geometry, Sized, sized
 from .measured import SCALE, data, origin, table
-from .model import GIB, HALF, MIB, Geometry, Sized, sized
+from .model import MIB
 
 NAME = "scale"
-LAYOUT = ChunkLayout(5, 2, 24)
 CARDS = (1, 2, 4, 8)
 REPEATS = 3
 RATE, READS = 4e14, 2.5e12
@@ -41,67 +39,51 @@ LINKS = {"NVLink": Machine(RATE, RATE, READS, 3e11, 2e-5), "PCIe": Machine(RATE,
 """Assumed of a link: 300 and 20 GB per second that a card sends, and 20 and 30 microseconds for a collective of nothing."""
 
 
-@dataclass(frozen=True)
-class Released:
-    """A published model, and the evaluation that is counted: a chunk that sees all of its window, every branch of guidance.
-
-    `frames`: of a chunk; `seen`: latent frames; `latent`: height and width of one.
-    """
-
-    family: Family
-    config: Any
-    frames: int
-    seen: int
-    latent: tuple[int, int]
-    words: int
-    cfg: float
-
-    @property
-    def cached(self) -> int:
-        """Branches with a KV cache."""
-        guidance = self.family.guidance
-        return len(guidance.remembered(self.cfg) if guidance.inside else guidance.branches(self.cfg))
-
-    def work(self) -> Work:
-        """From a network of one layer on the meta device: no memory is needed."""
-        layers = self.config.layers
-        one = self.family.network(replace(self.config, layers=1), device="meta", dtype=torch.bfloat16)
-        adapter = self.family.adapter(one, None)
-        network = network_of(self.family, adapter, self.latent)
-        network = replace(network, layers=layers, weights=layers * network.weights)
-        frame, branches = adapter.tokens_per_frame(*self.latent), len(self.family.guidance.branches(self.cfg))
-        return Work(network, branches, self.frames * frame, self.seen * frame, self.words, HALF)
+MODELS = ("skyreels-1.3b", "skyreels-14b", "magi-4.5b", "magi-24b")
 
 
-MODELS = {
-    "SkyReels-V2 1.3B, 960 x 544": Released(SKYREELS, SkyReelsConfig(1536, 8960, 30, fps=True), 5, 25, (68, 120), 512, 6.0),
-    "SkyReels-V2 14B, 960 x 544": Released(SKYREELS, SkyReelsConfig(5120, 13824, 40), 5, 25, (68, 120), 512, 6.0),
-    "MAGI-1 4.5B, 720 x 720": Released(MAGI, MagiConfig(3072, 12288, 34, 8), 6, 30, (90, 90), 800, 7.5),
-    "MAGI-1 24B, 1280 x 720": Released(MAGI, MagiConfig(6144, 16384, 48, 8, channels=32, gated=True), 6, 30, (90, 160), 800, 7.5),
-}  # fmt: skip
+def work_of(geometry: Geometry) -> Work:
+    """A chunk that sees all of its window, with all branches of its first step, in 16 bits. From a network of one layer on the meta device: no
+    memory is needed."""
+    family, job, layers, layout = geometry.family, geometry.job, geometry.config.layers, geometry.layout
+    one = family.network(geometry.shortened(1).config, device="meta", dtype=torch.bfloat16)
+    adapter, latent = family.adapter(one, None), [side // family.latents.spatial for side in job.picture]
+    network = network_of(family, adapter, latent)
+    network = replace(network, layers=layers, weights=layers * network.weights)
+    chunk = layout.chunk_frames * adapter.tokens_per_frame(*latent)
+    return Work(network, branches_of(geometry), chunk, layout.window * chunk, geometry.words, HALF)
+
+
+def branches_of(geometry: Geometry) -> int:
+    """Of guidance, in the first step of a chunk."""
+    guidance, cfg = geometry.family.guidance, geometry.job.cfg
+    return len(guidance.needed(cfg, 1.0) if guidance.inside else guidance.branches(cfg))
+
+
+def meshes_of(geometry: Geometry, work: Work, count: int) -> list[Mesh]:
+    return meshes(count, 1 if geometry.family.guidance.inside else work.branches, work.network.heads)
 
 
 def cards() -> str:
     """Seconds of one evaluation, and how many times as fast as one card, by the arithmetic of `ranks/cost.py`."""
     lines = []
-    for name, released in MODELS.items():
-        work = released.work()
+    for name in MODELS:
+        geometry = GEOMETRIES[name]
+        work, picture = work_of(geometry), f"{geometry.job.width} x {geometry.job.size}"
         for count in CARDS:
-            inside = released.family.guidance.inside
-            choices = meshes(count, 1 if inside else work.branches, work.network.heads)
-            mesh = {link: fastest(work, choices, machine) for link, machine in LINKS.items()}
+            mesh = {link: fastest(work, meshes_of(geometry, work, count), machine) for link, machine in LINKS.items()}
             each = (f"{sum(seconds(work, mesh[link], LINKS[link])):.2f} s, {ratio(work, mesh[link], LINKS[link]):.2f}x" for link in LINKS)
             one = mesh["PCIe"]
-            sent, kept = sent_bytes(work, one) / MIB, cache_bytes(work, one, released.cached) / GIB
-            lines.append((name, count, f"{one.rows} x {one.columns}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
-    head = ["model", "cards", "branches x heads", *LINKS, "each card sends for an evaluation", "KV cache of the window on each"]
+            sent, kept = sent_bytes(work, one) / MIB, cache_bytes(work, one) / GIB
+            lines.append((name, picture, count, f"{one.rows} x {one.columns}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
+    head = ["model", "picture", "cards", "branches x heads", *LINKS, "each card sends for an evaluation", "KV cache of the window on each"]
     return table(head, lines)
 
 
-def cache_bytes(work: Work, mesh: Mesh, branches: int) -> int:
-    """Keys and values of all that a chunk sees, in so many branches, on the device that holds most of them."""
+def cache_bytes(work: Work, mesh: Mesh) -> int:
+    """Keys and values of all that a chunk sees, on the device that holds most of them."""
     network = work.network
-    heads, branches = max(shares(network.heads, mesh.columns)), max(shares(branches, mesh.rows))
+    heads, branches = max(shares(network.heads, mesh.columns)), max(shares(work.branches, mesh.rows))
     return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
 
 
@@ -179,8 +161,9 @@ def asked(args: argparse.Namespace) -> Geometry:
             f"a network of width {args.width} with {args.layers} layers was asked for: width is a multiple of {HEAD_DIM}, layers 1 to 100"
         )
     job = Job("", args.frames, args.steps, size=args.size, ar_step=args.steps)
-    job.schedule(Sized(SKYREELS, None, None, LAYOUT))
-    return Geometry(SkyReelsConfig(args.width, 2 * args.width, args.layers, text_dim=64), LAYOUT, job, 16)
+    geometry = Geometry(SKYREELS, SkyReelsConfig(args.width, 2 * args.width, args.layers, text_dim=64), job, 16)
+    job.schedule(Sized.of(geometry))
+    return geometry
 
 
 def row(timed: Timed, alone: Timed) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _settled(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...]
     place = Place(1, branches, branches * guided.context.shape[1], 0, like.element_size(), like.device)
     mine, compressor = spread.adapter(whole, policy, compressor), spread.compressor(compressor, whole.heads)
     return Run(bundle.family, mine, film, levels, (channels, height, width), place, policy, compressor, job.fps,
-               GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg, spread)  # fmt: skip
+               GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg, spread=spread)  # fmt: skip
 
 
 def warm_up(bundle: Bundle) -> None:
