@@ -97,17 +97,8 @@ def measured() -> str:
             ratios = f"{one['ratio']:.2f}x", f"{one['expected']:.2f}x", f"{one['deviation']:+.0%}", f"{one['cpu_ratio']:.2f}x"
             sent, kept = f"{one['mib_per_evaluation']:.2f} MiB", f"{one['kv_mib']:.0f} MiB"
             lines.append((one["devices"], f"{one['branches']} x {one['heads']}", *seconds, *ratios, sent, kept))
-    head = [
-        "processes",
-        "branches x heads",
-        "one process",
-        "all",
-        "ratio",
-        "expected",
-        "deviation",
-        "each sends for an evaluation",
-        "KV cache of each",
-    ]
+    way = ["processes", "branches x heads", "one process: clock, processor", "all: clock, processor of each"]
+    head = [*way, "ratio", "expected", "deviation", "ratio of the processor", "each sends for an evaluation", "KV cache of each"]
     return table(head, lines) + "\n" + "\n".join(map(origin, SCALE))
 
 
