@@ -9,16 +9,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, seam
+from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, scale, seam
 from .demo import run as demo
 from .device import commit, device_name
 from .files import refused, write_text
 from .fleet import command as render
 from .models.bundle import weights_id
+from .ranks.group import DeviceLost
+from .ranks.launch import first, world
 from .show.film import write_picture
 from .show.plot import line_plot
 
-BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels)
+BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels, scale)
 
 
 def main() -> int:
@@ -37,14 +39,19 @@ def main() -> int:
         if args.command == "render":
             return render.main(args)
         if args.command == "demo":
-            demo.main(args)
+            with world() as devices:
+                demo.main(args, devices)
         elif args.command == "figures":
             figures.main(args)
         else:
             _bench(args)
     except ValueError as error:
-        print(f"flowcache: {error}", file=sys.stderr)
+        if first():
+            print(f"flowcache: {error}", file=sys.stderr)
         return 2
+    except DeviceLost as error:
+        print(f"flowcache: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"flowcache: {refused(error)}", file=sys.stderr)
         return 2
@@ -60,6 +67,8 @@ def _bench(args: argparse.Namespace) -> None:
         "bench": bench.NAME, "device": device_name(), "commit": commit(),
         "date": f"{date.today()}", "weights": weights_id(), **bench.run(args),
     }  # fmt: skip
+    if not first():
+        return
     rows = result["rows"]
     print(_table(rows))
     if result.get("summary"):

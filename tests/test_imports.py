@@ -22,6 +22,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "settings memory device network untrusted files kernels",
         "sampling",
         "policies kv models",
+        "ranks",
         "run",
         "show",
         "training",

@@ -19,13 +19,14 @@ from PIL.PngImagePlugin import PngInfo
 from ..files import write_text
 from ..show.film import write_picture
 from ..show.plot import line_plot
-from . import cards, causal_tables, frontier_tables, kv_tables, magi_tables, recall, seam
+from . import cards, causal_tables, frontier_tables, kv_tables, magi_tables, recall, scale, seam
 from .frontier_tables import MAIN
 from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
 HELP = ("Chunkwise", "Compare", "ConditionFrames", "KVCompressor", "LoadModel", "Motion", "Overlay", "Policy", "Report", "Sampler")
 """Nodes of which something is measured."""
-PAGES = ("README.md", "docs/measurements.md", "docs/magi.md", "docs/causal.md", "docs/gpu.md", *(f"web/docs/FlowCache{node}.md" for node in HELP))
+DOCS = ("measurements", "magi", "causal", "gpu", "scale")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in DOCS), *(f"web/docs/FlowCache{node}.md" for node in HELP))
 CHART = "docs/frontier.png"
 PLACE = re.compile(r"(<!-- figure: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -88,7 +89,7 @@ def demo() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     **frontier_tables.FIGURES, **magi_tables.FIGURES, **kv_tables.FIGURES, **causal_tables.FIGURES, **recall.FIGURES, **seam.FIGURES,
-    **cards.FIGURES, "demo": demo,
+    **cards.FIGURES, **scale.FIGURES, "demo": demo,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..policies.multirate import Multirate
 from ..policies.named import policy_named
 from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
+from ..ranks.world import ONE, World
 from ..run.generate import Job, decode, generate, generate_upstream, warm_up
 from ..run.report import RunReport
 from ..run.states import States
@@ -52,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "--out; a demo that was stopped goes on from there (default %(default)s: off)")  # fmt: skip
 
 
-def main(args: argparse.Namespace) -> None:
-    """Raises ValueError, before any file is written, for arguments that cannot work."""
+def main(args: argparse.Namespace, world: World = ONE) -> None:
+    """Raises ValueError, before any file is written, for arguments that cannot work. `world`: the devices that share each film; the first writes
+    and prints."""
     asked = _arms(args.arms) if args.arms else ()
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
@@ -61,9 +63,11 @@ def main(args: argparse.Namespace) -> None:
     given = {key: value for key in ("frames", "steps") if (value := getattr(args, key)) is not None}
     job = Job.usual(family, args.prompt, seed=args.seed, **given)
     bundle = load_bundle(fast_dtype(), family=family)
-    arms = asked or usual_arms(bundle)
+    arms = asked or tuple(arm for arm in usual_arms(bundle) if arm != UPSTREAM or world.devices == 1)
     if UPSTREAM in arms:
         require_bidirectional(bundle.adapter())
+        if world.devices > 1:
+            raise ValueError(f"{UPSTREAM} attends bidirectionally, which runs on one device: leave it out of --arms, or start one process")
     family.check(job.schedule(bundle))
     states = States(args.out / "states", args.save_every) if args.save_every else None
     films: dict[str, Tensor] = {}
@@ -71,12 +75,18 @@ def main(args: argparse.Namespace) -> None:
     decode_s: dict[str, float] = {}
     warm_up(bundle)
     for arm in arms:
-        latents, reports[arm] = run_arm(bundle, job, arm, states)
+        latents, reports[arm] = run_arm(bundle, job, arm, states, world)
+        if not world.first:
+            continue
         began = time.perf_counter()
         films[arm] = decode(bundle, latents)
         decode_s[arm] = time.perf_counter() - began
+    if world.first:
+        _write(args.out, bundle, job, films, reports, decode_s)
 
-    out: Path = args.out
+
+def _write(out: Path, bundle: Bundle, job: Job, films: dict[str, Tensor], reports: dict[str, RunReport], decode_s: dict[str, float]) -> None:
+    arms = tuple(films)
     out.mkdir(parents=True, exist_ok=True)
     rows = [_row(arm, films, reports[arm], decode_s[arm]) for arm in arms]
     for arm in arms:
@@ -90,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     write_film(out / "side_by_side.mp4", side_by_side({a: frames_of(f) for a, f in films.items()}), job.fps)
     text = {
         "device": device_name(), "dtype": bundle.dtype, "commit": commit(), "date": f"{date.today()}",
-        "weights": weights_id(family), "model": bundle.name, "prompt": job.prompt,
+        "weights": weights_id(bundle.family), "model": bundle.name, "prompt": job.prompt,
         "seed": job.seed, "frames": job.frames, "steps": job.steps, "cfg": job.cfg, "ar_step": job.ar_step, "runs": rows,
     }  # fmt: skip
     write_text(out / "report.json", json.dumps(text, indent=1) + "\n")
@@ -98,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
     for arm in arms:
         if line := reports[arm].saves.line():
             print(f"{arm}: {line}")
+        if reports[arm].devices:
+            print(*(f"{arm}: {note}" for note in reports[arm].notes[-2:]), sep="\n")
     print(f"films, map and report.json are in {out}")
 
 
@@ -106,12 +118,12 @@ def usual_arms(bundle: Bundle) -> tuple[str, ...]:
     return USUAL if isinstance(bundle.adapter(), Bidirectional) else tuple(arm for arm in USUAL if arm != UPSTREAM)
 
 
-def run_arm(bundle: Bundle, job: Job, arm: str, states: States | None = None) -> tuple[Tensor, RunReport]:
+def run_arm(bundle: Bundle, job: Job, arm: str, states: States | None = None, world: World = ONE) -> tuple[Tensor, RunReport]:
     schedules = [w.schedule for w in job.sections(bundle)] if arm == UPSTREAM else [job.schedule(bundle)]
-    with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step") as bar:
+    with tqdm(total=sum(s.chunk_steps for s in schedules), desc=f"{arm:>10}", unit="step", disable=not world.first) as bar:
         if arm == UPSTREAM:
             return generate_upstream(bundle, job, lambda chunk: bar.update(), states=states)
-        return generate(bundle, job, policy_of(arm), lambda chunk: bar.update(), states=states)
+        return generate(bundle, job, policy_of(arm), lambda chunk: bar.update(), states=states, world=world)
 
 
 def policy_of(arm: str) -> CachePolicy | None:

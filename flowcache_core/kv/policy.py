@@ -62,6 +62,13 @@ class KVPolicy(Protocol):
 
 
 @runtime_checkable
+class SharedKVPolicy(KVPolicy, Protocol):
+    """A policy whose scores are the same for all heads: it gives [B, 1, N], also where there is a head alone."""
+
+    shared: ClassVar[bool]
+
+
+@runtime_checkable
 class LearntKVPolicy(KVPolicy, Protocol):
     """A policy with weights of its own, made for one network."""
 

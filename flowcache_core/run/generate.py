@@ -15,6 +15,7 @@ from ..models.adapter import ModelAdapter
 from ..models.bundle import Bundle
 from ..models.family import Family
 from ..policies.protocol import CachePolicy
+from ..ranks.world import ALONE, ONE, Spread, World
 from ..sampling.chunk import Chunk
 from ..sampling.given import GivenNoise
 from ..sampling.schedule import ChunkSchedule, Section, sections_of
@@ -140,14 +141,21 @@ NOTHING = Given()
 def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_step: Progress = lambda chunk: None,
              given: Given = NOTHING, adapter: MakeAdapter = lambda adapter, sigmas: adapter,
              compressor: Compressor | None = None, integrator: Solver | None = None,
-             states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
+             states: States | None = None, world: World = ONE) -> tuple[Tensor, RunReport]:  # fmt: skip
     """Block-causal with a KV cache -> latents [1, C, F, h, w] and the report. Given frames come out as they went in.
 
     `compressor` bounds the history that chunks look back on; without one it is all that the window holds. `integrator` takes the
     place of the solver that the job names. `states`: a run that is stopped leaves its state there, and the next of the same film goes on.
+    `world`: the devices that share the film; each of them calls this with the same arguments, and gets the film.
     """
-    film, guided = job.schedule(bundle, given.prefix, given.suffix), Guided(bundle, job)
-    return _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator, states)
+    film = job.schedule(bundle, given.prefix, given.suffix)
+    if states and world.devices > 1:
+        raise ValueError("a film that several devices share cannot be saved on its way: leave the states out, or use one device")
+    spread = _spread(bundle, job, film, policy, world)
+    guided = Guided(bundle, job, spread=spread)
+    latents, report = _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator, states)
+    report.notes, report.devices = (*report.notes, *filter(None, (spread.expectation, spread.line))), spread.as_dict()
+    return latents, report
 
 
 @torch.inference_mode()
@@ -160,6 +168,12 @@ def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk
     """
     film, guided = job.sections(bundle, given.prefix, given.suffix), Guided(bundle, job, True)
     return _made(bundle, job, film, guided, on_step, given, adapter, policy, None, integrator, states)
+
+
+def _spread(bundle: Bundle, job: Job, film: ChunkSchedule, policy: CachePolicy | None, world: World) -> Spread:
+    words, (*_, height, width) = bundle.text(job.prompt).shape[1], job.noise_shape(bundle)
+    branches = len(bundle.family.guidance.branches(job.cfg))
+    return world.spread(bundle.family, bundle.adapter(), film, (height, width), branches, words, bundle.like.element_size(), policy)
 
 
 def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
@@ -180,11 +194,13 @@ def run_of(bundle: Bundle, job: Job, policy: CachePolicy | None = None, compress
 
 def _settled(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, adapter: MakeAdapter,
              policy: CachePolicy | None, compressor: Compressor | None, integrator: Solver | None) -> Run:  # fmt: skip
-    levels, like, branches = job.sigmas(bundle), bundle.like, len(guided.branches)
+    levels, like, spread = job.sigmas(bundle), bundle.like, guided.spread
+    branches, whole = len(guided.branches[guided.own]), adapter(bundle.adapter(), levels)
     _, channels, _, height, width = job.noise_shape(bundle)
     place = Place(1, branches, branches * guided.context.shape[1], 0, like.element_size(), like.device)
-    return Run(bundle.family, adapter(bundle.adapter(), levels), film, levels, (channels, height, width), place, policy, compressor, job.fps,
-               GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg)  # fmt: skip
+    mine, compressor = spread.adapter(whole, policy, compressor), spread.compressor(compressor, whole.heads)
+    return Run(bundle.family, mine, film, levels, (channels, height, width), place, policy, compressor, job.fps,
+               GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg, spread=spread)  # fmt: skip
 
 
 def warm_up(bundle: Bundle) -> None:
@@ -206,11 +222,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class Guided:
-    """Evaluates the branches of a job, side by side or one after the other (`apart`), and combines them."""
+    """Evaluates the branches of a job, side by side or one after the other (`apart`), and combines them. Under `spread` other devices evaluate
+    some of them."""
 
     bundle: Bundle
     job: Job
     apart: bool = False
+    spread: Spread = ALONE
     branches: tuple[str, ...] = field(init=False)
     context: Tensor = field(init=False)
     """[branches, words, channels]."""
@@ -222,6 +240,11 @@ class Guided:
         object.__setattr__(self, "levels", self.job.sigmas(self.bundle))
         object.__setattr__(self, "branches", branches)
         object.__setattr__(self, "context", torch.cat([text(self.job.negative if k else self.job.prompt) for k in range(len(branches))]))
+
+    @property
+    def own(self) -> slice:
+        """The branches of this device."""
+        return self.spread.own(len(self.branches))
 
     @property
     def texts(self) -> dict[str, object]:
@@ -238,7 +261,9 @@ class Guided:
         if self.apart:
             each = [turn.denoise(x, self.context[k : k + 1], self.branches[k : k + 1]).float() for k in range(n)]
         else:
-            each = list(turn.denoise(x.expand(n, -1, -1, -1, -1), self.context, self.branches).float().chunk(n))
+            branches = self.branches[self.own]
+            mine = turn.denoise(x.expand(len(branches), -1, -1, -1, -1), self.context[self.own], branches)
+            each = list(self.spread.joined(mine, n).float().chunk(n))
         return each[0] if guidance.inside else guidance.combine(each, self.job.cfg, self.levels[turn.step])
 
 

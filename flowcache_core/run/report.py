@@ -94,7 +94,7 @@ class RunReport:
     `plans`: what was settled before the run, of every bidirectional section one; () where steps are decided as they come.
     `planned` is uint8 [chunks, steps] of 0 and 1. `saves`: of the run's state, for a later run to go
     on from; a run that went on has counts of the whole film, and saves of its own. `shown`: of the film on the way. `kernels`: of this
-    run alone, by what it attended.
+    run alone, by what it attended. `devices`: of a film that several share, the mesh, and what this one has sent.
     """
 
     remembers: ClassVar[tuple[str, ...]] = (
@@ -123,6 +123,7 @@ class RunReport:
         self.expected: Footprint | None = None
         self.pixels = FOUR_N_PLUS_1
         self.saves, self.shown, self.kernels = Saves(), Shown(), Kernels()
+        self.devices: dict[str, Any] = {}
         self.clock = Clock(chunks, steps)
         self._closed = False
 
@@ -286,7 +287,8 @@ class RunReport:
         `plan` is what `Plan.from_dict` reads, of bidirectional sections a list; None where nothing was settled before the run.
         `shares` has the share of the chunk's tokens that ran, per chunk and step; so has `drift` what a chunk had drifted, [] where no drift was
         measured. `seconds` has `per_row` and `per_full_row` where something was skipped. `history` has, per finished chunk, tokens per
-        layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget.
+        layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget. `devices` has
+        rows and columns of the mesh, the expected ratio of seconds, and what this device sent; {} on one device.
         """
         return {
             "chunk_steps": self.chunk_steps,
@@ -311,6 +313,7 @@ class RunReport:
             "saves": self.saves.as_dict(),
             "shown": self.shown.as_dict(),
             "kernels": self.kernels.as_dict(),
+            "devices": self.devices,
         }
 
     def _seconds_as_dict(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ..models.family import Family
 from ..models.numbers import finite, not_numbers
 from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, Forecasts, PartPolicy, SignaturePolicy, TokenPolicy
+from ..ranks.world import ALONE, Spread
 from ..sampling.chunk import Chunk
 from ..sampling.given import CLEAN, GivenNoise
 from ..sampling.loop import sample_chunks, sample_sections
@@ -133,6 +134,8 @@ class Run:
     """Of guidance, where the family is guided inside the run."""
     recache: frozenset[int] = frozenset()
     """Chunks before which history is made anew, since the text changes with them."""
+    spread: Spread = ALONE
+    """The devices that share the film; adapter, compressor and place are this device's."""
 
     def __post_init__(self) -> None:
         require_levels(self.sigmas)
@@ -411,7 +414,7 @@ class ChunkDenoiser:
         return self.session.plan
 
     def settle(self, frame_s: float) -> Plan:
-        before, plan = self.session.report.notes, self.session.settle(frame_s)
+        before, plan = self.session.report.notes, self.session.settle(self.run.spread.agreed(frame_s))
         self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plan
 

@@ -31,6 +31,7 @@ class Even:
     """Even thinning. Raises ValueError for a setting outside its range."""
 
     name: ClassVar[str] = "even"
+    shared: ClassVar[bool] = True
 
     stands_for: float = setting(4.0, "A kept token counts for as many as it stands for, up to this number; 1: for itself alone.",
                                 low=1.0, high=1000.0, step=0.5, advanced=True)  # fmt: skip

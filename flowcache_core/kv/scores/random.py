@@ -25,6 +25,7 @@ class Random:
     """Even in 0..1, by seed, layer and token. Raises ValueError for a setting outside its range."""
 
     name: ClassVar[str] = "random"
+    shared: ClassVar[bool] = True
 
     seed: int = setting(0, "Another seed keeps other tokens.", low=0, high=2**31 - 1)
 

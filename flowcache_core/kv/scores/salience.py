@@ -211,6 +211,7 @@ class Salience:
     """Settings of the salience policy. Raises ValueError for a value outside its range."""
 
     name: ClassVar[str] = "salience"
+    shared: ClassVar[bool] = True
 
     path: str = setting("", "The file of a head that was trained for the model. Empty: that of the bundled model of its kind.")
     low: float = setting(1.0, "Weight of the attention that later chunks are expected to pay to a token.", low=0.0, high=10.0, step=0.05)

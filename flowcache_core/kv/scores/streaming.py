@@ -15,6 +15,7 @@ class StreamingLLM:
     """Sink and recent: a token's score is minus its age in tokens. It has no settings."""
 
     name: ClassVar[str] = "sink-recent"
+    shared: ClassVar[bool] = True
 
     def score(self, view: KVView) -> Tensor:
         return (view.tokens - view.tokens.amax(1, keepdim=True)).float()[:, None]

@@ -1,0 +1,150 @@
+"""What an evaluation of one chunk costs on several devices: operations, bytes sent, seconds. Arithmetic; the bytes are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .group import ring_bytes, shares
+
+SCORE = 4
+"""Bytes of a score."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of several devices that are alike.
+
+    `rate`: operations per second (a product counts twice) while all compute; `alone`: the same while the others are idle; `memory`: bytes per
+    second that it reads weights at; `link`: bytes per second that it sends; `latency`: seconds of a collective of nothing.
+    """
+
+    rate: float
+    alone: float
+    memory: float
+    link: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a network. `weights`: numbers by which every token of the chunk is multiplied; `cells`: numbers of a token's velocity."""
+
+    layers: int
+    width: int
+    heads: int
+    query_heads: int
+    head_dim: int
+    weights: int
+    cells: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One evaluation.
+
+    `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed, 0 where an output is replayed; `seen`: slots that they
+    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered.
+    """
+
+    network: Network
+    branches: int
+    tokens: int
+    seen: int
+    words: int
+    itemsize: int
+    chunk_tokens: int = 0
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices in rows, which share the branches of guidance, and columns, which share tokens and heads."""
+
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.rows * self.columns
+
+
+def meshes(devices: int, branches: int, heads: int) -> list[Mesh]:
+    """All ways to use so many devices. Raises ValueError, with the numbers that work, where there is none."""
+    found = [Mesh(rows, devices // rows) for rows in range(1, branches + 1) if devices % rows == 0 and devices // rows <= heads]
+    if not found:
+        fitting = sorted({rows * columns for rows in range(1, branches + 1) for columns in range(1, heads + 1) if rows * columns < devices})
+        raise ValueError(
+            f"{devices} devices cannot share this film: its network has {heads} heads of keys, of which every device needs one, and {branches} "
+            f"evaluations of guidance can be shared; use {', '.join(map(str, fitting[-4:]))} devices"
+        )
+    return found
+
+
+def operations(work: Work, branches: int, tokens: int, heads: float) -> float:
+    """Of the layers for `tokens` of the tokens, with attention of all of them for `heads` of the query heads."""
+    network = work.network
+    linear = 2 * network.weights * tokens + 4 * network.layers * tokens * work.words * network.query_heads * network.head_dim
+    return branches * (linear + 4 * network.layers * work.tokens * work.seen * heads * network.head_dim)
+
+
+def sent_bytes(work: Work, mesh: Mesh, row: int = 0, column: int = 0) -> int:
+    """By the device in this row and column, for one evaluation."""
+    branches = shares(work.branches, mesh.rows)[row]
+    return _by_columns(work, mesh.columns, column, branches) + _by_rows(work, mesh.rows, branches)
+
+
+def kept_bytes(work: Work, mesh: Mesh, row: int, column: int, slots: int, hidden: bool = False) -> int:
+    """On top, where a finished chunk joins a history under a budget: scores of so many slots, or, where the KV policy scores each token by
+    what the layers are given (`hidden`), that."""
+    branches, network = shares(work.branches, mesh.rows)[row], work.network
+    tokens = shares(work.tokens, mesh.columns)[column] * network.width * work.itemsize
+    scores = shares(network.heads, mesh.columns)[column] * slots * SCORE
+    return (mesh.columns - 1) * network.layers * branches * (tokens if hidden else scores)
+
+
+def _by_columns(work: Work, devices: int, mine: int, branches: int) -> int:
+    if devices == 1 or not work.tokens:
+        return 0
+    network, heads, tokens = work.network, shares(work.network.heads, devices), shares(work.tokens, devices)
+    together = network.query_heads // network.heads
+    there = (together + 2) * (network.heads - heads[mine]) * tokens[mine]
+    back = together * heads[mine] * (work.tokens - tokens[mine])
+    attention = network.layers * branches * (there + back) * network.head_dim * work.itemsize
+    residual = (devices - 1) * branches * tokens[mine] * network.width * work.itemsize if work.residual else 0
+    return attention + residual + ring_bytes(branches * _chunk(work) * network.cells * work.itemsize, devices)
+
+
+def _by_rows(work: Work, devices: int, branches: int) -> int:
+    return (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
+
+
+def _chunk(work: Work) -> int:
+    return work.chunk_tokens or work.tokens
+
+
+def collectives(work: Work, mesh: Mesh) -> int:
+    """Of one evaluation."""
+    by_columns = 2 * work.network.layers + 1 + work.residual if mesh.columns > 1 else 0
+    return by_columns + (mesh.rows > 1)
+
+
+def seconds(work: Work, mesh: Mesh, machine: Machine) -> tuple[float, float]:
+    """Of the device that has most to do: computing and sending, one after the other."""
+    branches, columns = max(shares(work.branches, mesh.rows)), mesh.columns
+    network, tokens = work.network, max(shares(work.tokens, columns))
+    heads = max(shares(network.heads, columns)) * network.query_heads / network.heads
+    rate = machine.alone if mesh.devices == 1 else machine.rate
+    computing = max(operations(work, branches, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
+    sending = sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency
+    return computing, sending
+
+
+def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:
+    """How many times as fast as one device."""
+    return sum(seconds(work, Mesh(), machine)) / sum(seconds(work, mesh, machine))
+
+
+def fastest(work: Work, choices: Sequence[Mesh], machine: Machine) -> Mesh:
+    """The one of these that takes the least time; of equals the one that sends less."""
+    return min(choices, key=lambda mesh: (sum(seconds(work, mesh, machine)), sent_bytes(work, mesh)))

@@ -1,0 +1,77 @@
+"""The processes that torchrun has started: how they come together, and how each ends when another does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .world import ONE, World, timed_machine
+
+TOGETHER = timedelta(seconds=60)
+"""In which all processes have to be there."""
+SILENT = timedelta(minutes=10)
+"""After which a device that says nothing counts as lost; one that has ended is noticed at once."""
+
+
+def first() -> bool:
+    """Whether this process is the one that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def world(device: torch.device | str = "cpu") -> Iterator[World]:
+    """All devices of the command; this one alone where torchrun has not started it. Raises ValueError where some are not there. `device`: where
+    films are made.
+
+    While it is open, an end by SIGTERM, which torchrun sends when another process has ended, is said in a sentence. When it is left by an
+    error, the process has to end: that is how the others learn of it.
+    """
+    rank, devices = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if devices == 1:
+        yield ONE
+        return
+    with _end_announced(rank, devices):
+        _come_together()
+        yield World(devices, rank, timed_machine(device))
+        dist.destroy_process_group()
+
+
+def _come_together() -> None:
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo", timeout=SILENT)
+        dist.monitored_barrier(timeout=TOGETHER)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"the devices of this film did not come together within {TOGETHER.seconds} s ({why}): start the command anew") from error
+
+
+@contextmanager
+def _end_announced(rank: int, devices: int) -> Iterator[None]:
+    """A thread waits for the signal, since the main one may be inside a collective, where Python handles none."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before, woken = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writing)
+    threading.Thread(target=_announce, args=(reading, rank, devices), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGTERM, before)
+        os.close(writing)
+
+
+def _announce(reading: int, rank: int, devices: int) -> None:
+    """Until the pipe is closed. Ends the process without cleaning up: whatever waits in a collective would wait on."""
+    while number := os.read(reading, 1):
+        if number[0] == signal.SIGTERM:
+            print(f"flowcache: device {rank + 1} of {devices} stops: it was ended, as are all when one of them ends", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGTERM)
+    os.close(reading)

@@ -1,0 +1,208 @@
+"""One film over several devices: it is the film of one, each holds and sends its share, and all of them end when one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowcache_core.bench import scale
+from flowcache_core.bench.geometries import GEOMETRIES
+from flowcache_core.kv.policy import KVPolicy, SharedKVPolicy
+from flowcache_core.kv.scores import KV_POLICIES
+from flowcache_core.kv.scores.salience import Salience
+from flowcache_core.memory import RunMemory
+from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.policies import Motion
+from flowcache_core.policies.protocol import PlanPolicy
+from flowcache_core.ranks.cost import Machine, Mesh, Network, Work, fastest, kept_bytes, meshes, ratio, sent_bytes
+from flowcache_core.ranks.group import shares
+from flowcache_core.ranks.launch import world
+from flowcache_core.ranks.world import ONE, World, shares_branches, wants_residual
+from flowcache_core.run.generate import generate
+from flowcache_core.run.states import States
+from tests.rank_cases import CASES, FEW, JOB, MACHINE, TOKENS, bundle_of
+from tests.test_kv_scores import random_view
+
+SENTENCE = "flowcache: device {} of {} stops: "
+
+
+@pytest.fixture(scope="module")
+def came(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of all cases and all ends, by one process and its forks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rank_cases", f"{folder}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+SHARED = [("2", name) for name in (*CASES, "kv salience")] + [("4", name) for name in FEW]
+EACH = pytest.mark.parametrize(("devices", "name"), SHARED)
+
+
+@EACH
+def test_a_film_that_devices_share_is_the_film_of_one(came: dict[str, Any], devices: str, name: str) -> None:
+    for device in came["films"][devices]:
+        case = CASES.get(name)
+        assert device[name]["deviation"] <= (1e-5 if case and case.dtype == "float32" else 1e-12)
+        assert device[name]["same"]
+
+
+@EACH
+def test_no_device_holds_more_than_its_share_of_the_cache(came: dict[str, Any], devices: str, name: str) -> None:
+    for device in came["films"][devices]:
+        assert device[name]["kv"] * int(devices) == device[name]["kv_alone"]
+
+
+@pytest.mark.parametrize("name", ["motion", "motion by output", "motion by change", "part"])
+def test_some_evaluations_of_these_cases_are_of_some_tokens(came: dict[str, Any], name: str) -> None:
+    tokens = came["films"]["2"][0][name]["tokens"]
+    assert {0, TOKENS} < set(tokens)
+
+
+NET = Network(2, 512, 4, 4, 128, 1, 64)
+"""Of the cases of SkyReels-V2."""
+HISTORY = (TOKENS, 2 * TOKENS)
+"""Slots that are scored when the first and the second chunk join history."""
+
+
+NO_FORMULA = ("magi", "prefix", "seconds")
+"""Another network, another first chunk, evaluations that are only timed."""
+COUNTED = [(devices, name) for devices, name in SHARED if name not in NO_FORMULA]
+
+
+@pytest.mark.parametrize(("devices", "name"), COUNTED)
+def test_bytes_are_those_of_the_formula(came: dict[str, Any], devices: str, name: str) -> None:
+    for rank, device in enumerate(each[name] for each in came["films"][devices]):
+        found, case = device["devices"], CASES.get(name, CASES["uncached"])
+        mesh = Mesh(found["rows"], found["columns"])
+        row, column = divmod(rank, mesh.columns)
+        itemsize, branches = torch.finfo(getattr(torch, case.dtype)).bits // 8, 1 if case.job.cfg == 1 else 2
+        work = Work(NET, branches, TOKENS, 0, 0, itemsize, residual=wants_residual(case.policy))
+        asked = [tokens for tokens in device["tokens"] if tokens or not isinstance(case.policy, PlanPolicy)]
+        ran = [replace(work, tokens=tokens, chunk_tokens=TOKENS) for tokens in asked] + [work] * device["commits"]
+        expected = sum(sent_bytes(one, mesh, row, column) for one in ran)
+        if case.compressor or name == "kv salience":
+            expected += sum(kept_bytes(work, mesh, row, column, slots, name == "kv salience") for slots in HISTORY)
+        assert found["bytes"] == expected
+
+
+@pytest.mark.parametrize("name", ["killed", "stopped", "interrupted"])
+def test_all_devices_end_with_a_sentence_when_one_ends(came: dict[str, Any], name: str) -> None:
+    end = came["ends"][name]
+    assert end["seconds"] < 10
+    assert 0 not in end["statuses"]
+    assert not end["files"]
+    devices = len(end["texts"])
+    for rank, (text, status) in enumerate(zip(end["texts"], end["statuses"], strict=True)):
+        if status in (1, 143):
+            assert SENTENCE.format(rank + 1, devices) in text
+        else:
+            assert status in (-9, 130)
+        assert "Traceback" not in text
+
+
+def test_the_bench_has_a_row_for_one_device_and_for_every_way_of_all(came: dict[str, Any]) -> None:
+    rows = came["scale"]["rows"]
+    assert [(row["devices"], row["branches"], row["heads"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (2, 2, 1)]
+    assert all(row["seconds"] > 0 and row["expected"] > 0 for row in rows)
+    assert [row["kv_mib"] * row["devices"] for row in rows] == [rows[0]["kv_mib"]] * 3
+    assert came["scale"]["others"] == ""
+
+
+# how a film is shared
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KV_POLICIES if kind is not Salience], ids=lambda kind: kind.name)
+def test_scores_of_the_heads_of_two_devices_are_those_of_one(kind: type[KVPolicy]) -> None:
+    view = random_view(heads=4)
+
+    def scores(heads: slice) -> torch.Tensor:
+        mine = replace(view, keys=view.keys[:, heads], values=view.values[:, heads], queries=view.queries[:, heads], memory=RunMemory())
+        return kind().score(mine)
+
+    whole, one = scores(slice(0, 4)), scores(slice(2, 3))
+    if isinstance(kind(), SharedKVPolicy):
+        assert torch.equal(whole, one)
+    else:
+        assert torch.equal(torch.cat([scores(slice(0, 1)), scores(slice(1, 4))], 1), whole)
+
+
+def test_devices_that_cannot_share_a_film_are_refused_with_the_numbers_that_work() -> None:
+    with pytest.raises(ValueError, match=r"8 devices cannot share this film: .* 3 heads .* use 2, 3, 4, 6 devices"):
+        meshes(8, 2, 3)
+    assert meshes(4, 2, 3) == [Mesh(2, 2)]
+    assert meshes(6, 2, 12) == [Mesh(1, 6), Mesh(2, 3)]
+
+
+def test_a_chunk_with_fewer_tokens_than_devices_is_refused() -> None:
+    bundle, job = bundle_of(SKYREELS.name, "float32"), replace(JOB, size=16, width=16, cfg=1.0)
+    with pytest.raises(ValueError, match="the shortest chunk has 5 tokens, which run at least 1 at a time, and 4 devices"):
+        generate(bundle, job, Motion(), world=World(4, 0, MACHINE))
+
+
+def test_a_film_that_devices_share_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be saved on its way"):
+        generate(bundle_of(SKYREELS.name, "float32"), JOB, states=States(tmp_path, 1), world=World(2, 0, MACHINE))
+
+
+def test_branches_stay_together_where_a_policy_looks_at_one_of_them() -> None:
+    assert shares_branches(SKYREELS, Motion())
+    assert not shares_branches(SKYREELS, Motion(measure="output"))
+    assert not shares_branches(SKYREELS, Motion(measure="change"))
+
+
+def test_one_process_is_one_device() -> None:
+    with world() as devices:
+        assert devices is ONE
+
+
+# what it costs
+
+
+def test_shares_are_as_even_as_whole_numbers_are() -> None:
+    assert shares(12, 8) == [2, 2, 2, 2, 1, 1, 1, 1]
+    assert all(sum(shares(count, devices)) == count for count in range(20) for devices in range(1, 9))
+
+
+FILM = Work(Network(30, 1536, 12, 12, 128, 10**9, 64), 2, 10200, 51000, 512, 2)
+
+
+def test_what_is_expected_follows_from_the_machine() -> None:
+    fast, slow = Machine(4e14, 4e14, 3e12, 3e11, 2e-5), Machine(4e14, 4e14, 3e12, 1e9, 2e-5)
+    assert 1.9 < ratio(FILM, Mesh(2, 1), fast) <= 2
+    assert ratio(FILM, Mesh(1, 2), slow) < ratio(FILM, Mesh(1, 2), fast)
+    assert fastest(FILM, meshes(4, 2, 12), slow) == Mesh(2, 2)
+    assert sent_bytes(FILM, Mesh()) == 0
+
+
+@pytest.mark.parametrize("name", scale.MODELS)
+def test_more_cards_are_faster_and_hold_less_by_the_arithmetic(name: str) -> None:
+    geometry, link = GEOMETRIES[name], scale.LINKS["NVLink"]
+    work = scale.work_of(geometry)
+    each = [fastest(work, scale.meshes_of(geometry, work, count), link) for count in scale.CARDS]
+    ratios = [ratio(work, mesh, link) for mesh in each]
+    assert all(0.9 * count < got <= count for count, got in zip(scale.CARDS, ratios, strict=True))
+    held = [scale.cache_bytes(work, mesh) for mesh in each]
+    assert held == [held[0] // count for count in scale.CARDS]
+
+
+def test_operations_of_a_released_model_are_those_of_its_shapes() -> None:
+    """Per token of a block of 1.3B: 6 d^2 + 2 d x ffn."""
+    d, ffn = 1536, 8960
+    work = scale.work_of(GEOMETRIES["skyreels-1.3b"])
+    assert work.network.weights == pytest.approx(30 * (6 * d * d + 2 * d * ffn), rel=1e-3)
+
+
+def test_what_one_device_sends_by_heads_falls_with_their_number() -> None:
+    sizes = [sent_bytes(FILM, Mesh(1, devices)) for devices in (2, 4, 6, 12)]
+    assert sizes == sorted(sizes, reverse=True)
