@@ -29,7 +29,7 @@ RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "r
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "webbrowser"}
 PROCESSES = {
     ("flowcache_core/device.py", "subprocess"),
-    ("flowcache_core/kernels/columns.py", "subprocess"),
+    ("flowcache_core/kernels/choice.py", "subprocess"),
     ("flowcache_core/bench/sweep.py", "multiprocessing"),
 }
 """`git`, for the benches and the demo alone; the name of an error of Triton's compiler; the workers of a bench."""
