@@ -110,7 +110,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def test_the_demo_on_a_full_disk_says_so(run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     monkeypatch.setattr(cli.demo, "warm_up", lambda bundle: None)
-    monkeypatch.setattr(cli.demo, "run_arm", lambda bundle, job, arm, states: (torch.zeros(1), RunReport(1, 2)))
+    monkeypatch.setattr(cli.demo, "run_arm", lambda bundle, job, arm, states, world: (torch.zeros(1), RunReport(1, 2)))
     monkeypatch.setattr(cli.demo, "decode", lambda bundle, latents: torch.rand(9, 3, 64, 64))
     with full_disk():
         status, said = run_cli(cli.main, "demo", "--frames", 9, "--steps", 2, "--arms", "uncached", "--out", out)
