@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, seam
+from .bench import causal, figures, frontier, kernels, kv, magi, model, motion, recall, reuse, seam, step
 from .demo import run as demo
 from .device import commit, device_name
 from .files import refused, write_text
@@ -18,7 +18,7 @@ from .models.bundle import weights_id
 from .show.film import write_picture
 from .show.plot import line_plot
 
-BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels)
+BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels, step)
 
 
 def main() -> int:

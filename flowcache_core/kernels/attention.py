@@ -69,7 +69,7 @@ def as_products(q: Tensor, k: Tensor) -> bool:
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The textbook form: softmax(q k^T / sqrt(D)) v."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 PYTORCH = Kernel("PyTorch", by_pytorch)
