@@ -18,9 +18,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     """activation(x weight^T + bias): [..., n], [m, n], [m] -> [..., m].
 
     PyTorch's own product first lays the bias over the whole output on a processor. In bfloat16 there one product of oneDNN takes bias and
-    activation along and rounds once; the weight stays as it is. No gradient passes through that form.
+    activation along and rounds once; the weight stays as it is. No gradient passes through that form. torch.compile fuses by itself.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and has_fused_product():
+    halves = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
+    if halves and not torch.compiler.is_compiling() and has_fused_product():
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, ONE_DNN[activation][0], [], ONE_DNN[activation][1])
         return fused
     return activated(F.linear(x, weight, bias), activation)

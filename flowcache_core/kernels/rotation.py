@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .choice import by_triton, path_for
+
+OPERATION = "norm and rotation of queries and keys"
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -18,6 +24,13 @@ def normed_rotated(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, h
 
     Without `rope`, the norm alone.
     """
+    if path_for(x.device, OPERATION).name == "triton":
+        return _opaque(x, weight, eps, rope, head_dim)
+    return in_pytorch(x, weight, eps, rope, head_dim)
+
+
+def in_pytorch(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
+    """`normed_rotated` without Triton."""
     if x.device.type == "cpu" and x.element_size() == 2:
         return in_float32(x, weight, eps, rope, head_dim)
     y = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, head_dim)).transpose(1, 2)
@@ -32,3 +45,21 @@ def in_float32(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_
     if rope is not None:
         torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(rope.unsqueeze(-2))
     return wide.to(x.dtype).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "flowcache::normed_rotated", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, Tensor? rope, int head_dim) -> Tensor"
+)
+def _opaque(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
+    """`normed_rotated` as one operation that torch.compile does not look into; contiguous."""
+
+    def call(kernels: Any) -> Tensor | None:
+        return kernels.normed_rotated(x, weight, eps, rope, head_dim) if kernels.serves(x, weight, rope, head_dim) else None
+
+    out = by_triton(OPERATION, "rotation_triton", x.device, call)
+    return in_pytorch(x, weight, eps, rope, head_dim).contiguous() if out is None else out
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2] // head_dim, x.shape[1], head_dim)
