@@ -20,7 +20,8 @@ def plain(layer: nn.Module, x: Tensor) -> bool:
 
     Not so with hooks, with another forward or another kind of weight, and where gradients are wanted.
     """
-    if type(layer).forward.__module__ not in KNOWN or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    known = isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm) and type(layer).forward.__module__ in KNOWN
+    if not known or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     weights = [weight for weight in (getattr(layer, name, None) for name in ("weight", "bias")) if weight is not None]
     learning = torch.is_grad_enabled() and any(one.requires_grad for one in (x, *weights))
