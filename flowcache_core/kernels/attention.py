@@ -23,6 +23,7 @@ from .choice import Capability, capability_of
 
 SCORES_AT_MOST = 2**26
 """Elements of the score matrix that the product form may hold in memory."""
+FEW_KEYS = 64
 HOPPER: Capability = (9, 0)
 """From this compute capability on cuDNN's attention is faster than PyTorch's own flash attention (release notes of PyTorch 2.5)."""
 
@@ -68,8 +69,16 @@ def as_products(q: Tensor, k: Tensor) -> bool:
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The textbook form: softmax(q k^T / sqrt(D)) v."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    """The textbook form: softmax(q k^T / sqrt(D)) v. Queries are scaled, of which there are fewer than scores.
+
+    A head at a time: its scores stay in the processor's cache, and keys that are a part of a longer buffer are not copied. A few keys, such as
+    those of a short text, are not worth that.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if k.shape[2] <= FEW_KEYS:
+        return (q @ k.mT).softmax(-1) @ v
+    heads = zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True)
+    return torch.stack([(mine @ keys.mT).softmax(-1) @ values for mine, keys, values in heads]).unflatten(0, q.shape[:2])
 
 
 PYTORCH = Kernel("PyTorch", by_pytorch)
