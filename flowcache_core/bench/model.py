@@ -9,6 +9,7 @@ measured in the same process.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
