@@ -48,11 +48,12 @@ class Kernel:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, G * heads, T, D], [B, heads, L, D] twice -> [B, G * heads, T, D], by the kernel in force.
 
-    `G` neighbouring query heads share a key head (grouped-query attention).
+    `G` neighbouring query heads share a key head (grouped-query attention). What torch.compile traces is PyTorch's.
     """
     if q.shape[1] != k.shape[1]:
         return heads_apart(attention(heads_together(q, k.shape[1]), k, v), q.shape[1])
-    return _in_force.get().call(q, k, v)
+    kernel = PYTORCH if torch.compiler.is_compiling() else _in_force.get()
+    return kernel.call(q, k, v)
 
 
 def by_pytorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
