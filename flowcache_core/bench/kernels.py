@@ -22,12 +22,14 @@ from torch import Tensor
 from ..device import device_name
 from ..kernels.attention import SCORES_AT_MOST, attending, attention, kernel_for, products
 from ..kernels.columns import column_sums, in_blocks
+from ..kernels.modulation import gated, normed_modulated
+from ..kernels.rotation import normed_rotated, rotate
 from ..kernels.segments import attention_with_lse, merge
 from ..kernels.similarity import mean_similarity
 from ..kernels.tokens import frame_difference, normalised, pooled, relative_change
 from ..kernels.weighted import weighted
 from ..kv.evict import select
-from ..models.skyreels import HEAD_DIM, gated, modulated, rope_table, rotate
+from ..models.skyreels import HEAD_DIM, rope_table
 from .geometries import GEOMETRIES, Geometry
 from .model import ceiling
 
@@ -151,8 +153,11 @@ OPERATIONS = (
               lambda x, weight: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6), lambda s: 2 * s.tokens * s.dim),
     Operation("rotary positions", lambda s, new: (new(1, s.heads, s.tokens, HEAD_DIM), rope_table(0, s.frames, *s.grid, device=new(1).device)),
               rotate, lambda s: 2 * s.tokens * s.dim),
+    Operation("norm and rotary positions",
+              lambda s, new: (_tokens(s, new), new(s.dim), 1e-6, rope_table(0, s.frames, *s.grid, device=new(1).device), HEAD_DIM),
+              normed_rotated, lambda s: 2 * s.tokens * s.dim),
     Operation("norm and modulation", lambda s, new: (_tokens(s, new), new(1, s.frames, s.dim), new(1, s.frames, s.dim)),
-              lambda x, shift, scale: modulated(torch.nn.functional.layer_norm(x, x.shape[-1:]), shift, scale), lambda s: 2 * s.tokens * s.dim),
+              lambda x, shift, scale: normed_modulated(x, shift, scale, 1e-6), lambda s: 2 * s.tokens * s.dim),
     Operation("gate and residual", lambda s, new: (_tokens(s, new), _tokens(s, new), new(1, s.frames, s.dim)), gated, lambda s: 3 * s.tokens * s.dim),
     Operation("gelu", lambda s, new: (new(1, s.tokens, s.ffn),), lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
               lambda s: 2 * s.tokens * s.ffn),

@@ -9,6 +9,7 @@ measured in the same process.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,11 +111,16 @@ def _counted(bundle: Bundle, job: Job, arm: Arm, every: int = 1) -> tuple[float,
 
 def counter() -> FlopCounterMode:
     """Counts the floating-point operations of products, those of PyTorch's own kernels for the processor too."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention})
+    own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention, torch.ops.mkldnn._linear_pointwise: _linear}
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
+
+
+def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
 
 
 def ceiling(dtype: torch.dtype, device: torch.device, side: int, repeats: int = 20) -> float:

@@ -23,6 +23,7 @@ from .choice import Capability, capability_of
 
 SCORES_AT_MOST = 2**26
 """Elements of the score matrix that the product form may hold in memory."""
+FEW_KEYS = 64
 HOPPER: Capability = (9, 0)
 """From this compute capability on cuDNN's attention is faster than PyTorch's own flash attention (release notes of PyTorch 2.5)."""
 
@@ -47,11 +48,12 @@ class Kernel:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, G * heads, T, D], [B, heads, L, D] twice -> [B, G * heads, T, D], by the kernel in force.
 
-    `G` neighbouring query heads share a key head (grouped-query attention).
+    `G` neighbouring query heads share a key head (grouped-query attention). What torch.compile traces is PyTorch's.
     """
     if q.shape[1] != k.shape[1]:
         return heads_apart(attention(heads_together(q, k.shape[1]), k, v), q.shape[1])
-    return _in_force.get().call(q, k, v)
+    kernel = PYTORCH if torch.compiler.is_compiling() else _in_force.get()
+    return kernel.call(q, k, v)
 
 
 def by_pytorch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,8 +70,16 @@ def as_products(q: Tensor, k: Tensor) -> bool:
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The textbook form: softmax(q k^T / sqrt(D)) v."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    """The textbook form: softmax(q k^T / sqrt(D)) v. Queries are scaled, of which there are fewer than scores.
+
+    A head at a time: its scores stay in the processor's cache, and keys that are a part of a longer buffer are not copied. A few keys, such as
+    those of a short text, are not worth that.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if k.shape[2] <= FEW_KEYS:
+        return (q @ k.mT).softmax(-1) @ v
+    heads = zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True)
+    return torch.stack([(mine @ keys.mT).softmax(-1) @ values for mine, keys, values in heads]).unflatten(0, q.shape[:2])
 
 
 PYTORCH = Kernel("PyTorch", by_pytorch)

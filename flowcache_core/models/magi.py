@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from ..kernels.attention import attention
 from ..network import Attend
+from .layers import projected
 from .skyreels import FREQUENCIES, Attention, sinusoid
 
 PATCH = 2
@@ -137,12 +139,10 @@ class FeedForward(nn.Module):
         self.gated = config.gated
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear_fc1(self.layer_norm(x))
+        y = projected(self.linear_fc1, self.layer_norm(x), "none" if self.gated else "gelu-erf")
         if self.gated:
             gate, value = y.chunk(2, -1)
             y = F.silu(gate) * value
-        else:
-            y = F.gelu(y)
         out: Tensor = self.linear_fc2(y)
         return out
 
@@ -304,7 +304,7 @@ class Magi(nn.Module):
         if self.config.doubled:
             x = torch.cat([x, x], 1) * RESCALE
         tokens: Tensor = self.x_embedder(x)
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens.flatten(2).transpose(1, 2).contiguous()
 
     def embed_some(self, x: Tensor, tokens: Tensor) -> Tensor:
         """The same for the listed tokens [n] alone -> [B, n, d]: their patches pass through as so many frames of one patch."""
@@ -336,7 +336,7 @@ class Magi(nn.Module):
         """All layers. tokens [B, T, d], condition [B, F, d / 4] with F dividing T; text: of every branch; rope [T, n] -> [B, T, d]."""
         for number, layer in enumerate(self._layers):
             texts = [one(number) for one in text]
-            tokens = layer(tokens, condition, texts, rope, lambda q, k, v, x, number=number: attend(number, q, k, v, x))
+            tokens = layer(tokens, condition, texts, rope, partial(attend, number))
         return tokens
 
     def head(self, tokens: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..kernels.modulation import gated
+from ..kernels.rotation import rotate
 from ..network import Attend
+from .layers import fed_forward, modulated_norm, projected, turned
 
 PATCH = 2
 HEAD_DIM = 128
@@ -84,10 +87,10 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2)
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attention) -> Tensor:
-        q = rotate(self.split(self.norm_q(self.q(x))), rope)
-        k = rotate(self.split(self.norm_k(self.k(x))), rope)
-        y: Tensor = self.o(attend(q, k, self.split(self.v(x)), x).transpose(1, 2).flatten(2))
-        return y
+        q = turned(self.norm_q, projected(self.q, x), rope, HEAD_DIM)
+        k = turned(self.norm_k, projected(self.k, x), rope, HEAD_DIM)
+        y = attend(q, k, self.split(projected(self.v, x)), x)
+        return projected(self.o, y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -96,9 +99,8 @@ class CrossAttention(SelfAttention):
         return self.split(self.norm_k(self.k(text))), self.split(self.v(text))
 
     def look_up(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        q = self.split(self.norm_q(self.q(x)))
-        y: Tensor = self.o(attention(q, *kv).transpose(1, 2).flatten(2))
-        return y
+        q = turned(self.norm_q, projected(self.q, x), None, HEAD_DIM)
+        return projected(self.o, attention(q, *kv).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -114,9 +116,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Attention) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(e0) + e0).unbind(2)
-        x = gated(x, self.self_attn(modulated(self.norm1(x), shift_a, scale_a), rope, attend), gate_a)
+        x = gated(x, self.self_attn(modulated_norm(self.norm1, x, shift_a, scale_a), rope, attend), gate_a)
         x = x + self.cross_attn.look_up(self.norm3(x), text)
-        return gated(x, self.ffn(modulated(self.norm2(x), shift_f, scale_f)), gate_f)
+        return gated(x, fed_forward(self.ffn, modulated_norm(self.norm2, x, shift_f, scale_f)), gate_f)
 
 
 class Head(nn.Module):
@@ -128,24 +130,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation.to(e) + e.unsqueeze(2)).unbind(2)
-        y: Tensor = self.head(modulated(self.norm(x), shift, scale))
+        y: Tensor = self.head(modulated_norm(self.norm, x, shift, scale))
         return y
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """[B, T, d] with one shift and scale [B, F, d] per latent frame, broadcast over the frame's tokens."""
-    x = x.unflatten(1, (shift.shape[1], -1))
-    return (x * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
-
-
-def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return x + (y.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """[B, heads, T, head_dim] by complex phases [T, head_dim / 2]; neighbouring channels form a pair."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
 class Rope:
@@ -213,9 +199,9 @@ class SkyReelsV2(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Latents [B, C, F, h, w] -> tokens [B, F * h/2 * w/2, d]."""
+        """Latents [B, C, F, h, w] -> tokens [B, F * h/2 * w/2, d], a token's channels side by side, as all that is added to them stays."""
         tokens: Tensor = self.patch_embedding(x)
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens.flatten(2).transpose(1, 2).contiguous()
 
     def embed_some(self, x: Tensor, tokens: Tensor) -> Tensor:
         """The same for the listed tokens [n] alone -> [B, n, d]: their patches pass through as so many frames of one patch."""
