@@ -36,3 +36,14 @@ class Ledger(TorchDispatchMode):
         without = {tensor.untyped_storage()._cdata for tensor in but}
         self._alive = {key: one for key, one in self._alive.items() if not one[0].expired()}
         return sum(size for key, (_, size) in self._alive.items() if key not in without)
+
+
+class Peak(Ledger):
+    """The most that was alive after any operation."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, self.held())
+        return out

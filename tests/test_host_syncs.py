@@ -10,17 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flowcache_core.kernels.transfer import Fetched, Mark, Side
+from flowcache_core.kv import keeper, stored
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.policy import KVPolicy
-from flowcache_core.kv.scores import KV_POLICIES, RKV, Even, Salience
+from flowcache_core.kv.scores import KV_POLICIES, RKV, Even, KeyNorm, Salience
 from flowcache_core.kv.scores.salience import HeadInfo, SalienceHead
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
@@ -236,6 +238,36 @@ def test_the_decisions_of_a_row_are_those_of_its_chunks_one_by_one(name: str, ne
     assert (report.map == one_by_one.map).all()
     assert (report.drift == one_by_one.drift).all()
     assert (report.shares == one_by_one.shares).all()
+
+
+class Beside(Side):
+    """Copies as on CUDA: none waits, and the host only where it asks for a mark. `asked`: how often it has."""
+
+    asked: ClassVar[int] = 0
+
+    def copy(self, to: Tensor, source: Tensor, after: Mark) -> Mark:
+        with _disable_current_modes():
+            to.copy_(source)
+        return self
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        with _disable_current_modes():
+            return Fetched(tensor.cpu(), self)
+
+    def synchronize(self) -> None:
+        Beside.asked += 1
+
+
+@pytest.mark.parametrize(("dtype", "offload"), [("as computed", False), ("int8", True)])
+def test_the_host_waits_once_a_finished_chunk_wherever_history_lies(
+    net: SkyReelsV2, texts: Tensor, monkeypatch: pytest.MonkeyPatch, dtype: str, offload: bool
+) -> None:
+    monkeypatch.setattr(Beside, "asked", 0)
+    for module in (keeper, stored):
+        monkeypatch.setattr(module, "side_of", Beside)
+    _, report, watch = film(sent(net), Far(texts), kv=KeyNorm(), frames=12, steps=2, dtype=dtype, offload=offload)
+    assert watch.waits == []
+    assert Beside.asked == report.host_syncs == report.commits > 0
 
 
 def test_every_wait_is_counted_with_a_learnt_score(net: SkyReelsV2, texts: Tensor, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes, pool
+from flowcache_core.kernels.slots import pool
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
 from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper
@@ -344,6 +346,13 @@ def test_select_keeps_the_best_and_of_equals_the_newer() -> None:
     assert select(scores, 2, protected).tolist() == [[0, 1], [1, 4]]
     assert select(scores, 5, none).tolist() == [[0, 1, 2, 3, 4]] * 2
     assert select(scores, 0, none).shape == (2, 0)
+
+
+@pytest.mark.parametrize("score", [math.inf, math.nan, -math.inf])
+def test_no_score_takes_the_place_of_a_protected_slot(score: float) -> None:
+    scores, protected = torch.full((1, 6), score), torch.tensor([[True, False, False, False, False, True]])
+    assert select(scores, 2, protected).tolist() == [[0, 5]]
+    assert select(scores, 3, protected, torch.arange(6)[None] // 2, 3).tolist()[0][::2] == [0, 5]
 
 
 def test_slots_of_a_group_stay_or_go_together() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowcache_core.kernels import slots
 from flowcache_core.kv import codec as module
 from flowcache_core.kv.codec import CHANNEL, CODECS, EVEN, TINY, Codec, Float8, Int4, Int8, State, channel_scales, codec_of
 
@@ -210,6 +211,7 @@ def test_how_much_is_converted_at_a_time_changes_nothing(codec: Codec, monkeypat
     index = torch.tensor([[0, 2, 3, 11, 19], [1, 5, 6, 7, 8]])
     codec.keep(state, index, N)
     monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(slots, "BLOCK", block)
     again, other = through(codec, x, "k")
     codec.keep(other, index, N)
     assert torch.equal(again, whole)
@@ -292,6 +294,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("work", ["read", "keep"])
 def test_reading_and_keeping_allocate_no_more_than_a_block(codec: Codec, which: Any, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", B * H * D * 2)
+    monkeypatch.setattr(slots, "BLOCK", B * H * D * 2)
     out, state = through(codec, uneven(200), which)
     index = torch.arange(50, 200)
     with Allocations([out, index, *state.values()]) as seen:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowcache_core.kernels.columns import column_sums
-from flowcache_core.kernels.similarity import mean_similarity, mean_similarity_but_to_newest
+from flowcache_core.kernels.similarity import cosine_to_mean, mean_similarity, mean_similarity_but_to_newest
 from flowcache_core.kv.policy import KVPolicy, KVView
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.expected import ExpectedAttention, QueryMoments, expected
@@ -383,6 +383,30 @@ def test_keys_are_compared_in_bounded_memory(similarity: Callable[..., Tensor], 
         blockwise = similarity(keys, at_most)
     assert seen.numbers <= max(at_most, keys.numel())
     torch.testing.assert_close(blockwise, similarity(keys), rtol=1e-5, atol=1e-7)
+
+
+class Reads(TorchDispatchMode):
+    """How many numbers of a tensor operations have read, and the most that one tensor held that they made."""
+
+    def __init__(self, of: Tensor) -> None:
+        super().__init__()
+        self.of, self.numbers, self.largest = of.untyped_storage().data_ptr(), 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self.of and func is not torch.ops.aten.new_zeros.default:
+            self.numbers += sum(one.numel() for one in args if isinstance(one, Tensor) and one.untyped_storage().data_ptr() == self.of)
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("similarity", [mean_similarity, cosine_to_mean])
+def test_linear_redundancy_reads_a_key_twice_and_compares_no_pairs(similarity: Callable[..., Tensor]) -> None:
+    keys = torch.randn(2, 3, 200, 8).bfloat16()
+    with Reads(keys) as seen:
+        similarity(keys, 2 * 3 * 8 * 50)
+    assert seen.numbers == 2 * keys.numel()
+    assert seen.largest <= 2 * 3 * 8 * 50 < 200 * 200
 
 
 # expectation

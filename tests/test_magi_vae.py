@@ -15,7 +15,7 @@ from flowcache_core.models.checkpoint import load_network
 from flowcache_core.models.magi_vae import LATENT_SCALE, TILING, MagiVAE, MagiVAEConfig, denormalise, normalise, standardised
 from flowcache_core.models.tiles import Tiling, in_tiles, shares, spans
 from flowcache_core.models.wan_vae import WanVAE
-from tests.test_memory import Ledger
+from tests.ledger import Peak
 
 TINY = MagiVAEConfig(dim=256, ffn_dim=64, layers=2, side=4)
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -319,17 +319,6 @@ def test_a_film_keeps_its_dtype_and_tiles_have_that_of_the_weights(vae: MagiVAE)
 def test_tiles_of_impossible_sizes_are_refused(sizes: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Tiling(*sizes)
-
-
-class Peak(Ledger):
-    """The most that was alive after any operation."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.most = max(self.most, self.held())
-        return out
 
 
 def held(vae: MagiVAE, what: str, x: Tensor, tiling: Tiling | None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,13 @@ from torch import Tensor
 
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores.streaming import StreamingLLM
+from flowcache_core.models.causal_wan_family import FOUR
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.run.run import Run, Turn
 from flowcache_core.run.session import Session
+from flowcache_core.run.states import States
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
@@ -134,3 +140,35 @@ def test_after_a_recache_a_film_goes_on_as_from_its_frames_given_with_the_new_te
     assert session.report.commits == 3 + 2
     assert "the prompt changes with chunk 3: of history 2 chunks were evaluated once more" in session.report.notes
     assert len(session.report.history.frames) == (3 if compressor else 0), "an entry a chunk, however often it was evaluated"
+
+
+def test_a_run_that_is_stopped_behind_a_recache_goes_on_bit_for_bit(
+    net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    family, film = replace(SKYREELS, noise=FOUR), ChunkSchedule(2 * FRAMES, 3, 4, 4, window=4)
+    run = Run(family, SkyReelsAdapter(net), film, flow_sigmas(4), (16, 4, 4), compressor=Compressor(StreamingLLM(), 2.0), recache=frozenset({5}))
+    left = 10**6
+
+    def evaluate(turn: Turn, x: Tensor) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        number = int(turn.reads >= 5)
+        return turn.denoise(x, texts[number : number + 1], ("cond",), texts=number)
+
+    whole, report = run.sample(noise_of(2 * FRAMES), evaluate)
+    assert "the prompt changes with chunk 6: of history 3 chunks were evaluated once more" in report.notes
+    left = 6 * 5 + 3 + 2  # two steps of the chunk behind it
+    with pytest.raises(KeyboardInterrupt):
+        run.sample(noise_of(2 * FRAMES), evaluate, states=States(tmp_path / "states"))
+    left = 12
+    made, again = run.sample(noise_of(2 * FRAMES), evaluate, states=States(tmp_path / "states"))
+    assert left > 0
+    assert torch.equal(made, whole)
+    assert set(report.notes) <= set(again.notes)
+
+
+def test_a_model_that_was_not_trained_for_it_is_refused(net: SkyReelsV2) -> None:
+    with pytest.raises(ValueError, match="as LongLive does; SkyReels-V2 diffusion forcing was not trained for that: set recache to off"):
+        Run(SKYREELS, SkyReelsAdapter(net), ChunkSchedule(FRAMES, 3, 4, 4), flow_sigmas(4), (16, 4, 4), recache=frozenset({2}))

@@ -201,7 +201,7 @@ ELSEWHERE = {
     "loop.save()": "the same",
     "save(made, self._file(number, place))": "of trajectories.py, which is whole",
     "head.save(out)": "a SalienceHead's, which is whole",
-    "keep).save(path)": "a Clip's, which is whole",
+    "taught_by).save(path)": "a Clip's, which is whole",
     "save(fold(weights), out / 'vae.safetensors')": "of vae.py, which is whole",
     "save(vae.state_dict(), out / 'vae.safetensors')": "the same",
     "picture.save(file, 'JPEG', quality=quality)": "into memory",

@@ -5,6 +5,22 @@ nothing is copied: this equals block-causal attention over the whole window. Whe
 (`layout.py` says how many, `keeper.py` which), and what lies behind them moves up.
 
 A slot is the place of one token's key and value in the buffers. Films x branches lie side by side in the batch dimension.
+
+Slots move once a chunk, in place. Of S slots that stay, 2 S are read or written where they move as one piece (a window that moves
+on, the latest tokens and the active chunks under a budget), 4 S where they are chosen, by way of a block of scratch, and none of
+the sink. A window of 21 latent frames of the 1.3B model at 832 x 480, in chunks of 3 frames, has 60 buffers of 32760 slots, 6.0 GB in
+all, of which 5.2 GB stay at each commit:
+
+    form                                          moved per commit   scratch, or slots kept free
+    copy aside and back                           20.7 GB            86 MB, a buffer
+    in place                                      10.4 GB            none
+    rings with as many slots again                1.5 GB             6.0 GB
+    buffers one behind the other, each growing
+    into what the next has given up               0.02 GB            101 MB, a buffer
+    a table of rows, gathered for each call       12 GB a call       201 MB, a layer
+
+By bandwidth and arithmetic 10.4 GB are 1 % of a chunk of four steps or less, and a longer chunk has more steps: the form that needs no memory
+is the best. A mask over gaps, or keys in another order, would round otherwise and make other films.
 """
 
 from __future__ import annotations
@@ -19,10 +35,11 @@ from torch import Tensor
 
 from ..kernels.attention import attention, heads_apart, heads_together
 from ..kernels.segments import attention_with_lse, merge
+from ..kernels.slots import keep, move_up, pool
 from ..kernels.weighted import in_one_call, weighted
 from ..network import NetworkSizes
 from ..sampling.chunk import Chunk
-from .keeper import Choice, Keeper, Segment
+from .keeper import Choice, Keeper, Segment, side_by_side
 from .layout import Capacity, Layout, Range
 from .waiting import Waiting
 
@@ -63,12 +80,17 @@ class KVCache:
     def __init__(self, branches: Branches, sizes: KVSizes) -> None:
         self.branches, self.sizes = branches, sizes
         self.syncs = 0
-        """How often the host has waited for the device to store history elsewhere."""
+        """How often the host has waited for the device to store history elsewhere, without `waits`."""
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     @property
     def bytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self._buffers)
+
+    @property
+    def waits(self) -> int:
+        """How often it has for the copies of a step."""
+        return 0
 
     def history_bytes(self, kept: int) -> int:
         """Of these, what `kept` slots of history take."""
@@ -103,6 +125,13 @@ class KVCache:
         keys, values = self.layer(layer, like)
         return keys[batch, :, at], values[batch, :, at]
 
+    def copied(self, layer: int, batch: slice, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """What is written in these slots of an active chunk."""
+        keys, values = (buffer[batch] for buffer in self._buffers[layer])
+        if isinstance(at, slice):
+            return keys[:, :, at].clone(), values[:, :, at].clone()
+        return keys.index_select(2, at), values.index_select(2, at)
+
     def read(self, layer: int, batch: slice, first: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._buffers[layer]
         return keys[batch, :, first:end], values[batch, :, first:end]
@@ -110,21 +139,18 @@ class KVCache:
     def join(self, before: int, count: int, after: int) -> None:
         """A finished chunk's `count` slots become history, which ends at `before`: here they lie right behind it already."""
 
-    def keep(self, layer: int, batch: slice, choice: Choice, before: int, after: int) -> None:
-        """Of the first `before` slots those of `choice` stay, in order; the `after` slots behind them move up."""
-        stay = choice.index.shape[1]
+    def keep(self, layer: int, choice: Choice, before: int, after: int) -> None:
+        """Of the first `before` slots those of `choice`, of all branches, stay, in order; the `after` slots behind them move up."""
         for buffer in self._buffers[layer]:
-            mine = buffer[batch]
             if choice.pooled is not None:
-                pool(mine, choice.pooled)
-            mine[:, :, :stay] = mine[:, :, :before].take_along_dim(choice.index[:, None, :, None], 2)
-            mine[:, :, stay : stay + after] = mine[:, :, before : before + after].clone()
+                pool(buffer, choice.pooled)
+            keep(buffer, choice.index, before, choice.first, choice.last, after)
 
     def drop(self, gone: int, stay: int) -> None:
         """The first `gone` slots are given up, the `stay` slots behind them move up."""
         for pair in self._buffers:
             for buffer in pair:
-                buffer[:, :, :stay] = buffer[:, :, gone : gone + stay].clone()
+                move_up(buffer, 0, gone, stay)
 
     def adopt(self, other: KVCache) -> None:
         """Copy the branches that another cache holds: the host has begun to batch them differently."""
@@ -140,17 +166,11 @@ class KVCache:
 
     def hold(self, held: Held) -> None:
         """The same back, in place. Raises RuntimeError for tensors of other sizes."""
-        for number, slots in enumerate(held["buffers"]):
-            self.layer(number // 2, slots)[number % 2][:, :, : slots.shape[2]].copy_(slots)
+        for number, saved in enumerate(held["buffers"]):
+            self.layer(number // 2, saved)[number % 2][:, :, : saved.shape[2]].copy_(saved)
 
     def free(self) -> None:
         self._buffers.clear()
-
-
-def pool(slots: Tensor, groups: Tensor) -> None:
-    """Of slots [films, heads, N, D], in place: the middle one of every group, int64 [films, n, m], becomes the group's mean."""
-    for film, of_film in zip(slots, groups, strict=True):
-        film[:, of_film[:, of_film.shape[1] // 2]] = film[:, of_film].float().mean(2).to(film.dtype)
 
 
 class CachedAttention:
@@ -160,7 +180,7 @@ class CachedAttention:
     refreshed tokens meet the fresh slots and the old ones of their own chunk. With a `keeper` and the `chunk`, slots beyond
     the horizon are seen as if they lay within it, and the clean pass of a chunk is shown to the keeper. With `waiting`, the slots
     of its other tokens are written too, as they would be by now. With `ranges`, one per branch, each branch sees no more than its own.
-    With `aside` nothing is written: the chunk's fresh keys and values are seen in this call alone.
+    With `aside` nothing stays written: the chunk's fresh keys and values are seen in this call alone.
     """
 
     def __init__(self, cache: KVCache, batch: slice, first: int, start: int, end: int, tokens: Tensor | None = None,
@@ -171,10 +191,15 @@ class CachedAttention:
         self.keeper, self.chunk, self.waiting = keeper, chunk, waiting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        keys, values = self._beside(layer, k, v) if self.aside else self._written(layer, k, v)
+        own = self.cache.copied(layer, self.batch, self.at) if self.aside else None
+        keys, values = self._written(layer, k, v)
         if self.keeper is None or self.chunk is None:
-            return self._ranged(q, keys, values)
-        return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+            out = self._ranged(q, keys, values)
+        else:
+            out = self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+        if own is not None:
+            self.cache.write(layer, self.batch, self.at, *own)
+        return out
 
     def _written(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The slots that are seen, after those of the call are written."""
@@ -183,14 +208,6 @@ class CachedAttention:
         else:
             self.cache.write(layer, self.batch, self.at, k, v)
         return self.cache.read(layer, self.batch, self.first, self.end)
-
-    def _beside(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots that are seen, with the fresh ones in a copy."""
-        seen = self.cache.read(layer, self.batch, self.first, self.end)
-        if isinstance(self.at, slice):
-            before = self.at.start - self.first
-            return torch.cat([seen[0][:, :, :before], k], 2), torch.cat([seen[1][:, :, :before], v], 2)
-        return seen[0].index_copy(2, self.at - self.first, k), seen[1].index_copy(2, self.at - self.first, v)
 
     def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         firsts = [self.first if one is None else one.first for one in self.ranges for _ in range(self.cache.sizes.films)]
@@ -307,7 +324,7 @@ class KVStore:
 
     @property
     def syncs(self) -> int:
-        return sum(cache.syncs for cache in self._caches)
+        return sum(cache.syncs + cache.waits for cache in self._caches)
 
     @property
     def history_bytes(self) -> int:
@@ -364,18 +381,17 @@ class KVStore:
         """A finished chunk, clean by now, becomes history; what no later chunk will see goes, or what the budget has no room for."""
         count = self.layout.spans[chunk.index][1]
         history, stays = self.layout.settle(chunk.index)
-        for cache in self._caches:
-            if self.keeper is None:
-                if stays < history:
-                    cache.drop(history - stays, stays)
-                continue
+        if self.keeper is None:
+            for cache in self._caches if stays < history else ():
+                cache.drop(history - stays, stays)
+            return
+        chosen = [[self.keeper.settle(chunk, branch, stays) for branch in cache.branches] for cache in self._caches]
+        self.keeper.send()
+        for cache, branches in zip(self._caches, chosen, strict=True):
             cache.join(history - count, count, self.layout.active)
-            for branch in cache.branches:
-                batch = cache.batch_of((branch,))
-                assert batch is not None
-                for layer, choice in enumerate(self.keeper.settle(chunk, branch, stays)):
-                    if choice is not None:
-                        cache.keep(layer, batch, choice, history, self.layout.active)
+            for layer, choices in enumerate(zip(*branches, strict=True)):
+                if (choice := side_by_side(choices)) is not None:
+                    cache.keep(layer, choice, history, self.layout.active)
 
     def of(self, branches: Branches) -> tuple[KVCache, slice]:
         """The cache that holds these branches, in this order, and where they lie in its batch."""
@@ -397,7 +413,7 @@ class KVStore:
     @property
     def held(self) -> list[tuple[Branches, int, Held]]:
         """Of every cache its branches, how often the host has waited for it, and its slots in use; settable."""
-        return [(cache.branches, cache.syncs, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
+        return [(cache.branches, cache.syncs + cache.waits, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
 
     @held.setter
     def held(self, held: list[tuple[Branches, int, Held]]) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from ..kernels.slots import blocks, keep
 
 State = dict[str, Tensor]
 Which = Literal["k", "v"]
@@ -73,7 +74,7 @@ class Codec(ABC):
         channel = state.get(CHANNEL) if which == "k" else None
         if channel is not None:
             channel.copy_(torch.where(channel > 0, channel, channel_scales(x)))
-        for start, end in _blocks(x):
+        for start, end in blocks(x, 0, x.shape[2], BLOCK):
             part = x[:, :, start:end]
             for name, value in self.encode(part if channel is None else part / channel).items():
                 state[f"{which}.{name}"][:, :, at.start + start : at.start + end] = value
@@ -81,7 +82,7 @@ class Codec(ABC):
     def read(self, state: State, which: Which, end: int, out: Tensor, start: int = 0) -> Tensor:
         """Slots `start`..`end` into out [B, H, end - start, D] of any floating dtype, which is returned. Nothing else of that size is allocated."""
         channel = state.get(CHANNEL) if which == "k" else None
-        for first, last in _blocks(out):
+        for first, last in blocks(out, 0, out.shape[2], BLOCK):
             part = out[:, :, first:last]
             self.decode(
                 {name: state[f"{which}.{name}"][:, :, start + first : start + last] for name in self.parts(out.shape[3])},
@@ -91,23 +92,11 @@ class Codec(ABC):
                 part.mul_(channel)
         return out
 
-    def keep(self, state: State, index: Tensor, slots: int) -> None:
-        """Of `slots` in use, those of index, int64 [B, kept], become the first `kept`, in place; codes stay as they are.
-
-        Every film's index ascends without repeats, so no block of slots overwrites one that is still to be moved.
-        """
-        kept = index.shape[1]
-        if kept > slots:
-            raise ValueError(f"{kept} slots of the KV cache cannot be kept out of {slots}: give each slot at most once")
-        if kept == slots:
-            return
+    def keep(self, state: State, index: Tensor, slots: int, first: int = 0, last: int = 0) -> None:
+        """Of `slots` in use, those of index become the first, in place, as `kernels.slots.keep` has it; codes stay as they are."""
         for name, tensor in state.items():
-            if name == CHANNEL:
-                continue
-            plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-            for film, chosen in zip(plain, index, strict=True):
-                for start, end in _blocks(plain[:1, :, :kept]):
-                    film[:, start:end] = film.index_select(1, chosen[start:end])
+            if name != CHANNEL:
+                keep(tensor, index, slots, first, last)
 
     def bytes(self, state: State) -> int:
         return sum(tensor.nbytes for tensor in state.values())
@@ -245,10 +234,3 @@ def channel_scales(k: Tensor) -> Tensor:
 def _largest(x: Tensor, dim: int) -> Tensor:
     low, high = x.aminmax(dim=dim, keepdim=True)
     return torch.maximum(high, -low).float()
-
-
-def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of the slots of x [B, H, n, D], of BLOCK numbers at most or of one slot."""
-    slots = max(1, BLOCK // (x.shape[0] * x.shape[1] * x.shape[3]))
-    for start in range(0, x.shape[2], slots):
-        yield start, min(start + slots, x.shape[2])

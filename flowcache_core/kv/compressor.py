@@ -56,7 +56,7 @@ class Compressor:
         `grid`: height and width of a latent frame; `batch`: films x branches; `itemsize`: bytes of a number as computed;
         `temporal`: pixel frames per latent frame.
         """
-        codec_of(self.dtype).require("cpu" if self.offload else device)
+        codec_of(self.dtype).require(device)
         policy = fitted(self.policy, network)
         chunk_frames, frame_tokens = schedule.chunk_frames, network.tokens_per_frame(*grid)
         token_bytes = 2 * network.layers * network.heads * network.head_dim * itemsize * batch
@@ -107,8 +107,9 @@ class Budget:
         if self.dtype == "as computed" and not self.offload:
             return batch * sizes.layers * sizes.capacity * token
         codec = codec_of(self.dtype)
-        stored = sizes.history * codec.bytes_per_token(sizes.heads, sizes.head_dim, itemsize) + codec.bytes_per_layer(sizes.heads, sizes.head_dim)
-        return batch * (sizes.layers * (sizes.active * token + (0 if self.offload else stored)) + sizes.capacity * token)
+        stored = sizes.history * codec.bytes_per_token(sizes.heads, sizes.head_dim, itemsize)
+        each = sizes.active * token + codec.bytes_per_layer(sizes.heads, sizes.head_dim)
+        return batch * (sizes.layers * each + (1 if self.offload else sizes.layers) * stored + sizes.capacity * token)
 
 
 def _up(number: float) -> str:

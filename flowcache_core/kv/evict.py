@@ -9,13 +9,13 @@ from torch import Tensor
 def select(scores: Tensor, keep: int, protected: Tensor, groups: Tensor | None = None, count: int = 0) -> Tensor:
     """-> int64 [B, keep], ascending: the slots with the highest scores, of equal ones the newer.
 
-    scores: float32 [B, N], the newest slot last; `protected`: bool [B, N], these stay first of all; `groups`: int64 [B, N],
-    below `count`: slots of one group (a frame, a chunk) share the mean of their scores, so that they stay or go together
-    wherever `keep` allows it.
+    scores: float32 [B, N], the newest slot last; `protected`: bool [B, N], these stay first of all, whatever the others score;
+    `groups`: int64 [B, N], below `count`: slots of one group (a frame, a chunk) share the mean of their scores, so that they stay
+    or go together wherever `keep` allows it.
     """
     if groups is not None:
         scores = _shared(scores, groups, count)
-    scores = torch.where(protected, torch.inf, scores)
+    scores = torch.where(protected, torch.inf, scores.nan_to_num())
     newest_first = torch.sort(scores.flip(1), dim=1, descending=True, stable=True).indices[:, :keep]
     return (scores.shape[1] - 1 - newest_first).sort(1).values
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import Fetched, side_of
 from ..memory import RunMemory
 from ..network import Rotary
 from ..sampling.chunk import Chunk
@@ -60,14 +61,25 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """Which slots of one layer and branch stay. index: int64 [films, stays], ascending.
+    """Which slots of one layer stay, of one branch or of several. index: int64 [films, stays], ascending.
 
     pooled: int64 [films, n, m] or None: n groups of m neighbours that go; the mean of each takes the place of its middle slot,
-    which is in `index`.
+    which is in `index`. `first` and `last`: so many slots at the start and at the end of history are known to stay, without a look at `index`.
     """
 
     index: Tensor
     pooled: Tensor | None = None
+    first: int = 0
+    last: int = 0
+
+
+def side_by_side(choices: Sequence[Choice | None]) -> Choice | None:
+    """Of the branches of one cache, in their order; None for all slots, which then holds for all of them."""
+    some = [choice for choice in choices if choice is not None]
+    if len(some) < 2:
+        return next(iter(some), None)
+    pooled = [choice.pooled for choice in some if choice.pooled is not None]
+    return Choice(torch.cat([choice.index for choice in some]), torch.cat(pooled) if pooled else None, some[0].first, some[0].last)
 
 
 class Keeper:
@@ -86,6 +98,7 @@ class Keeper:
         self._shared = RunMemory()
         self._segments: dict[tuple[int, Hashable, int], list[list[Segment]]] = {}
         self._lengths: dict[tuple[Segment, ...], Tensor] = {}
+        self._sent: Fetched | None = None
         self._shifts: dict[int, Tensor] = {}
         """By distance: there are as many as chunks, however many segments the layers have."""
 
@@ -116,9 +129,17 @@ class Keeper:
             out.append(choice)
         return out
 
+    def send(self) -> None:
+        """Asks for the numbers that `locate` needs: whatever the device is given behind it, such as slots to move, nobody waits for."""
+        together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()])
+        self._sent = side_of(together.device).fetch(together)
+
     def locate(self) -> np.ndarray:
         """Notes which slots are of which chunk, for attention and the report: one host sync -> tokens [branches, layers, films, slots]."""
-        together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()]).cpu()
+        if self._sent is None:
+            self.send()
+        assert self._sent is not None
+        together, self._sent = self._sent.get(), None
         chunks = torch.bucketize(together, self._ends, right=True).numpy()
         for layers, of_branch in zip(self._kept.values(), chunks, strict=True):
             for kept, of_layer in zip(layers, of_branch, strict=True):
@@ -170,6 +191,7 @@ class Keeper:
         self._segments.clear()
         self._lengths.clear()
         self._shifts.clear()
+        self._sent = None
 
     def _middle(self, so_far: int, kept: int) -> Middle:
         """What lies between sink and recent, when of the film's first `so_far` tokens `kept` slots are history."""
@@ -182,13 +204,15 @@ class Keeper:
     def _choose(self, scores: Tensor, tokens: Tensor, stays: int) -> Choice:
         pooled = int(self.budget.soft * stays)
         index = self._best(scores, tokens, stays - pooled)
+        fits = self.budget.sink + self.budget.recent <= stays - pooled
+        first, last = (self.budget.sink, self.budget.recent) if fits else (0, 0)
         if not pooled:
-            return Choice(index)
+            return Choice(index, None, first, last)
         goes = torch.ones_like(tokens).scatter_(1, index, 0)
         losers = goes.argsort(stable=True, dim=1, descending=True)[:, : tokens.shape[1] - index.shape[1]]
         size = losers.shape[1] // pooled
         groups = losers[:, losers.shape[1] - size * pooled :].reshape(self.films, pooled, size)
-        return Choice(torch.cat([index, groups[:, :, size // 2]], 1).sort(1).values, groups)
+        return Choice(torch.cat([index, groups[:, :, size // 2]], 1).sort(1).values, groups, first, last)
 
     def _best(self, scores: Tensor, tokens: Tensor, stays: int) -> Tensor:
         budget, newest = self.budget, tokens.shape[1] - torch.arange(tokens.shape[1], device=tokens.device)
