@@ -51,7 +51,7 @@ HEAD, TOKENS = "head.safetensors", 20
 
 @dataclass(frozen=True)
 class Case:
-    """`rows`: of the mesh; `dtype`: float64 unless that is not what is tested; `family`: of the network."""
+    """`rows`: of the mesh; `dtype`: float64 unless that is not what is tested; `family`, `heads`: of the network."""
 
     policy: CachePolicy | None = None
     compressor: Compressor | None = None
@@ -60,6 +60,7 @@ class Case:
     prefix: int = 0
     dtype: str = "float64"
     family: str = SKYREELS.name
+    heads: int = 4
 
 
 def kv(name: str, **settings: Any) -> Compressor:
@@ -80,6 +81,7 @@ CASES: dict[str, Case] = {
     "part": Case(Multirate(share=0.5), job=replace(JOB, steps=8, ar_step=4), rows=2),
     "prefix": Case(prefix=3),
     "kv scores": Case(compressor=kv("importance-redundancy")),
+    "kv scores, three heads": Case(compressor=kv("importance-redundancy"), heads=3),
     "kv int8": Case(compressor=kv("r-kv", dtype="int8"), rows=2),
     "kv means": Case(compressor=kv("h2o", soft=0.2)),
     "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, rows=2),
@@ -98,21 +100,21 @@ class Words(Bundle):
 
 
 @cache
-def bundle_of(family: str, dtype_name: str) -> Bundle:
+def bundle_of(family: str, dtype_name: str, heads: int = 4) -> Bundle:
     dtype = getattr(torch, dtype_name)
     if family == MAGI.name:
         network = tiny_magi(MagiConfig(256, 96, 2, 4, head_dim=32, text_dim=12, caption=60)).to(dtype)
         network.dtype = dtype
         return Words(replace(MAGI, bundled=Bundled("tiny", "tiny", no_vae, words)), network, nn.Identity(), MAGI.layout)
     torch.manual_seed(0)
-    net = SkyReelsV2(SkyReelsConfig(512, 64, 2, 16), dtype=dtype)
+    net = SkyReelsV2(SkyReelsConfig(128 * heads, 64, 2, 16), dtype=dtype)
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.05)
     return Words(SKYREELS, net.requires_grad_(False), nn.Identity(), ChunkLayout(5, 2, 24))
 
 
 def film(case: Case, world: World = ONE) -> tuple[Tensor, RunReport]:
-    bundle, given = bundle_of(case.family, case.dtype), NOTHING
+    bundle, given = bundle_of(case.family, case.dtype, case.heads), NOTHING
     if case.prefix:
         given = Given(start=torch.randn(1, 16, case.prefix, 4, 4, generator=torch.Generator().manual_seed(1)))
     return generate(bundle, case.job, case.policy, compressor=case.compressor, given=given, world=replace(world, rows=case.rows))
