@@ -51,15 +51,16 @@ HEAD, TOKENS = "head.safetensors", 20
 
 @dataclass(frozen=True)
 class Case:
-    """`rows`: of the mesh; `dtype`: float64 unless that is not what is tested; `family`: of the network."""
+    """`branches`: along how many devices they are shared; `dtype`: float64 unless that is not what is tested; `family`, `heads`: of the network."""
 
     policy: CachePolicy | None = None
     compressor: Compressor | None = None
     job: Job = JOB
-    rows: int = 1
+    branches: int = 1
     prefix: int = 0
     dtype: str = "float64"
     family: str = SKYREELS.name
+    heads: int = 4
 
 
 def kv(name: str, **settings: Any) -> Compressor:
@@ -69,20 +70,21 @@ def kv(name: str, **settings: Any) -> Compressor:
 
 CASES: dict[str, Case] = {
     "uncached": Case(),
-    "uncached, branches apart": Case(rows=2),
+    "uncached, branches apart": Case(branches=2),
     "uncached, float32": Case(dtype="float32"),
-    "planned": Case(Planned(share=0.5), job=DECIDED, rows=2),
+    "planned": Case(Planned(share=0.5), job=DECIDED, branches=2),
     "seconds": Case(Planned(seconds=100.0)),
-    "rule": Case(replace(BASE, replay="residual"), job=DECIDED, rows=2),
-    "motion": Case(Motion(1.6, **FINE), job=DECIDED, rows=2),
-    "motion by output": Case(Motion(1.6, **{**FINE, "base": replace(BASE, replay="residual")}, measure="output"), job=DECIDED, rows=2),
-    "motion by change": Case(Motion(1.6, **FINE, measure="change"), job=DECIDED, rows=2),
-    "part": Case(Multirate(share=0.5), job=replace(JOB, steps=8, ar_step=4), rows=2),
+    "rule": Case(replace(BASE, replay="residual"), job=DECIDED, branches=2),
+    "motion": Case(Motion(1.6, **FINE), job=DECIDED, branches=2),
+    "motion by output": Case(Motion(1.6, **{**FINE, "base": replace(BASE, replay="residual")}, measure="output"), job=DECIDED, branches=2),
+    "motion by change": Case(Motion(1.6, **FINE, measure="change"), job=DECIDED, branches=2),
+    "part": Case(Multirate(share=0.5), job=replace(JOB, steps=8, ar_step=4), branches=2),
     "prefix": Case(prefix=3),
     "kv scores": Case(compressor=kv("importance-redundancy")),
-    "kv int8": Case(compressor=kv("r-kv", dtype="int8"), rows=2),
+    "kv scores, three heads": Case(compressor=kv("importance-redundancy"), heads=3),
+    "kv int8": Case(compressor=kv("r-kv", dtype="int8"), branches=2),
     "kv means": Case(compressor=kv("h2o", soft=0.2)),
-    "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, rows=2),
+    "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, branches=2),
     "magi": Case(job=replace(JOB, frames=72, steps=4, cfg=7.5, shift=3.0, solver="euler", addnoise=0), family=MAGI.name),
 }  # fmt: skip
 
@@ -98,24 +100,24 @@ class Words(Bundle):
 
 
 @cache
-def bundle_of(family: str, dtype_name: str) -> Bundle:
+def bundle_of(family: str, dtype_name: str, heads: int = 4) -> Bundle:
     dtype = getattr(torch, dtype_name)
     if family == MAGI.name:
         network = tiny_magi(MagiConfig(256, 96, 2, 4, head_dim=32, text_dim=12, caption=60)).to(dtype)
         network.dtype = dtype
         return Words(replace(MAGI, bundled=Bundled("tiny", "tiny", no_vae, words)), network, nn.Identity(), MAGI.layout)
     torch.manual_seed(0)
-    net = SkyReelsV2(SkyReelsConfig(512, 64, 2, 16), dtype=dtype)
+    net = SkyReelsV2(SkyReelsConfig(128 * heads, 64, 2, 16), dtype=dtype)
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.05)
     return Words(SKYREELS, net.requires_grad_(False), nn.Identity(), ChunkLayout(5, 2, 24))
 
 
 def film(case: Case, world: World = ONE) -> tuple[Tensor, RunReport]:
-    bundle, given = bundle_of(case.family, case.dtype), NOTHING
+    bundle, given = bundle_of(case.family, case.dtype, case.heads), NOTHING
     if case.prefix:
         given = Given(start=torch.randn(1, 16, case.prefix, 4, 4, generator=torch.Generator().manual_seed(1)))
-    return generate(bundle, case.job, case.policy, compressor=case.compressor, given=given, world=replace(world, rows=case.rows))
+    return generate(bundle, case.job, case.policy, compressor=case.compressor, given=given, world=replace(world, branches=case.branches))
 
 
 def close_to(mine: Tensor, reference: Tensor) -> float:
@@ -125,7 +127,7 @@ def close_to(mine: Tensor, reference: Tensor) -> float:
 def counts(report: RunReport, case: Case) -> dict[str, Any]:
     """All that does not depend on the clock, nor on how much one device holds. Places of history are the mean of a device's branches."""
     said = report.as_dict()
-    history = {key: value for key, value in said["history"].items() if key == "tokens" or (key == "frames" and case.rows == 1)}
+    history = {key: value for key, value in said["history"].items() if key == "tokens" or (key == "frames" and case.branches == 1)}
     return {**{key: said[key] for key in ("map", "shares", "drift", "tokens_computed", "commits", "host_syncs")}, "history": history}
 
 

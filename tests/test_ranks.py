@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 
 from flowcache_core.bench import scale
 from flowcache_core.bench.geometries import GEOMETRIES
+from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.policy import KVPolicy, SharedKVPolicy
 from flowcache_core.kv.scores import KV_POLICIES
+from flowcache_core.kv.scores.even import Even
 from flowcache_core.kv.scores.salience import Salience
 from flowcache_core.memory import RunMemory
 from flowcache_core.models.skyreels_family import SKYREELS
@@ -25,7 +28,7 @@ from flowcache_core.policies.protocol import PlanPolicy
 from flowcache_core.ranks.cost import Machine, Mesh, Network, Work, fastest, kept_bytes, meshes, ratio, sent_bytes
 from flowcache_core.ranks.group import shares
 from flowcache_core.ranks.launch import world
-from flowcache_core.ranks.world import ONE, World, shares_branches, wants_residual
+from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
 from flowcache_core.run.generate import generate
 from flowcache_core.run.states import States
 from tests.rank_cases import CASES, FEW, JOB, MACHINE, TOKENS, bundle_of
@@ -59,8 +62,11 @@ def test_a_film_that_devices_share_is_the_film_of_one(came: dict[str, Any], devi
 
 @EACH
 def test_no_device_holds_more_than_its_share_of_the_cache(came: dict[str, Any], devices: str, name: str) -> None:
-    for device in came["films"][devices]:
-        assert device[name]["kv"] * int(devices) == device[name]["kv_alone"]
+    heads = CASES[name].heads if name in CASES else 4
+    for rank, device in enumerate(each[name] for each in came["films"][devices]):
+        mesh = device["devices"]
+        mine = shares(heads, mesh["heads"])[rank % mesh["heads"]]
+        assert device["kv"] * mesh["branches"] * heads == device["kv_alone"] * mine
 
 
 @pytest.mark.parametrize("name", ["motion", "motion by output", "motion by change", "part"])
@@ -84,15 +90,16 @@ COUNTED = [(devices, name) for devices, name in SHARED if name not in NO_FORMULA
 def test_bytes_are_those_of_the_formula(came: dict[str, Any], devices: str, name: str) -> None:
     for rank, device in enumerate(each[name] for each in came["films"][devices]):
         found, case = device["devices"], CASES.get(name, CASES["uncached"])
-        mesh = Mesh(found["rows"], found["columns"])
-        row, column = divmod(rank, mesh.columns)
+        mesh = Mesh(found["branches"], found["heads"])
+        place = divmod(rank, mesh.heads)
         itemsize, branches = torch.finfo(getattr(torch, case.dtype)).bits // 8, 1 if case.job.cfg == 1 else 2
-        work = Work(NET, branches, TOKENS, 0, 0, itemsize, residual=wants_residual(case.policy))
+        net = replace(NET, width=128 * case.heads, heads=case.heads, query_heads=case.heads)
+        work = Work(net, branches, TOKENS, 0, 0, itemsize, residual=wants_residual(case.policy))
         asked = [tokens for tokens in device["tokens"] if tokens or not isinstance(case.policy, PlanPolicy)]
         ran = [replace(work, tokens=tokens, chunk_tokens=TOKENS) for tokens in asked] + [work] * device["commits"]
-        expected = sum(sent_bytes(one, mesh, row, column) for one in ran)
+        expected = sum(sent_bytes(one, mesh, place) for one in ran)
         if case.compressor or name == "kv salience":
-            expected += sum(kept_bytes(work, mesh, row, column, slots, name == "kv salience") for slots in HISTORY)
+            expected += sum(kept_bytes(work, mesh, place, slots, name == "kv salience") for slots in HISTORY)
         assert found["bytes"] == expected
 
 
@@ -153,6 +160,18 @@ def test_a_chunk_with_fewer_tokens_than_devices_is_refused() -> None:
 def test_a_film_that_devices_share_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be saved on its way"):
         generate(bundle_of(SKYREELS.name, "float32"), JOB, states=States(tmp_path, 1), world=World(2, 0, MACHINE))
+
+
+def test_a_budget_in_bytes_is_as_many_slots_on_devices_with_more_and_fewer_heads() -> None:
+    bundle = bundle_of(SKYREELS.name, "float32", 3)
+    schedule, found = JOB.schedule(bundle), []
+    for rank, heads in enumerate(shares(3, 2)):
+        adapter, spread = bundle.adapter(), Spread(heads=SimpleNamespace(size=2, rank=rank))  # type: ignore[arg-type]
+        vars(adapter)["heads"] = heads
+        mine = spread.compressor(Compressor(Even(), 0.001, "GiB"), 3)
+        assert mine
+        found.append(mine.budget_for(adapter, schedule, (4, 4), 24, 2, 4).slots)
+    assert found[0] == found[1] == int(0.001 * 2**30 / (2 * 2 * 2 * 128 * 4 * 2))
 
 
 def test_branches_stay_together_where_a_policy_looks_at_one_of_them() -> None:

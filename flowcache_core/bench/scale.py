@@ -75,7 +75,7 @@ def cards() -> str:
             each = (f"{sum(seconds(work, mesh[link], LINKS[link])):.2f} s, {ratio(work, mesh[link], LINKS[link]):.2f}x" for link in LINKS)
             one = mesh["PCIe"]
             sent, kept = sent_bytes(work, one) / MIB, cache_bytes(work, one) / GIB
-            lines.append((name, picture, count, f"{one.rows} x {one.columns}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
+            lines.append((name, picture, count, f"{one.branches} x {one.heads}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
     head = ["model", "picture", "cards", "branches x heads", *LINKS, "each card sends for an evaluation", "KV cache of the window on each"]
     return table(head, lines)
 
@@ -83,7 +83,7 @@ def cards() -> str:
 def cache_bytes(work: Work, mesh: Mesh) -> int:
     """Keys and values of all that a chunk sees, on the device that holds most of them."""
     network = work.network
-    heads, branches = max(shares(network.heads, mesh.columns)), max(shares(work.branches, mesh.rows))
+    heads, branches = max(shares(network.heads, mesh.heads)), max(shares(work.branches, mesh.branches))
     return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
 
 
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with world() as devices:
         choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
         bundle = sized(geometry, geometry.config.layers, torch.float32, "cpu")
-        shared = [replace(devices, rows=mesh.rows) for mesh in choices if mesh.devices > 1]
+        shared = [replace(devices, branches=mesh.branches) for mesh in choices if mesh.devices > 1]
         ways = [*([ONE] if devices.first else []), *shared]
         timed = [[Timed.of(bundle, geometry.job, way) for way in ways] for _ in range(1 + REPEATS)][1:]
     each = [min(runs, key=lambda one: one.report.wall_s) for runs in zip(*timed, strict=True)]
@@ -161,9 +161,9 @@ def row(timed: Timed, alone: Timed) -> dict[str, Any]:
     """`deviation`: of the ratio that came from the one that was expected."""
     report = timed.report
     came, devices = alone.report.wall_s / report.wall_s, report.devices or asdict(Mesh()) | {"expected_ratio": 1.0} | asdict(Traffic())
-    evaluations, count = report.chunk_steps_computed + report.commits, devices["rows"] * devices["columns"]
+    evaluations, count = report.chunk_steps_computed + report.commits, devices["branches"] * devices["heads"]
     return {
-        "devices": count, "branches": devices["rows"], "heads": devices["columns"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
+        "devices": count, "branches": devices["branches"], "heads": devices["heads"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
         "efficiency": round(came / count, 3), "expected": devices["expected_ratio"], "deviation": round(came / devices["expected_ratio"] - 1, 3),
         "cpu_s": round(timed.cpu_s, 3), "cpu_ratio": round(alone.cpu_s / timed.cpu_s, 3),
         "mib_per_evaluation": round(devices["bytes"] / evaluations / MIB, 3), "sending_s": round(devices["seconds"], 3),

@@ -59,21 +59,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices in rows, which share the branches of guidance, and columns, which share tokens and heads."""
+    """Along how many devices the branches of guidance are shared, and along how many tokens and heads."""
 
-    rows: int = 1
-    columns: int = 1
+    branches: int = 1
+    heads: int = 1
 
     @property
     def devices(self) -> int:
-        return self.rows * self.columns
+        return self.branches * self.heads
 
 
 def meshes(devices: int, branches: int, heads: int) -> list[Mesh]:
     """All ways to use so many devices. Raises ValueError, with the numbers that work, where there is none."""
-    found = [Mesh(rows, devices // rows) for rows in range(1, branches + 1) if devices % rows == 0 and devices // rows <= heads]
+    found = [Mesh(along, devices // along) for along in range(1, branches + 1) if devices % along == 0 and devices // along <= heads]
     if not found:
-        fitting = sorted({rows * columns for rows in range(1, branches + 1) for columns in range(1, heads + 1) if rows * columns < devices})
+        fitting = sorted({one * other for one in range(1, branches + 1) for other in range(1, heads + 1) if one * other < devices})
         raise ValueError(
             f"{devices} devices cannot share this film: its network has {heads} heads of keys, of which every device needs one, and {branches} "
             f"evaluations of guidance can be shared; use {', '.join(map(str, fitting[-4:]))} devices"
@@ -88,22 +88,22 @@ def operations(work: Work, branches: int, tokens: int, heads: float) -> float:
     return branches * (linear + 4 * network.layers * work.tokens * work.seen * heads * network.head_dim)
 
 
-def sent_bytes(work: Work, mesh: Mesh, row: int = 0, column: int = 0) -> int:
-    """By the device in this row and column, for one evaluation."""
-    branches = shares(work.branches, mesh.rows)[row]
-    return _by_columns(work, mesh.columns, column, branches) + _by_rows(work, mesh.rows, branches)
+def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
+    """By the device at this place along branches and heads, for one evaluation."""
+    branches = shares(work.branches, mesh.branches)[place[0]]
+    return _along_heads(work, mesh.heads, place[1], branches) + _along_branches(work, mesh.branches, branches)
 
 
-def kept_bytes(work: Work, mesh: Mesh, row: int, column: int, slots: int, hidden: bool = False) -> int:
+def kept_bytes(work: Work, mesh: Mesh, place: tuple[int, int], slots: int, hidden: bool = False) -> int:
     """On top, where a finished chunk joins a history under a budget: scores of so many slots, or, where the KV policy scores each token by
     what the layers are given (`hidden`), that."""
-    branches, network = shares(work.branches, mesh.rows)[row], work.network
-    tokens = shares(work.tokens, mesh.columns)[column] * network.width * work.itemsize
-    scores = shares(network.heads, mesh.columns)[column] * slots * SCORE
-    return (mesh.columns - 1) * network.layers * branches * (tokens if hidden else scores)
+    branches, network = shares(work.branches, mesh.branches)[place[0]], work.network
+    tokens = shares(work.tokens, mesh.heads)[place[1]] * network.width * work.itemsize
+    scores = shares(network.heads, mesh.heads)[place[1]] * slots * SCORE
+    return (mesh.heads - 1) * network.layers * branches * (tokens if hidden else scores)
 
 
-def _by_columns(work: Work, devices: int, mine: int, branches: int) -> int:
+def _along_heads(work: Work, devices: int, mine: int, branches: int) -> int:
     if devices == 1 or not work.tokens:
         return 0
     network, heads, tokens = work.network, shares(work.network.heads, devices), shares(work.tokens, devices)
@@ -115,7 +115,7 @@ def _by_columns(work: Work, devices: int, mine: int, branches: int) -> int:
     return attention + residual + ring_bytes(branches * _chunk(work) * network.cells * work.itemsize, devices)
 
 
-def _by_rows(work: Work, devices: int, branches: int) -> int:
+def _along_branches(work: Work, devices: int, branches: int) -> int:
     return (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
 
 
@@ -125,15 +125,15 @@ def _chunk(work: Work) -> int:
 
 def collectives(work: Work, mesh: Mesh) -> int:
     """Of one evaluation."""
-    by_columns = 2 * work.network.layers + 1 + work.residual if mesh.columns > 1 else 0
-    return by_columns + (mesh.rows > 1)
+    along_heads = 2 * work.network.layers + 1 + work.residual if mesh.heads > 1 else 0
+    return along_heads + (mesh.branches > 1)
 
 
 def seconds(work: Work, mesh: Mesh, machine: Machine) -> tuple[float, float]:
     """Of the device that has most to do: computing and sending, one after the other."""
-    branches, columns = max(shares(work.branches, mesh.rows)), mesh.columns
-    network, tokens = work.network, max(shares(work.tokens, columns))
-    heads = max(shares(network.heads, columns)) * network.query_heads / network.heads
+    branches, network = max(shares(work.branches, mesh.branches)), work.network
+    tokens = max(shares(work.tokens, mesh.heads))
+    heads = max(shares(network.heads, mesh.heads)) * network.query_heads / network.heads
     rate = machine.alone if mesh.devices == 1 else machine.rate
     computing = max(operations(work, branches, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
     sending = sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency

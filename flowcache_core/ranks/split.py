@@ -73,8 +73,8 @@ class ByHeads:
         """[B, heads, own tokens, D] each -> [B, own heads, tokens, D] each."""
         queries, keys, mine = parts(self._query_heads), parts(self.heads), self.heads[self.group.rank]
         pieces = [torch.cat([q[:, a], k[:, b], v[:, b]], 1) for a, b in zip(queries, keys, strict=True)]
-        rows = (self.together + 2) * mine
-        whole = torch.cat(self.group.exchange(pieces, [(len(q), rows, count, q.shape[3]) for count in self.tokens]), 2)
+        together = (self.together + 2) * mine
+        whole = torch.cat(self.group.exchange(pieces, [(len(q), together, count, q.shape[3]) for count in self.tokens]), 2)
         q, k, v = whole.split([self.together * mine, mine, mine], 1)
         return q, k, v
 

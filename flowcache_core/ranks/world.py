@@ -31,38 +31,46 @@ TICK = 1e-9
 
 @dataclass(frozen=True)
 class Spread:
-    """How one film is shared. `rows`: the devices that have the other branches of this one's tokens; `columns`: those that have the other tokens
+    """How one film is shared. `branches`: the devices that have the other branches of this one's tokens; `heads`: those that have the other tokens
     of its branches."""
 
-    rows: Group = field(default_factory=Group)
-    columns: Group = field(default_factory=Group)
+    branches: Group = field(default_factory=Group)
+    heads: Group = field(default_factory=Group)
     work: Work | None = None
     machine: Machine | None = None
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.rows.size, self.columns.size)
+        return Mesh(self.branches.size, self.heads.size)
 
     def adapter(self, adapter: ModelAdapter, policy: CachePolicy | None, compressor: Compressor | None) -> ModelAdapter:
         """For this device's share of tokens and heads. Raises ValueError."""
         learnt = compressor is not None and isinstance(compressor.policy, LearntKVPolicy)
-        return split_adapter(adapter, self.columns, wants_residual(policy), learnt)
+        return split_adapter(adapter, self.heads, wants_residual(policy), learnt)
 
     def compressor(self, compressor: Compressor | None, heads: int) -> Compressor | None:
-        """`heads`: of keys, of the whole network."""
-        return compressor and replace(compressor, policy=split_policy(compressor.policy, self.columns, heads))
+        """`heads`: of keys, of the whole network. A budget in GiB is that of the device that holds most; all of them keep as many slots."""
+        if compressor is None or self.mesh.devices == 1:
+            return compressor
+        mine = compressor.budget * (self._part_of_most(heads) if compressor.unit == "GiB" else 1)
+        return replace(compressor, policy=split_policy(compressor.policy, self.heads, heads), budget=mine)
+
+    def _part_of_most(self, heads: int) -> float:
+        """What this device holds of each slot, as a part of what the device holds that has most heads and branches."""
+        each = shares(heads, self.heads.size), shares(self.work.branches if self.work else 1, self.branches.size)
+        return each[0][self.heads.rank] / max(each[0]) * each[1][self.branches.rank] / max(each[1])
 
     def own(self, branches: int) -> slice:
         """Of so many branches those that this device evaluates."""
-        return parts(shares(branches, self.rows.size))[self.rows.rank]
+        return parts(shares(branches, self.branches.size))[self.branches.rank]
 
     def joined(self, each: Tensor, branches: int) -> Tensor:
         """Velocities of this device's branches [own branches, C, F, h, w] -> of all."""
-        return self.rows.gathered(each, 0, shares(branches, self.rows.size))
+        return self.branches.gathered(each, 0, shares(branches, self.branches.size))
 
     def agreed(self, value: float) -> float:
         """The largest that any device has measured: what all go by."""
-        return _largest(self.rows, _largest(self.columns, value))
+        return _largest(self.branches, _largest(self.heads, value))
 
     @property
     def expectation(self) -> str:
@@ -70,9 +78,9 @@ class Spread:
         if self.work is None or self.machine is None:
             return ""
         mesh, computing_sending = self.mesh, seconds(self.work, self.mesh, self.machine)
-        size = sent_bytes(self.work, mesh, self.rows.rank, self.columns.rank) / MIB
+        size = sent_bytes(self.work, mesh, (self.branches.rank, self.heads.rank)) / MIB
         return (
-            f"{mesh.devices} devices, {mesh.rows} for the branches of guidance x {mesh.columns} for heads: an evaluation of a chunk is expected to "
+            f"{mesh.devices} devices, {mesh.branches} for the branches of guidance x {mesh.heads} for heads: an evaluation of a chunk is expected to "
             f"take {computing_sending[0]:.3g} s of computing and {computing_sending[1]:.3g} s of sending {size:.3g} MiB from each device, "
             f"{ratio(self.work, mesh, self.machine):.2f}x as fast as one device"
         )
@@ -80,7 +88,7 @@ class Spread:
     @property
     def traffic(self) -> Traffic:
         """Of this device so far."""
-        return self.rows.traffic + self.columns.traffic
+        return self.branches.traffic + self.heads.traffic
 
     @property
     def line(self) -> str:
@@ -108,8 +116,8 @@ class World:
     devices: int = 1
     rank: int = 0
     machine: Machine | None = None
-    rows: int | None = None
-    """Rows of the mesh; None: as is fastest."""
+    branches: int | None = None
+    """Along how many of them branches are shared; None: as is fastest."""
 
     @property
     def first(self) -> bool:
@@ -127,18 +135,18 @@ class World:
         seen = min(schedule.horizon, schedule.frames) * frame
         work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy))
         choices = meshes(self.devices, branches if shares_branches(family, policy) else 1, adapter.heads)
-        choices = [mesh for mesh in choices if self.rows in (None, mesh.rows)] or choices
+        choices = [mesh for mesh in choices if self.branches in (None, mesh.branches)] or choices
         mesh = fastest(work, choices, self.machine)
         self._require_tokens(min(spans), mesh, policy)
-        groups = init_device_mesh("cpu", (mesh.rows, mesh.columns), mesh_dim_names=("rows", "columns"))
-        rows, columns = (Group(groups.get_group(name)) if size > 1 else Group() for name, size in (("rows", mesh.rows), ("columns", mesh.columns)))
-        return Spread(rows, columns, work, self.machine)
+        groups = init_device_mesh("cpu", (mesh.branches, mesh.heads), mesh_dim_names=("branches", "heads"))
+        along = {name: Group(groups.get_group(name)) for name, size in asdict(mesh).items() if size > 1}
+        return Spread(**along, work=work, machine=self.machine)
 
     def _require_tokens(self, fewest: int, mesh: Mesh, policy: CachePolicy | None) -> None:
         lengths = BUCKETS if isinstance(policy, TokenPolicy | PartPolicy) else 1
-        if -(-fewest // lengths) < mesh.columns:
+        if -(-fewest // lengths) < mesh.heads:
             raise ValueError(
-                f"the shortest chunk has {fewest} tokens, which run at least {-(-fewest // lengths)} at a time, and {mesh.columns} devices share "
+                f"the shortest chunk has {fewest} tokens, which run at least {-(-fewest // lengths)} at a time, and {mesh.heads} devices share "
                 "them: use fewer devices or a larger picture"
             )
 

@@ -288,7 +288,7 @@ class RunReport:
         `shares` has the share of the chunk's tokens that ran, per chunk and step; so has `drift` what a chunk had drifted, [] where no drift was
         measured. `seconds` has `per_row` and `per_full_row` where something was skipped. `history` has, per finished chunk, tokens per
         layer and bytes of history, and in `frames` how many tokens of each latent frame are kept at the end; {} without a budget. `devices` has
-        rows and columns of the mesh, the expected ratio of seconds, and what this device sent; {} on one device.
+        the devices along branches and along heads, the expected ratio of seconds, and what this device sent; {} on one device.
         """
         return {
             "chunk_steps": self.chunk_steps,
