@@ -79,4 +79,6 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q -c constraints.txt -e '.[fleet]' || echo "Ray cannot be installed here: the tests that need it are skipped" >&2
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[kernels]' || \
+	   echo "Triton cannot be installed here: the tests of its kernels are skipped" >&2
 	@touch $@
