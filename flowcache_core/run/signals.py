@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tokens import TINY, frame_difference, pooled, relative_change
+from ..kernels.transfer import Fetched, side_of
 from ..models.adapter import Call, TokenAdapter
 from ..policies.protocol import Decision, Measure, Outlook, Question, Signature
 from ..policies.state import RunState
@@ -81,22 +82,10 @@ class StepSignals:
         return pooled(rate.mean((0, 1)), self._patch(rate))
 
 
-class Reading:
-    """Scalars of the device on their way to the host, in one copy. Nobody waits for them before `values`, and there only for what the device
-    was given before them: what it is given afterwards goes on."""
-
-    def __init__(self, numbers: Sequence[Tensor]) -> None:
-        dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
-        together = torch.stack([number.to(dtype) for number in numbers])
-        self._numbers, self._arrival = together, None
-        if together.is_cuda:
-            self._numbers = together.to("cpu", non_blocking=True)
-            self._arrival = torch.cuda.current_stream(together.device).record_event()
-
-    def values(self) -> list[float]:
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._numbers.tolist()
+def together(numbers: Sequence[Tensor]) -> Fetched:
+    """Scalars of the device on their way to the host, in one copy."""
+    dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
+    return side_of(numbers[0].device).fetch(torch.stack([number.to(dtype) for number in numbers]))
 
 
 class RowDecisions:
@@ -106,7 +95,7 @@ class RowDecisions:
         self._made, self.waits = dict(made), 0
         asked = [number for one in made.values() if isinstance(one, Question) for number in one.numbers if isinstance(number, Tensor)]
         self._places = {id(number): place for place, number in enumerate(asked)}
-        self._reading = Reading(asked) if asked else None
+        self._fetched = together(asked) if asked else None
         self._values: list[float] = []
 
     def __contains__(self, chunk: Chunk) -> bool:
@@ -121,6 +110,6 @@ class RowDecisions:
         if not isinstance(number, Tensor):
             return number
         if not self._values:
-            assert self._reading is not None
-            self.waits, self._values, self._reading = 1, self._reading.values(), None
+            assert self._fetched is not None
+            self.waits, self._values, self._fetched = 1, self._fetched.get().tolist(), None
         return self._values[self._places[id(number)]]
