@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.wan_vae import normalise
+from flowcache_core.ranks.world import Spread
 from flowcache_core.run import generate as core
 from flowcache_core.run.run import Turn
 from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, report_of, small, without_cache
@@ -185,6 +186,14 @@ class OverGuided:
     @property
     def context(self) -> Tensor:
         return self.guided.context
+
+    @property
+    def spread(self) -> Spread:
+        return self.guided.spread
+
+    @property
+    def own(self) -> slice:
+        return self.guided.own
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_a_preset_that_plans_serves_any_number_of_steps_and_says_what_it_does(ho
         if steps == 1:  # later runs take the node from the host's cache
             shown = "\n".join(done["outputs"][node(made, CHUNKWISE)]["text"])
             assert re.match(rf"{name}: \d\d% of all tokens are computed; in which steps is settled before the run", shown)
-        _, summary, *_, forecast = "\n".join(done["outputs"][node(made, "FlowCacheReport")]["text"]).splitlines()
+        _, summary, *_, forecast, _ = "\n".join(done["outputs"][node(made, "FlowCacheReport")]["text"]).splitlines()
         expected, did = (re.findall(r"(\d+) of (\d+) chunk-steps|all (\d+) chunk-steps", line) for line in (forecast, summary))
         assert expected == did or expected == [("", "", did[0][1])]
         assert re.findall(r"\d+% of all tokens", forecast)[0] in summary
