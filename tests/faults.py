@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowcache_core.kernels.transfer import Fetched
 from flowcache_core.kv import cache, keeper
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVStore
 from flowcache_core.kv.compressor import Compressor
@@ -38,7 +39,7 @@ from flowcache_core.run.history import HistoryLog
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.sections import SectionSession
 from flowcache_core.run.session import Session
-from flowcache_core.run.signals import Reading, StepSignals
+from flowcache_core.run.signals import StepSignals
 from flowcache_core.sampling.solvers import Multistep, UniPC
 from flowcache_core.sampling.walk import CellWalk
 from flowcache_core.show import plot
@@ -166,7 +167,7 @@ STAGES = {
     "choice of tokens": Stage(Multirate, "choose", ("Motion by a plan",)),
     "signature": Stage(StepSignals, "change", ("threshold", "Motion")),
     "motion": Stage(StepSignals, "motion", ("Motion",)),
-    "wait for the device": Stage(Reading, "values", ("threshold", "Motion")),
+    "wait for the device": Stage(Fetched, "get", ("threshold", *BOUNDED, "Motion")),
     "state of a chunk": Stage(ChunkState, "keep", ("threshold", "Motion")),
     "solver": Stage(UniPC, "step", ("block-causal", "threshold", *BOUNDED, "Motion", "bidirectional")),
     "solver that skips": Stage(Multistep, "step", ("plan",)),
