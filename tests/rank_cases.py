@@ -126,9 +126,9 @@ def close_to(mine: Tensor, reference: Tensor) -> float:
 
 def counts(report: RunReport, case: Case) -> dict[str, Any]:
     """All that does not depend on the clock, nor on how much one device holds. Places of history are the mean of a device's branches."""
-    said = report.as_dict()
-    history = {key: value for key, value in said["history"].items() if key == "tokens" or (key == "frames" and case.branches == 1)}
-    return {**{key: said[key] for key in ("map", "shares", "drift", "tokens_computed", "commits", "host_syncs")}, "history": history}
+    values = report.as_dict()
+    history = {key: value for key, value in values["history"].items() if key == "tokens" or (key == "frames" and case.branches == 1)}
+    return {**{key: values[key] for key in ("map", "shares", "drift", "tokens_computed", "commits", "host_syncs")}, "history": history}
 
 
 def device(rank: int, devices: int, folder: Path, cases: dict[str, Case], references: dict[str, tuple[Tensor, RunReport]]) -> None:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from flowcache_core.bench import step
 from flowcache_core.bench.model import counter
 from flowcache_core.kernels.linear import has_fused_product, linear
+from flowcache_core.models.bundle import load_bundle
+from flowcache_core.models.layers import plain
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -21,12 +23,24 @@ def arguments(*words: str) -> argparse.Namespace:
 
 def test_a_film_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "SIDE", 64)
-    (row,) = step.run(arguments("--frames", "9", "--steps", "4"))["rows"]
-    assert row["evaluations"] == 4
-    assert row["gflop"] > 1
-    assert 0 < row["of_product_p10"] <= row["of_product"] <= row["of_product_p90"]
-    assert 0 < sum(row[kind] for kind in step.KINDS) <= 1
+    rows = step.run(arguments("--frames", "9", "--steps", "4", "--turns", "1"))["rows"]
+    assert [row["arm"] for row in rows] == list(step.ARMS)
+    assert rows[0]["gflop"] == rows[1]["gflop"] > 1
+    for row in rows:
+        assert row["evaluations"] == 4
+        assert 0 < row["of_product_p10"] <= row["of_product"] <= row["of_product_p90"]
+        assert 0 < sum(row[kind] for kind in step.KINDS) <= 1
     assert torch.get_num_threads() == 1
+
+
+def test_hooked_layers_are_called_and_the_hooks_go() -> None:
+    bundle = load_bundle(torch.bfloat16)
+    norm, x = bundle.network.blocks[0].norm1, torch.randn(1, 2, 256).bfloat16()
+    with torch.inference_mode():
+        assert plain(norm, x)
+        with step.one_by_one(bundle):
+            assert not plain(norm, x)
+        assert plain(norm, x)
 
 
 def test_the_rate_is_operations_over_seconds() -> None:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from tests.interpreted import NEEDS_TRITON, agrees
 
 SCRIPT = """
 import mmap
@@ -50,19 +44,12 @@ LIMITS = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (12, 0): 99}
 """KiB of shared memory that a block can have (CUDA C++ Programming Guide, table of compute capabilities)."""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@NEEDS_TRITON
 def test_the_triton_kernels_agree_with_pytorch() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "FLOWCACHE_KERNELS": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agree\n", done.stderr
+    agrees(SCRIPT)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@NEEDS_TRITON
 def test_every_tile_fits_its_card() -> None:
     from flowcache_core.kernels.columns_triton import TILES
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from tests.interpreted import NEEDS_TRITON, agrees
+
+pytestmark = NEEDS_TRITON
 
 PREPARED = """
 import mmap
@@ -172,11 +168,4 @@ print("agree")
 @pytest.mark.parametrize("script", [ROTATION, MODULATION, FILM], ids=["rotation", "modulation", "film"])
 def test_the_kernels_agree_with_pytorch(script: str) -> None:
     """Sizes of 1, 7, 63 to 65 and 129; strides; zeros; large numbers; more than 2^31 elements; twice the same; films within a tolerance."""
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARED + script],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "FLOWCACHE_KERNELS": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agree\n", done.stderr
+    agrees(PREPARED + script)

@@ -19,7 +19,7 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.network import Attend
 from flowcache_core.policies import Always, Chunkwise, Motion
 from flowcache_core.policies.motion import PRESETS
-from flowcache_core.policies.protocol import Compute, Decision, Question, Refresh, Signals
+from flowcache_core.policies.protocol import Compute, Decision, Deferred, Refresh, Signals
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.report import REFRESHED, RunReport
 from flowcache_core.run.session import Session
@@ -29,6 +29,7 @@ from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver, UniPC
 from tests.driven import Driven
+from tests.formula import Fields
 
 Cached = Callable[..., tuple[Tensor, RunReport]]
 Noise = Callable[..., Tensor]
@@ -140,23 +141,10 @@ def test_the_last_two_values_are_kept_token_by_token() -> None:
     assert state.predict("a", 0.2, 1).flatten().tolist() == pytest.approx([11.0, -2.0])
 
 
-class Fields:
-    """A network that is a formula in the noise level; a refresh gives it for the tokens asked for."""
+class TokenFields(Fields):
+    """A refresh gives the formula for the tokens asked for."""
 
-    name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "fields", 1, 1, 1, 4, 4, 4, None
-    polynomial = ()
-
-    def __init__(self, field: Callable[[float], Tensor]) -> None:
-        self.field = field
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        return height // 2, width // 2
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        return height * width // 4
-
-    def text(self, context: Tensor) -> Tensor:
-        return context
+    patch = 2
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
         return self.field(call.sigma), call.x.new_zeros(1, 48, 4)
@@ -168,14 +156,8 @@ class Fields:
     def output(self, call: Call, residual: Tensor) -> Tensor:
         return residual
 
-    def replay(self, call: Call, residual: Tensor) -> Tensor:
-        return residual
-
     def whole(self, x: Tensor, sigmas: Any, text: Any, fps: int) -> Tensor:
         return self.field(sigmas[0])
-
-    def time_changes(self, sigmas: Any, fps: int, device: Any) -> list[float]:
-        return [0.0] * len(sigmas)
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -186,7 +168,7 @@ def test_replayed_tokens_are_exact_on_a_linear_field(order: int, linear: bool) -
     schedule, sigmas = ChunkSchedule(3, 3, 20), flow_sigmas(20)
 
     def film(policy: Motion | None) -> Tensor:
-        with Session(Fields(lambda sigma: a + linear * sigma * b), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
+        with Session(TokenFields(lambda sigma: a + linear * sigma * b), schedule, sigmas, (SIDE, SIDE), policy=policy) as session:
             return sample_chunks(Driven(lambda x, chunk: session.denoise(x, chunk, x, ("cond",)), session), noise, schedule, sigmas, Euler())
 
     error = (film(Scripted(base=Chunkwise(order=order))) - film(None)).abs().max()
@@ -259,7 +241,7 @@ def test_nothing_of_a_run_survives_into_the_next(net: SkyReelsV2, texts: Tensor,
     class Stopping(Motion):
         seen = 0
 
-        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+        def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
             Stopping.seen += isinstance(state.decision, Refresh)
             if Stopping.seen == 3:
                 raise KeyboardInterrupt

@@ -28,6 +28,7 @@ from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, UniPC
 from flowcache_core.settings import setting
 from tests.driven import Driven, decided
+from tests.formula import Fields
 
 STEPS = 40
 FREE = {"warmup_steps": 1, "max_reuse": 1000}
@@ -236,35 +237,6 @@ def test_all_branches_follow_one_decision(
         for j in range(6):
             branches = sum(n for chunk, step, n in ran if (chunk, step) == (k, j))
             assert branches == (2 if session.report.map[k, j] == 2 else 0)
-
-
-class Fields:
-    """An adapter whose network is a formula: velocity = field(sigma), the residual is the velocity as well."""
-
-    name, layers, heads, query_heads, head_dim, width, text_channels, rotary = "fields", 1, 1, 1, 4, 4, 4, None
-    polynomial = ()
-
-    def __init__(self, field: Callable[[float], Tensor]) -> None:
-        self.field = field
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        return height * width
-
-    def text(self, context: Tensor) -> Tensor:
-        return context
-
-    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
-        velocity = self.field(call.sigma)
-        return velocity, velocity
-
-    def replay(self, call: Call, residual: Tensor) -> Tensor:
-        return residual
-
-    def time_changes(self, sigmas: Any, fps: int, device: Any) -> list[float]:
-        return [0.0] * len(sigmas)
 
 
 def sample_field(field: Callable[[float], Tensor], policy: CachePolicy | None, noise: Tensor) -> tuple[Tensor, RunReport]:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from tests.interpreted import NEEDS_TRITON, agrees
 
 SCRIPT = """
 import torch
@@ -32,13 +26,6 @@ print("agree")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@NEEDS_TRITON
 def test_the_triton_merge_agrees_with_pytorch() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "FLOWCACHE_KERNELS": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "agree\n", done.stderr
+    agrees(SCRIPT)

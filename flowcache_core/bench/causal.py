@@ -31,8 +31,8 @@ from ..models.causal_wan_family import SELF_FORCING
 from ..run.generate import Job, decode, generate
 from ..run.sink import returns
 from ..show.metrics import mean_and_error, psnr
-from ..training.evaluate import ENOUGH, Tally, colour_masks, score
-from ..training.scenes import HELD_OUT, Scene, make_scene
+from ..training.evaluate import ENOUGH, Tally, colour_masks, held_out, score
+from ..training.scenes import Scene, make_scene
 from .sweep import over
 
 NAME = "causal"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def scene_of(number: int) -> Scene:
     """Those on which the model card's figures are taken."""
-    return make_scene(HELD_OUT + 1000 + number)
+    return make_scene(held_out(number))
 
 
 def still_scenes(count: int) -> list[int]:

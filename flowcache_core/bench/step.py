@@ -1,7 +1,8 @@
 """`bench step`: how near the network of a bundled model comes to the rate of the processor's matrix products.
 
 An uncached film is made, and one large product is timed before and after every evaluation of the network, in the same dtype and on the same threads:
-what else the machine does slows both. Floating-point operations are counted by formula from the shapes of every product. Their part of the
+what else the machine does slows both. Beside it, in turn, the same network whose layers are called one by one, as they are where somebody has hooked
+them. Floating-point operations are counted by formula from the shapes of every product. Their part of the
 product's rate says how much of the time goes into what is no product: norms, rotary positions, activations, copies.
 """
 
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..device import fast_dtype
@@ -26,10 +28,12 @@ from ..network import Attend
 from ..run.generate import Job, generate
 from .around import Around
 from .model import counter
+from .prompts import PROMPTS
 
 NAME = "step"
 SIDE = 1024
-PROMPT = "red circle moves right, blue square moves down"
+Span = tuple[float, float]
+"""Seconds of an evaluation, and of the product beside it."""
 KINDS = {
     "products": ("addmm", "mm", "bmm", "baddbmm", "_linear_pointwise", "mkldnn_convolution", "_scaled_dot_product_flash_attention_for_cpu"),
     "softmax": ("_softmax",),
@@ -45,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(BUNDLED), default=BUNDLED_NAME, help="which of the bundled models (default %(default)s)")
     parser.add_argument("--frames", type=int, default=57, help="pixel frames (default %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="steps per chunk (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=2, help="films of each arm (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the one that the demo uses here")
 
@@ -66,19 +71,52 @@ class Evaluations(Around):
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """-> {"rows"}: one row; see `row`. Raises ValueError for a film that the model does not make."""
+    """-> {"rows"}: one for each arm; see `row`. Raises ValueError for a film that the model does not make."""
+    if args.turns < 1:
+        raise ValueError(f"{args.turns} turns were asked for: use at least 1")
     threads, dtype = torch.get_num_threads(), getattr(torch, args.dtype) if args.dtype else fast_dtype()
     torch.set_num_threads(args.threads)
     try:
         family = BUNDLED[args.model]
         clock = time.thread_time if args.threads == 1 else time.perf_counter
-        bundle, job = load_bundle(dtype, family=family), Job.usual(family, PROMPT, frames=args.frames, steps=args.steps)
-        values = row(counted(bundle, job), timed(bundle, job, dtype, clock))
-        parts = profiled(bundle, replace(job, frames=family.frames.pixel(bundle.layout.chunk_frames * 2)))
+        bundle, job = load_bundle(dtype, family=family), Job.usual(family, PROMPTS[0], frames=args.frames, steps=args.steps)
+        rows = measured(bundle, job, args.turns, dtype, clock)
     finally:
         torch.set_num_threads(threads)
     named = {"model": args.model, "threads": args.threads, "dtype": str(dtype).removeprefix("torch.")}
-    return {"weights": weights_id(family), "torch": torch.__version__, "rows": [{**named, **values, **parts}]}
+    return {"weights": weights_id(family), "torch": torch.__version__, "rows": [{**named, **values} for values in rows]}
+
+
+def measured(bundle: Bundle, job: Job, turns: int, dtype: torch.dtype, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """A row for each of `ARMS`, which take turns."""
+    short, spans = replace(job, frames=bundle.family.frames.pixel(bundle.layout.chunk_frames * 2)), {arm: list[Span]() for arm in ARMS}
+    for arm in (*ARMS,) * turns:
+        with ARMS[arm](bundle):
+            spans[arm] += timed(bundle, job, dtype, clock)
+    rows = []
+    for arm, entered in ARMS.items():
+        with entered(bundle):
+            rows.append({"arm": arm, **row(counted(bundle, job) * turns, spans[arm]), **profiled(bundle, short)})
+    return rows
+
+
+@contextmanager
+def one_by_one(bundle: Bundle) -> Iterator[None]:
+    """Every layer of the network has a hook that does nothing: it is called, and nothing is made one operation with it."""
+    hooks = [layer.register_forward_hook(lambda *_: None) for layer in bundle.network.modules() if isinstance(layer, HOOKED)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def as_it_is(bundle: Bundle) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+HOOKED = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+ARMS: dict[str, Callable[[Bundle], AbstractContextManager[None]]] = {"as it is": as_it_is, "layer by layer": one_by_one}
 
 
 def counted(bundle: Bundle, job: Job) -> list[float]:
@@ -91,7 +129,7 @@ def counted(bundle: Bundle, job: Job) -> list[float]:
         return [after - before for before, after in _noted(bundle, job, so_many, so_many)]
 
 
-def timed(bundle: Bundle, job: Job, dtype: torch.dtype, clock: Callable[[], float]) -> list[tuple[float, float]]:
+def timed(bundle: Bundle, job: Job, dtype: torch.dtype, clock: Callable[[], float]) -> list[Span]:
     """Of every evaluation its seconds, and those of a product beside it: the mean of one before and one after."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
     products: list[float] = []
@@ -114,7 +152,7 @@ def timed(bundle: Bundle, job: Job, dtype: torch.dtype, clock: Callable[[], floa
     return [(last - first, (products[2 * i] + products[2 * i + 1]) / 2) for i, (first, last) in enumerate(spans)]
 
 
-def row(operations: list[float], seconds: list[tuple[float, float]]) -> dict[str, Any]:
+def row(operations: list[float], seconds: list[Span]) -> dict[str, Any]:
     """`of_product`: the rate of an evaluation over that of the product beside it, median and tenths; rates in 10^9 operations a second."""
     product = 2.0 * SIDE**3
     shares = [count / mine * beside / product for count, (mine, beside) in zip(operations, seconds, strict=True)]

@@ -130,6 +130,7 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         file_names=(name,),
         loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
         one_length=True,
+        recache=True,
         check=partial(require_sequence, title),
         check_levels=partial(noise.require_trained, title),
         published=Published("renoise", lambda steps: steps, given_noise=0, scale=None),

@@ -200,6 +200,8 @@ class Family:
     """Whether it makes chunks of the trained length alone."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
+    recache: bool = False
+    """Whether its finished chunks may be shown to it once more, clean and with another text, as history."""
     published: Published = Published()
     words: int | None = None
     """Rows of text that the network reads at most, every one of them: padding is cut off. None: text is taken as the encoder made it."""

@@ -16,7 +16,7 @@ from ..memory import RunMemory
 from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .forecast import expected_steps, headroom, on_rescaling
-from .protocol import Compute, Decision, Outlook, Question, Replay, Rescale, Reuse, Signals, Signature
+from .protocol import Compute, Decision, Deferred, Outlook, Replay, Rescale, Reuse, Signals, Signature
 from .state import ChunkState
 from .thresholds import rescaled
 
@@ -70,13 +70,13 @@ class Chunkwise:
     def follows_time(self) -> bool:
         return self.signature == "time" and self.threshold > 0
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
         if self.threshold == 0:
             return self._compute(state)
         change = self.change(signals)
         if self._must_compute(chunk, state):
             return self._compute(state)
-        return Question((change,), lambda change: self.decide_at(self.threshold, change, chunk, state))
+        return Deferred((change,), lambda change: self.decide_at(self.threshold, change, chunk, state))
 
     def decide_at(self, threshold: float, change: float, chunk: Chunk, state: ChunkState) -> Decision:
         """The rule itself, for a change that is already measured and rescaled."""

@@ -21,7 +21,7 @@ from ..sampling.chunk import Chunk
 from ..settings import check, setting
 from .chunkwise import Chunkwise
 from .forecast import headroom
-from .protocol import Compute, Decision, Measure, Outlook, Question, Refresh, Replay, Reuse, Signals, Signature
+from .protocol import Compute, Decision, Deferred, Measure, Outlook, Refresh, Replay, Reuse, Signals, Signature
 from .state import ChunkState
 
 BUCKETS = 16
@@ -105,7 +105,7 @@ class Motion:
     def watches(self) -> Measure:
         return self.measure
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
         if self.threshold == 0:
             return Compute()
         if self.alpha == 1 or chunk.step < round(self.coarse * chunk.steps):
@@ -131,7 +131,7 @@ class Motion:
             or base.threshold == 0
         )
 
-    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Question:
+    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Deferred:
         """Which tokens are due. What is asked of the device is how many."""
         motion = signals.motion(self.measure)
         weight = self.alpha + (1 - self.alpha) * normalised(motion, self.quantile, self.scale == "chunk")
@@ -141,7 +141,7 @@ class Motion:
         drift, age = state.token_drift + weight * change, state.token_age
         old = age >= self.max_age
         due = self._voted(drift >= self.threshold) | old
-        return Question(
+        return Deferred(
             (due.sum(), old.sum(), drift.mean()), lambda count, forced, mean: self._among(Due(due, drift, age), int(count), int(forced), mean, state)
         )
 

@@ -58,13 +58,13 @@ Decision = Compute | Reuse | Refresh | Part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Question:
+class Deferred:
     """A decision that depends on numbers which are on the device. `numbers`: scalars there, and numbers that are known already;
-    `answer`: their values, in this order -> the decision. It is called when the chunk's turn comes, in the order of the chunks.
+    `decide`: their values, in this order -> the decision. It is called when the chunk's turn comes, in the order of the chunks.
     """
 
     numbers: tuple[Tensor | float, ...]
-    answer: Callable[..., Decision]
+    decide: Callable[..., Decision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,9 @@ class CachePolicy(Protocol):
         """Which output of computed steps the session has to remember; None when nothing is ever reused."""
         ...
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
         """What becomes of the chunk at this step. Asked of all active chunks of a row, in order, before the first of them moves; what it
-        has to know of the device it asks for by a `Question`, so that the host waits for all of them once."""
+        has to know of the device it asks for by a `Deferred`, so that the host waits for all of them once."""
         ...
 
 

@@ -19,7 +19,7 @@ from ..sampling.chunk import Chunk
 from ..settings import setting
 from .chunkwise import Chunkwise
 from .forecast import headroom, on_rescaling
-from .protocol import Compute, Decision, Outlook, Question, Signals
+from .protocol import Compute, Decision, Deferred, Outlook, Signals
 from .state import ChunkState
 from .thresholds import ReuseState, computed_from, least_computed, nearest_threshold
 
@@ -56,14 +56,14 @@ class Target(Chunkwise):
     def follows_time(self) -> bool:
         return self.signature == "time"
 
-    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Question:
+    def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
         """Under the latent signature every decision counts for the next, so all of them wait for the chunk's turn, forced ones too."""
         change = self.change(signals)
         if self.signature == "time":
             threshold = state.run.of(Found, lambda: self.find(signals.outlook)).threshold
-            return Question((change,), lambda change: self.decide_at(threshold, change, chunk, state)) if threshold else self._compute(state)
+            return Deferred((change,), lambda change: self.decide_at(threshold, change, chunk, state)) if threshold else self._compute(state)
         pace = state.run.of(Pace, lambda: Pace.start(self, signals.outlook))
-        return Question((change,), lambda change: pace.decide(self, chunk, change, state))
+        return Deferred((change,), lambda change: pace.decide(self, chunk, change, state))
 
     def check_run(self, steps: int) -> None:
         least = least_computed(self, steps)

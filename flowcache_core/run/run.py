@@ -19,7 +19,6 @@ from ..kv.cache import Branches, KVSizes
 from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
 from ..models.adapter import ModelAdapter, OwnTexts, reach_of, require_bidirectional, require_time, require_tokens
-from ..models.causal_wan_family import FewSteps
 from ..models.family import Family
 from ..models.numbers import finite, not_numbers
 from ..policies.planned import Planned
@@ -191,7 +190,7 @@ class Run:
             policy.plans([section.schedule for section in self.sections])
 
     def _require_recache(self) -> None:
-        if not isinstance(self.family.noise, FewSteps) or not self.family.clean_pass:
+        if not (self.family.recache and self.family.clean_pass):
             raise ValueError(
                 f"with recache finished chunks are shown to the network once more, clean, where the prompt changes, as LongLive does; "
                 f"{self.family.title} was not trained for that: set recache to off"

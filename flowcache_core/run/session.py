@@ -30,12 +30,12 @@ from ..policies.protocol import (
     CachePolicy,
     Compute,
     Decision,
+    Deferred,
     Forecasts,
     Outlook,
     Part,
     PartPolicy,
     PlanPolicy,
-    Question,
     Refresh,
     Replay,
     Reuse,
@@ -318,7 +318,7 @@ class Session:
     def _of_row(self, call: Call) -> Iterator[Call]:
         """Of every chunk of the row what it will be called with, as far as policies look at it; this call alone where they look at nothing."""
         chunks, film = self._row
-        if film is None or call.chunk not in chunks or isinstance(self.policy, Always | PlanPolicy):
+        if film is None or call.chunk not in chunks or not self._looks_at_latents:
             chunks, film = (call.chunk,), call.x
         for chunk in chunks:
             if chunk == call.chunk:
@@ -327,7 +327,14 @@ class Session:
                 x = film[:, :, chunk.start : chunk.start + chunk.frames].to(call.x).contiguous()
                 yield replace(call, x=x, sigma=self.level(chunk), chunk=chunk)
 
-    def _asked(self, call: Call) -> Decision | Question:
+    @property
+    def _looks_at_latents(self) -> bool:
+        """Whether decisions depend on what the latents are: not where a plan makes them, nor where all changes are known before the run."""
+        policy = self.policy
+        known = isinstance(policy, SignaturePolicy) and policy.follows_time and self._watches is None
+        return not (known or isinstance(policy, Always | PlanPolicy))
+
+    def _asked(self, call: Call) -> Decision | Deferred:
         chunk = call.chunk
         grid = (chunk.frames, *self._grid)
         signals = StepSignals(call, self.films, grid, self.state, self.outlook(call.x.device), self._tokens)

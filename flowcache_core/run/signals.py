@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.tokens import TINY, frame_difference, pooled, relative_change
 from ..kernels.transfer import Fetched, side_of
 from ..models.adapter import Call, TokenAdapter
-from ..policies.protocol import Decision, Measure, Outlook, Question, Signature
+from ..policies.protocol import Decision, Deferred, Measure, Outlook, Signature
 from ..policies.state import RunState
 from ..sampling.chunk import Chunk
 
@@ -82,20 +82,20 @@ class StepSignals:
         return pooled(rate.mean((0, 1)), self._patch(rate))
 
 
-def together(numbers: Sequence[Tensor]) -> Fetched:
+def fetch(numbers: Sequence[Tensor]) -> Fetched:
     """Scalars of the device on their way to the host, in one copy."""
     dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
     return side_of(numbers[0].device).fetch(torch.stack([number.to(dtype) for number in numbers]))
 
 
 class RowDecisions:
-    """What was decided for the chunks of a row at its beginning, and what is still asked. `waits`: of the host for the device, at most one."""
+    """What was decided for the chunks of a row at its beginning, or deferred. `waits`: of the host for the device, at most one."""
 
-    def __init__(self, made: Mapping[Chunk, Decision | Question]) -> None:
+    def __init__(self, made: Mapping[Chunk, Decision | Deferred]) -> None:
         self._made, self.waits = dict(made), 0
-        asked = [number for one in made.values() if isinstance(one, Question) for number in one.numbers if isinstance(number, Tensor)]
+        asked = [number for one in made.values() if isinstance(one, Deferred) for number in one.numbers if isinstance(number, Tensor)]
         self._places = {id(number): place for place, number in enumerate(asked)}
-        self._fetched = together(asked) if asked else None
+        self._fetched = fetch(asked) if asked else None
         self._values: list[float] = []
 
     def __contains__(self, chunk: Chunk) -> bool:
@@ -104,7 +104,7 @@ class RowDecisions:
     def take(self, chunk: Chunk) -> Decision:
         """The chunk's turn has come. The first whose decision hangs on a number waits for those of all."""
         made = self._made.pop(chunk)
-        return made.answer(*map(self._value, made.numbers)) if isinstance(made, Question) else made
+        return made.decide(*map(self._value, made.numbers)) if isinstance(made, Deferred) else made
 
     def _value(self, number: Tensor | float) -> float:
         if not isinstance(number, Tensor):

@@ -114,6 +114,11 @@ class Likeness:
                 "psnr_db": mean_and_error(self.psnr), "psnr_of_other_prompts_db": mean_and_error(self.other or self.psnr)}  # fmt: skip
 
 
+def held_out(number: int) -> int:
+    """Which scene the figures' film of this number is of."""
+    return HELD_OUT + 1000 + number
+
+
 def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scene, prompts: int = 50,
              teacher: tuple[Bundle, Job] | None = None) -> dict[str, Any]:  # fmt: skip
     """Films like `job` of `prompts` held-out captions with seeds 0, 1, ...; takes some ten seconds a film of 50 steps on two cores.
@@ -126,12 +131,12 @@ def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scen
     chunk_pixels = bundle.family.frames.each * bundle.layout.chunk_frames
     likeness = Likeness(*teacher, chunk_pixels) if teacher else None
     for i in tqdm(range(prompts), unit="film"):
-        asked = scene(HELD_OUT + 1000 + i)
+        asked = scene(held_out(i))
         latents, _ = generate(bundle, replace(job, prompt=asked.caption, seed=i))
         film = decode(bundle, latents)
         score(film, asked, chunk_pixels, film_of)
         score(render(asked, frames=job.frames), asked, chunk_pixels, truth)
-        score(film, scene(HELD_OUT + 1000 + (i + 1) % prompts), chunk_pixels, other)
+        score(film, scene(held_out((i + 1) % prompts)), chunk_pixels, other)
         if likeness:
             likeness.add(film, asked, i)
     return {
