@@ -27,7 +27,7 @@ def host_kernel(options: dict[str, Any]) -> Kernel:
 
 
 def kernel_on(device: torch.device, options: dict[str, Any]) -> Kernel:
-    """The same; but on the processor the core's own, which is faster there, unless somebody has chosen one."""
+    """The same; but on the processor the core's own, which is made for it, unless somebody has chosen one."""
     chosen = options.get(OVERRIDE) is not None or any(getattr(args, flag, False) for flag in FLAGS)
     return PYTORCH if device.type == "cpu" and not chosen else host_kernel(options)
 
