@@ -26,12 +26,14 @@ from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
 from ..models.bundle import NAME as BUNDLED_NAME
 from ..network import Attend
 from ..run.generate import Job, generate
+from ..show.metrics import mean_and_error
 from .around import Around
 from .model import counter
 from .prompts import PROMPTS
 
 NAME = "step"
 SIDE = 1024
+FILMS = 12
 Span = tuple[float, float]
 """Seconds of an evaluation, and of the product beside it."""
 KINDS = {
@@ -88,17 +90,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(bundle: Bundle, job: Job, turns: int, dtype: torch.dtype, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """A row for each of `ARMS`, which take turns. `to_float32`: how far the latents of two chunks are from those in float32, as a part of their norm."""
+    """A row for each of `ARMS`, which take turns. `to_float32`: how far the latents of two chunks are from those in float32, as a part of
+    their norm, mean and standard error over `FILMS` prompts."""
     short, spans = replace(job, frames=bundle.family.frames.pixel(bundle.layout.chunk_frames * 2)), {arm: list[Span]() for arm in ARMS}
     for arm in (*ARMS,) * turns:
         with ARMS[arm](bundle):
             spans[arm] += timed(bundle, job, dtype, clock)
-    exact, rows = generate(load_bundle(torch.float32, family=bundle.family), short)[0], []
+    shorts = [replace(short, prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:FILMS])]
+    wide, rows = load_bundle(torch.float32, family=bundle.family), []
+    exact = [generate(wide, film)[0] for film in shorts]
     for arm, entered in ARMS.items():
         with entered(bundle):
-            error = (generate(bundle, short)[0] - exact).norm() / exact.norm()
+            made = ((generate(bundle, film)[0] - one).norm() / one.norm() for film, one in zip(shorts, exact, strict=True))
             values = row(counted(bundle, job) * turns, spans[arm])
-            rows.append({"arm": arm, **values, "to_float32": round(float(error), 4), **profiled(bundle, short)})
+            rows.append({"arm": arm, **values, "to_float32": mean_and_error([float(error) for error in made]), **profiled(bundle, short)})
     return rows
 
 
