@@ -145,7 +145,7 @@ def test_after_a_recache_a_film_goes_on_as_from_its_frames_given_with_the_new_te
 def test_a_run_that_is_stopped_behind_a_recache_goes_on_bit_for_bit(
     net: SkyReelsV2, texts: Tensor, noise_of: Callable[..., Tensor], tmp_path: Path
 ) -> None:
-    family, film = replace(SKYREELS, noise=FOUR), ChunkSchedule(2 * FRAMES, 3, 4, 4, window=4)
+    family, film = replace(SKYREELS, noise=FOUR, recache=True), ChunkSchedule(2 * FRAMES, 3, 4, 4, window=4)
     run = Run(family, SkyReelsAdapter(net), film, flow_sigmas(4), (16, 4, 4), compressor=Compressor(StreamingLLM(), 2.0), recache=frozenset({5}))
     left = 10**6
 
