@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
+from tests import resuming
 from tests.driven import Driven, sample_section
 from tests.host import PACK, Graph, Host, put, small
 
@@ -132,3 +134,14 @@ def planned() -> Graph:
 def graph() -> Graph:
     """The shipped workflow with the threshold rule, one chunk."""
     return put(small(json.loads((PACK / "workflows" / "api" / "text_to_video.json").read_text())), "FlowCacheChunkwise", preset="custom")
+
+
+@pytest.fixture
+def resumable(make_net: Callable[..., SkyReelsV2], texts: Tensor, noise_of: Callable[..., Tensor]) -> Callable[..., resuming.Setup]:
+    """Makes a run that can be stopped and go on."""
+    return resuming.resumable(make_net, texts, noise_of)
+
+
+@pytest.fixture
+def salience_head(tmp_path: Path) -> Path:
+    return resuming.save_head(tmp_path / "head.safetensors")

@@ -9,9 +9,17 @@ from flowcache_core.bench import causal
 from flowcache_core.bench.causal import ARMS, WINDOW, clean_passes, long_film, present, rows_of, scene_of, still_scenes, stretches, without_passes
 from flowcache_core.models.bundle import load_bundle
 from flowcache_core.models.causal_wan_family import SELF_FORCING
+from flowcache_core.run.generate import Job
 from flowcache_core.training.scenes import COLOURS, render
 
 GROWS = "sink-recent, positions grow"
+USUAL = Job.usual
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Films of a quarter of the usual picture."""
+    monkeypatch.setattr(causal.Job, "usual", lambda family, prompt, **settings: USUAL(family, prompt, size=64, **settings))
 
 
 def test_a_true_clip_shows_its_colours_and_no_others() -> None:
@@ -30,7 +38,7 @@ def test_ten_seconds_are_twenty_chunks_of_the_bundled_model() -> None:
     assert stretches(bundle) == 20
 
 
-def test_arms_differ_where_history_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_differ_where_history_does(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Films of twelve chunks: up to the sixth one positions that grow are those that are bounded, at ten only these of history differ."""
     monkeypatch.setattr(causal, "STRETCH", 2)
     bundle = load_bundle(family=SELF_FORCING)
@@ -50,7 +58,7 @@ def test_arms_differ_where_history_does(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[-1]["kv_peak_bytes"] < films[WINDOW]["peak"]
 
 
-def test_a_film_without_clean_passes_is_another_from_its_second_chunk_on() -> None:
+def test_a_film_without_clean_passes_is_another_from_its_second_chunk_on(small: None) -> None:
     bundle = load_bundle(family=SELF_FORCING)
     film = clean_passes(bundle, 0)
     every, none = (film[name]["film"] for name in ("every", "none"))
