@@ -1,14 +1,61 @@
-"""What a KV cache has to know of a network: sizes, and how positions turn keys. No weights."""
+"""What a KV cache has to know of a network: sizes, and how positions turn keys; and what a network attends with. No weights."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries, keys, values, what the layer's self-attention was given) -> attention output."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Where keys and values of a call belong: slots `at`, a range or int64 [T], of buffers [B, heads, slots, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+    at: slice | Tensor
+
+
+class AttendBySlots(ABC):
+    """An `Attend` that keeps keys and values in slots. A layer may write them there itself and then attend without handing them over."""
+
+    @abstractmethod
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """As `Attend`: writes keys and values, then attends."""
+
+    @abstractmethod
+    def slots(self, layer: int, like: Tensor) -> Slots | None:
+        """Where this call's keys and values of a layer are to be written, in the dtype and on the device of `like`; None: they are handed over."""
+
+    @abstractmethod
+    def look(self, layer: int, q: Tensor, x: Tensor) -> Tensor:
+        """Attention, once they are in their slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """`Attend` of one layer."""
+
+    attend: Attend
+    layer: int
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return self.attend(self.layer, q, k, v, x)
+
+    def slots(self, like: Tensor) -> Slots | None:
+        """None: keys and values are handed over."""
+        return self.attend.slots(self.layer, like) if isinstance(self.attend, AttendBySlots) else None
+
+    def look(self, q: Tensor, x: Tensor) -> Tensor:
+        """Where there are `slots`."""
+        assert isinstance(self.attend, AttendBySlots)
+        return self.attend.look(self.layer, q, x)
 
 
 class Rotary(Protocol):

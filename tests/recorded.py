@@ -103,13 +103,13 @@ class RecordedFilm:
 
     def attend(self, attend: CachedAttention, layer: int, k: Tensor, v: Tensor) -> None:
         """Notes what is attended to."""
-        write = attend._written
+        read = attend._seen
 
-        def written(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            seen = write(layer, k, v)
-            self.seen = seen[0].clone(), seen[1].clone()
-            return seen
+        def seen(layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = read(layer)
+            self.seen = keys.clone(), values.clone()
+            return keys, values
 
-        attend._written = written  # type: ignore[method-assign]
+        attend._seen = seen  # type: ignore[method-assign]
         attend(layer, k, k, v, k.new_zeros(len(k), k.shape[2], 1))
-        attend._written = write  # type: ignore[method-assign]
+        attend._seen = read  # type: ignore[method-assign]

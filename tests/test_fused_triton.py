@@ -1,47 +1,16 @@
-"""The Triton kernels around attention against float64 and against PyTorch, on the CPU: by Triton's interpreter, asked for before it is imported."""
+"""The Triton kernels around attention against float64 and against PyTorch, in Triton's interpreter, and on CUDA where there is a card."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.interpreted import NEEDS_TRITON, agrees
+from tests.interpreted import DEVICES, FILM, NEEDS_TRITON, PREPARED, agrees
 
 pytestmark = NEEDS_TRITON
 
-PREPARED = """
-import mmap
-import os
-import tempfile
-
-import torch
-from torch.nn import functional as F
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-torch.set_grad_enabled(False)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-def close(out, exact, dtype, roundings=1):
-    eps = torch.finfo(dtype).eps
-    assert out.dtype == dtype and out.is_contiguous()
-    rtol = roundings * (0.51 * eps if dtype != torch.float32 else 8 * eps)
-    torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=4e-6 * max(1.0, float(exact.abs().max())) if dtype == torch.float32 else 8e-6)
-
-def phases(tokens, pairs):
-    angles = 50 * torch.randn(tokens, pairs, dtype=torch.float64)
-    return torch.polar(torch.ones_like(angles), angles)
-
-def far_apart(films, tokens, width):
-    "Float16 whose films begin more than 2^31 elements apart."
-    sparse = tempfile.TemporaryFile()
-    sparse.truncate(2 * (2**31 + tokens * width) + 4096)
-    space = torch.frombuffer(mmap.mmap(sparse.fileno(), 0), dtype=torch.float16)
-    return space.as_strided((films, tokens, width), (2**31, width, 1)).copy_(torch.randn(films, tokens, width))
-"""
-
 ROTATION = """
 from flowcache_core.kernels import rotation_triton
-from flowcache_core.kernels.rotation import in_pytorch, normed_rotated, rotate
+from flowcache_core.kernels.rotation import in_pytorch, normed_rotated, write_normed_rotated
 
 def exactly(x, weight, rope, d):
     x = x.double()
@@ -86,6 +55,28 @@ odd = torch.randn(1, 3, 36)
 assert not rotation_triton.serves(odd, torch.ones(36), phases(3, 6).to(torch.complex64), 12)
 six = phases(3, 6).to(torch.complex64)
 assert torch.equal(normed_rotated(odd, torch.ones(36), 1e-6, six, 12), in_pytorch(odd, torch.ones(36), 1e-6, six, 12))
+
+for films, tokens, heads, d in ((1, 1, 1, 2), (2, 7, 3, 16), (1, 65, 2, 8)):
+    rope = phases(tokens, d // 2).to(torch.complex64)
+    for dtype in DTYPES:
+        k, v = (torch.randn(films, tokens, heads * d + 3).to(dtype)[:, :, : heads * d] for _ in range(2))
+        weight = torch.randn(heads * d).to(dtype)
+        for turns in (rope, None):
+            fresh = normed_rotated(k, weight, 1e-6, turns, d)
+            written(fresh, v, lambda keys, values, at: write_normed_rotated(keys, values, at, k, v, weight, 1e-6, turns))
+
+keys, values = far_apart(2, 8, 16)[:, None], torch.zeros(2, 1, 8, 16).half()
+k, v, weight = torch.randn(2, 3, 16).half(), torch.randn(2, 3, 16).half(), torch.ones(16).half()
+assert rotation_triton.serves_slots(keys, values, None, 5, k, v)
+write_normed_rotated(keys, values, slice(5, 8), k, v, weight, 1e-6, still[:3])
+assert torch.equal(keys[:, :, 5:], normed_rotated(k, weight, 1e-6, still[:3], 16))
+for index, first, fresh in ((None, 6, v), (torch.arange(4), 0, v), (None, 5, v.float()), (None, 5, v[:, :2])):
+    assert not rotation_triton.serves_slots(keys, values, index, first, k, fresh)
+assert not rotation_triton.serves_slots(keys, values.transpose(2, 3).contiguous().transpose(2, 3), None, 5, k, v)
+x, weight, rope = torch.randn(2, 3, 32), torch.ones(32), still[:3]
+slots = torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+for index, turns in ((None, rope), (torch.tensor([4, 0, 5]), None)):
+    torch.library.opcheck(torch.ops.flowcache.write_normed_rotated, (*slots, index, 2, x, x, weight, 1e-6, turns))
 for rope in (still[:3], None):
     torch.library.opcheck(torch.ops.flowcache.normed_rotated, (torch.randn(2, 3, 32), torch.ones(32), 1e-6, rope, 16))
 print("agree")
@@ -130,42 +121,24 @@ torch.library.opcheck(torch.ops.flowcache.normed_modulated, (x, row, row, 1e-6))
 print("agree")
 """
 
-FILM = """
-from dataclasses import replace
-from flowcache_core.bench.model import GEOMETRIES, sized
-from flowcache_core.kernels import choice, modulation, rotation
+CALLED = """
+from flowcache_core.kernels import modulation, rotation
+OPERATIONS = {rotation.OPERATION, modulation.MODULATION, modulation.GATE}
+agree_on("smoke", (modulation, rotation), OPERATIONS)
+
 from flowcache_core.models.attention import bidirectional
-from flowcache_core.run.generate import generate
-
-called = set()
-by_triton = choice.by_triton
-def noted(operation, module, device, call):
-    called.add(operation)
-    return by_triton(operation, module, device, call)
-modulation.by_triton = rotation.by_triton = noted
-
-geometry = GEOMETRIES["smoke"]
-job = replace(geometry.job, steps=3, ar_step=1, size=16)
-for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-    bundle = sized(geometry, 1, dtype, "cpu")
-    films = {}
-    for path in ("torch", "triton"):
-        os.environ["FLOWCACHE_KERNELS"] = path
-        called.clear()
-        films[path] = generate(bundle, job)[0]
-        assert called == ({rotation.OPERATION, modulation.MODULATION, modulation.GATE} if path == "triton" else set()), called
-    change = (films["triton"] - films["torch"]).norm() / films["torch"].norm()
-    assert 0 < change <= within, (dtype, change)
-
-net = sized(geometry, 1, torch.float32, "cpu").network
+net = sized(GEOMETRIES["smoke"], 1, torch.float32, DEVICE).network
 x, t, text = torch.randn(1, 16, 2, 4, 4), torch.tensor([[700.0, 0.0]]), net.text_kv(torch.randn(1, 4, 64))
+torch.set_default_device(None)
 whole = torch.compile(net, backend="aot_eager", fullgraph=True)
 assert torch.equal(whole(x, t, text, bidirectional), net(x, t, text, bidirectional))
 print("agree")
 """
 
 
-@pytest.mark.parametrize("script", [ROTATION, MODULATION, FILM], ids=["rotation", "modulation", "film"])
-def test_the_kernels_agree_with_pytorch(script: str) -> None:
-    """Sizes of 1, 7, 63 to 65 and 129; strides; zeros; large numbers; more than 2^31 elements; twice the same; films within a tolerance."""
-    agrees(PREPARED + script)
+@DEVICES
+@pytest.mark.parametrize("script", [ROTATION, MODULATION, FILM + CALLED], ids=["rotation", "modulation", "film"])
+def test_the_kernels_agree_with_pytorch(script: str, device: str) -> None:
+    """Sizes of 1, 7, 63 to 65 and 129; strides; zeros; large numbers; more than 2^31 elements; twice the same; slots of a KV cache; films within a
+    tolerance."""
+    agrees(PREPARED + script, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from flowcache_core.kv.cache import CachedAttention, KVCache, KVSizes
+from flowcache_core.kv.waiting import Waiting
 from flowcache_core.models.attention import bidirectional
-from flowcache_core.models.layers import fed_forward, modulated_norm, plain, projected, turned
+from flowcache_core.models.layers import OnePlusNorm, attended, fed_forward, modulated_norm, plain, post_normed, projected, turned
 from flowcache_core.models.skyreels import SkyReelsV2, rope_table
+from flowcache_core.network import LayerAttention
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3))
 
@@ -109,6 +113,64 @@ def test_a_norm_that_somebody_has_hooked_is_called() -> None:
     before = modulated_norm(norm2, X, scale, scale)
     norm2.register_forward_hook(lambda layer, given, out: 3 * out)
     torch.testing.assert_close(modulated_norm(norm2, X, scale, scale), 3 * before)
+
+
+def one_plus(size: int) -> OnePlusNorm:
+    norm = OnePlusNorm(size, 1e-6)
+    for weight in (norm.weight, norm.bias):
+        nn.init.normal_(weight)
+    return norm.requires_grad_(False)
+
+
+def test_a_norm_of_heads_that_somebody_has_hooked_is_called() -> None:
+    norm, post = one_plus(8), one_plus(16)
+    before, after = turned(norm, X, rope_of(6)[:, :3], 8), post_normed(post, X, 2 * X, X[:, :1])
+    for one in (norm, post):
+        assert plain(one, X.bfloat16()), "it casts its weights"
+        one.register_forward_hook(lambda layer, given, out: 3 * out)
+    torch.testing.assert_close(turned(norm, X, rope_of(6)[:, :3], 8), 3 * before)
+    torch.testing.assert_close(post_normed(post, X, 2 * X, X[:, :1]) - X, 3 * (after - X))
+
+
+NORMS = pytest.mark.parametrize("norm", [nn.RMSNorm(16, eps=1e-6).requires_grad_(False), one_plus(8)], ids=["of the width", "of heads"])
+
+
+def kept(norm: nn.Module, tokens: Tensor | None, dtype: torch.dtype, by_slots: bool, **settings: object) -> tuple[Tensor, Tensor, KVCache]:
+    """Attention of six tokens, or of some of them, behind two slots of history -> output, all slots, the cache."""
+    cache, x = KVCache(("a",), KVSizes(2, 1, 2, 8, 9)), (X if tokens is None else X[:, tokens]).to(dtype)
+    buffers = cache.layer(0, x)
+    for number, buffer in enumerate(buffers):
+        buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(number)))
+    mine, cached = copy.deepcopy(norm).to(dtype), CachedAttention(cache, slice(None), 0, 2, 8, tokens, **settings)  # type: ignore[arg-type]
+    rope = rope_of(6)[:, :4] if tokens is None else rope_of(6)[tokens, :4]
+    q, layer = turned(mine, x, rope, 8), LayerAttention(cached, 0)
+    out = attended(layer if by_slots else lambda *given: layer(*given), q, mine, x, 2 * x, x, rope, 8)
+    return out, torch.cat(buffers), cache
+
+
+@NORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [None, torch.tensor([4, 0, 2])], ids=["a chunk", "some tokens"])
+def test_keys_and_values_are_written_where_attention_keeps_them(
+    norm: nn.Module, dtype: torch.dtype, tokens: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit as when they are handed over, and by nobody else."""
+    handed, slots, _ = kept(norm, tokens, dtype, False)
+    monkeypatch.setattr(KVCache, "write", None)
+    out, written, _ = kept(norm, tokens, dtype, True)
+    assert torch.equal(out, handed)
+    assert torch.equal(written, slots)
+
+
+@NORMS
+def test_an_aside_and_a_chunk_whose_tokens_will_wait_have_them_handed_over(norm: nn.Module) -> None:
+    out, slots, _ = kept(norm, None, torch.float32, True, aside=True)
+    assert torch.equal(slots, kept(norm, torch.empty(0, dtype=torch.long), torch.float32, False)[1]), "the slots are as before"
+    waiting = Waiting(6)
+    waiting.begin(0, None)
+    again, _, _ = kept(norm, None, torch.float32, True, waiting=waiting)
+    assert torch.equal(out, again)
+    assert waiting.bytes > 0
 
 
 def test_a_feed_forward_part_with_another_activation_is_called_whole() -> None:

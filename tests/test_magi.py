@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowcache_core.models.magi import Magi, MagiConfig, Rope, rope_table, rotate
+from flowcache_core.kernels.head_rotation import rotate_halves
+from flowcache_core.models.magi import Magi, MagiConfig, Rope, rope_table
 from flowcache_core.models.magi_adapter import MagiAdapter
 from tests.tiny_magi import GATED, PLAIN, tiny_magi
 
@@ -166,8 +167,8 @@ def test_rotary_positions_are_those_of_the_formula() -> None:
     table = rope_table(bands, 6, 2, 5, 7, "cpu")
     torch.testing.assert_close(table.angle(), torch.polar(torch.ones(70, 12).double(), angles_of(bands.double(), 6, 2, 5, 7)).angle().float())
     x = torch.randn(2, 70, 32)
-    torch.testing.assert_close(rotate(x, table), turned(x, angles_of(bands, 6, 2, 5, 7)), rtol=1e-4, atol=1e-5)
-    assert torch.equal(rotate(x, table)[..., 24:], x[..., 24:])
+    torch.testing.assert_close(rotate_halves(x, table), turned(x, angles_of(bands, 6, 2, 5, 7)), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rotate_halves(x, table)[..., 24:], x[..., 24:])
 
 
 def test_a_frame_of_2025_tokens_reaches_as_far_as_one_of_256() -> None:

@@ -13,7 +13,8 @@ from ..models.bundle import Bundle
 from ..models.causal_wan_checkpoint import KREA, SMALL
 from ..models.causal_wan_family import KREA_REALTIME, SELF_FORCING
 from ..models.family import ChunkLayout, Family
-from ..models.magi import MagiConfig, OnePlusNorm
+from ..models.layers import OnePlusNorm
+from ..models.magi import MagiConfig
 from ..models.magi_family import MAGI_DISTILLED
 from ..models.skyreels import SkyReelsConfig
 from ..models.skyreels_family import SKYREELS

@@ -1,4 +1,5 @@
-"""What the noise level does to tokens: a shift and a scale behind a layer norm, a gate before the residual. One of each per latent frame."""
+"""What the noise level does to tokens: a shift and a scale behind a layer norm, a gate before the residual, with a layer norm between these two
+or without. One of each per latent frame."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .choice import by_triton, path_for
+from .head_rotation import one_plus_norm, wide
 
-MODULATION, GATE = "norm and modulation", "gate and residual"
+MODULATION, GATE, POST_NORM = "norm and modulation", "gate and residual", "gate, norm and residual"
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -34,6 +36,23 @@ def gated_in_pytorch(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.element_size() == 2:
         return torch.addcmul(x.view_as(y), y, gate).flatten(1, 2)
     return (y * gate).flatten(1, 2).add_(x)
+
+
+def gated_normed(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x + `one_plus_norm` of y gate, in float32 at least: [B, T, d] twice, one gate [B or 1, F, d] per latent frame, weight and bias [d]."""
+    if path_for(x.device, POST_NORM).name == "triton":
+        return _gated_normed(x, y, gate, weight, bias, eps)
+    return gated_normed_in_pytorch(x, y, gate, weight, bias, eps)
+
+
+def gated_normed_in_pytorch(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`gated_normed` without Triton."""
+    return (one_plus_norm(times_gate(y, gate), weight, bias, eps) + wide(x)).to(x.dtype)
+
+
+def times_gate(y: Tensor, gate: Tensor) -> Tensor:
+    """[B, T, d] times one gate [B or 1, F, d] per latent frame, in float32 at least."""
+    return (wide(y).unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
 
 
 def normed_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -70,6 +89,25 @@ def _normed_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Te
 
     out = by_triton(MODULATION, "modulation_triton", x.device, call)
     return in_pytorch(x, shift, scale, eps).contiguous() if out is None else out
+
+
+@torch.library.custom_op(
+    "flowcache::gated_normed", mutates_args=(), schema="(Tensor x, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor"
+)
+def _gated_normed(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`gated_normed` as one operation that torch.compile does not look into; contiguous."""
+
+    def call(kernels: Any) -> Tensor | None:
+        serves = kernels.serves_post_norm(x, y, gate, weight, bias)
+        return kernels.gated_normed(x, y, gate, weight, bias, eps) if serves else None
+
+    out = by_triton(POST_NORM, "modulation_triton", x.device, call)
+    return gated_normed_in_pytorch(x, y, gate, weight, bias, eps).contiguous() if out is None else out
+
+
+@_gated_normed.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @_gated.register_fake

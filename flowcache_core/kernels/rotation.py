@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .choice import by_triton, path_for
+from .slots import indexed, put
 
 OPERATION = "norm and rotation of queries and keys"
 
@@ -47,6 +48,25 @@ def in_float32(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_
     return wide.to(x.dtype).transpose(1, 2)
 
 
+def write_normed_rotated(keys: Tensor, values: Tensor, at: slice | Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float,
+                         rope: Tensor | None) -> None:  # fmt: skip
+    """Slots `at`, a range or int64 [T], of keys and values [B, heads, slots, head_dim] become `normed_rotated` of k, and v as it is.
+
+    k, v: [B, T, heads * head_dim]. As one Triton kernel, keys are never laid down anywhere else.
+    """
+    if path_for(k.device, OPERATION).name == "triton":
+        _write(keys, values, *indexed(at), k, v, weight, eps, rope)
+    else:
+        write_in_pytorch(keys, values, at, k, v, weight, eps, rope)
+
+
+def write_in_pytorch(keys: Tensor, values: Tensor, at: slice | Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float,
+                     rope: Tensor | None) -> None:  # fmt: skip
+    """`write_normed_rotated` without Triton."""
+    put(keys, at, in_pytorch(k, weight, eps, rope, keys.shape[3]))
+    put(values, at, v.unflatten(-1, (-1, values.shape[3])).transpose(1, 2))
+
+
 @torch.library.custom_op(
     "flowcache::normed_rotated", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, Tensor? rope, int head_dim) -> Tensor"
 )
@@ -63,3 +83,25 @@ def _opaque(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim
 @_opaque.register_fake
 def _(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2] // head_dim, x.shape[1], head_dim)
+
+
+@torch.library.custom_op(
+    "flowcache::write_normed_rotated",
+    mutates_args=("keys", "values"),
+    schema="(Tensor(a!) keys, Tensor(b!) values, Tensor? index, int first, Tensor k, Tensor v, Tensor weight, float eps, Tensor? rope) -> ()",
+)
+def _write(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Tensor, v: Tensor, weight: Tensor, eps: float,
+           rope: Tensor | None) -> None:  # fmt: skip
+    """`write_normed_rotated` as one operation that torch.compile does not look into. `index`: of the slots; None: from `first` on."""
+
+    def call(kernels: Any) -> bool | None:
+        serves = kernels.serves(k, weight, rope, keys.shape[3]) and kernels.serves_slots(keys, values, index, first, k, v)
+        return kernels.write_normed_rotated(keys, values, index, first, k, v, weight, eps, rope) if serves else None
+
+    if by_triton(OPERATION, "rotation_triton", k.device, call) is None:
+        write_in_pytorch(keys, values, slice(first, first + k.shape[1]) if index is None else index, k, v, weight, eps, rope)
+
+
+@_write.register_fake
+def _(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Tensor, v: Tensor, weight: Tensor, eps: float,
+      rope: Tensor | None) -> None: ...  # fmt: skip

@@ -1,7 +1,7 @@
-"""RMS norm over the width, rotary positions and the place where the result goes, as one Triton kernel.
+"""RMS norm over the width, rotary positions and the place where the result goes, as one Triton kernel: a tensor of its own, or slots of the KV cache.
 
 A program takes some tokens of one film and goes twice through their channels: once for the sum of squares, once to scale, turn and store. The
-second time they come from the cache of the card. Imports triton, so `choice.py` alone imports this.
+second time they come from the cache of the card. Values go to their slots beside the keys. Imports triton, so `choice.py` alone imports this.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .choice import Capability, interpreted, tile_for
 from .rounding_triton import rounded
+from .slots_triton import serves_slots, slot_of
+
+__all__ = ["normed_rotated", "serves", "serves_slots", "write_normed_rotated"]
 
 
 class Tile(NamedTuple):
@@ -37,19 +40,34 @@ def serves(x: Tensor, weight: Tensor, rope: Tensor | None, head_dim: int) -> boo
 
 def normed_rotated(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
     """[B, T, heads * head_dim] -> [B, heads, T, head_dim], a head's tokens side by side, as attention reads them."""
-    films, tokens, width = x.shape
-    out, tile = x.new_empty(films, width // head_dim, tokens, head_dim), tile_for(TILES, x.device)
-    phases = x if rope is None else torch.view_as_real(rope).contiguous()  # those that are not there are not read
-    _norm_rotate[(triton.cdiv(tokens, tile.tokens), films)](
-        out, x, weight, phases, tokens, eps, *x.stride()[:2], *out.stride()[:2],
-        HEADS=width // head_dim, D=head_dim, TURN=rope is not None, BM=tile.tokens, INTERPRETED=interpreted(), num_warps=tile.warps,
-    )  # fmt: skip
+    out = x.new_empty(x.shape[0], x.shape[2] // head_dim, x.shape[1], head_dim)
+    _launch(out, out, None, 0, x, x, weight, eps, rope, WRITES_VALUES=False)
     return out
 
 
+def write_normed_rotated(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Tensor, v: Tensor, weight: Tensor, eps: float,
+                         rope: Tensor | None) -> bool:  # fmt: skip
+    """[B, T, heads * head_dim] twice -> slots of [B, heads, slots, head_dim] twice."""
+    _launch(keys, values, index, first, k, v, weight, eps, rope, WRITES_VALUES=True)
+    return True
+
+
+def _launch(out: Tensor, values: Tensor, index: Tensor | None, first: int, x: Tensor, v: Tensor, weight: Tensor, eps: float, rope: Tensor | None,
+            WRITES_VALUES: bool) -> None:  # fmt: skip
+    films, tokens, width = x.shape
+    head_dim, tile = out.shape[3], tile_for(TILES, x.device)
+    phases = x if rope is None else torch.view_as_real(rope).contiguous()  # what is not there is not read
+    _norm_rotate[(triton.cdiv(tokens, tile.tokens), films)](
+        out, values, x if index is None else index, x, v, weight, phases, first, tokens, eps, *x.stride()[:2], *v.stride()[:2],
+        *out.stride()[:2], *values.stride()[:2], HEADS=width // head_dim, D=head_dim, TURN=rope is not None, INDEXED=index is not None,
+        WRITES_VALUES=WRITES_VALUES, BM=tile.tokens, INTERPRETED=interpreted(), num_warps=tile.warps,
+    )  # fmt: skip
+
+
 @triton.jit
-def _norm_rotate(out, x, weight, phases, tokens, eps, xb, xt, ob, oh, HEADS: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr,
-                 BM: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def _norm_rotate(out, values, index, x, v_in, weight, phases, first, tokens, eps, xb, xt, vb, vt, ob, oh, yb, yh, HEADS: tl.constexpr,
+                 D: tl.constexpr, TURN: tl.constexpr, INDEXED: tl.constexpr, WRITES_VALUES: tl.constexpr, BM: tl.constexpr,
+                 INTERPRETED: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     film, channel = tl.program_id(1).to(tl.int64), tl.arange(0, D)[None, :]
     there = rows < tokens
@@ -62,7 +80,11 @@ def _norm_rotate(out, x, weight, phases, tokens, eps, xb, xt, ob, oh, HEADS: tl.
     if TURN:
         phase = tl.load(phases + rows * D + channel, mask=there, other=0.0)
         real, imag = tl.split(tl.reshape(phase, [BM, D // 2, 2]))
-    out += film * ob + rows * D + channel
+    slots = slot_of(index, first, rows, there, INDEXED)
+    out += film * ob + slots * D + channel
+    if WRITES_VALUES:
+        v_in += film * vb + rows * vt + channel
+        values += film * yb + slots * D + channel
     for head in range(HEADS):
         v = tl.load(x + head * D, mask=there, other=0.0).to(tl.float32) * scale
         v *= tl.load(weight + head * D + channel).to(tl.float32)
@@ -70,3 +92,5 @@ def _norm_rotate(out, x, weight, phases, tokens, eps, xb, xt, ob, oh, HEADS: tl.
             even, odd = tl.split(tl.reshape(v, [BM, D // 2, 2]))
             v = tl.interleave(even * real - odd * imag, even * imag + odd * real)
         tl.store(out + tl.cast(head, tl.int64) * oh, rounded(v, out, INTERPRETED), mask=there)
+        if WRITES_VALUES:
+            tl.store(values + tl.cast(head, tl.int64) * yh, tl.load(v_in + head * D, mask=there, other=0.0), mask=there)

@@ -1,4 +1,4 @@
-"""Slots that move within their buffer: in place, in order, and with bounded scratch.
+"""Slots that are written, and slots that move within their buffer: in place, in order, and with bounded scratch.
 
 A buffer is [B, H, N, D]: N slots for each of B films and H heads. Whatever moves, moves towards the start.
 """
@@ -12,6 +12,19 @@ from torch import Tensor
 
 BLOCK = 2**24
 """Numbers that are copied aside at a time; at least those of one slot."""
+
+
+def put(slots: Tensor, at: slice | Tensor, fresh: Tensor) -> None:
+    """Slots `at`, a range or int64 [n], become `fresh` [B, H, n, D]."""
+    if isinstance(at, slice):
+        slots[:, :, at] = fresh
+    else:
+        slots.index_copy_(2, at, fresh)
+
+
+def indexed(at: slice | Tensor) -> tuple[Tensor | None, int]:
+    """Slots `at` as an operator takes them: their numbers, or None and the first of a range."""
+    return (None, at.start) if isinstance(at, slice) else (at, 0)
 
 
 def move_up(slots: Tensor, to: int, start: int, count: int) -> None:

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from ..kernels.attention import attention, heads_apart, heads_together
 from ..kernels.segments import attention_with_lse, merge
-from ..kernels.slots import keep, move_up, pool
+from ..kernels.slots import keep, move_up, pool, put
 from ..kernels.weighted import in_one_call, weighted
-from ..network import NetworkSizes
+from ..network import AttendBySlots, NetworkSizes, Slots
 from ..sampling.chunk import Chunk
 from .keeper import Choice, Keeper, Segment, side_by_side
 from .layout import Capacity, Layout, Range
@@ -115,10 +115,12 @@ class KVCache:
     def write(self, layer: int, batch: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
         """Slots `at` of the buffers, by range or by index."""
         for buffer, fresh in zip(self.layer(layer, k), (k, v), strict=True):
-            if isinstance(at, slice):
-                buffer[batch, :, at] = fresh
-            else:
-                buffer[batch].index_copy_(2, at, fresh)
+            put(buffer[batch], at, fresh)
+
+    def slots(self, layer: int, batch: slice, at: slice | Tensor, like: Tensor) -> Slots:
+        """The same slots, to be written by somebody else."""
+        keys, values = self.layer(layer, like)
+        return Slots(keys[batch], values[batch], at)
 
     def own(self, layer: int, batch: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of an active chunk, to be written in place."""
@@ -173,7 +175,7 @@ class KVCache:
         self._buffers.clear()
 
 
-class CachedAttention:
+class CachedAttention(AttendBySlots):
     """Attention of one chunk: writes slots `start`..`end`, sees slots `first`..`end`. One per call of the network.
 
     With `tokens`, int64 [n] counted from `start`, it writes these slots only; what it sees stays the same, so the queries of
@@ -192,21 +194,26 @@ class CachedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         own = self.cache.copied(layer, self.batch, self.at) if self.aside else None
-        keys, values = self._written(layer, k, v)
-        if self.keeper is None or self.chunk is None:
-            out = self._ranged(q, keys, values)
-        else:
-            out = self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
-        if own is not None:
-            self.cache.write(layer, self.batch, self.at, *own)
-        return out
-
-    def _written(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots that are seen, after those of the call are written."""
         if self.waiting and isinstance(self.at, slice):
             self.waiting.write(layer, (k, v), self.cache.own(layer, self.batch, self.at, k))
         else:
             self.cache.write(layer, self.batch, self.at, k, v)
+        out = self.look(layer, q, x)
+        if own is not None:
+            self.cache.write(layer, self.batch, self.at, *own)
+        return out
+
+    def slots(self, layer: int, like: Tensor) -> Slots | None:
+        """None for an aside, after which the slots are as before, and where fresh keys and values are kept for tokens that will wait."""
+        return None if self.aside or self.waiting else self.cache.slots(layer, self.batch, self.at, like)
+
+    def look(self, layer: int, q: Tensor, x: Tensor) -> Tensor:
+        keys, values = self._seen(layer)
+        if self.keeper is None or self.chunk is None:
+            return self._ranged(q, keys, values)
+        return self._bounded(self.keeper, self.chunk, layer, q, keys, values, x)
+
+    def _seen(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.read(layer, self.batch, self.first, self.end)
 
     def _ranged(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..kernels.slots import move_up
+from ..network import Slots
 from .cache import Branches, Held, KVCache, KVSizes
 from .codec import CHANNEL, Codec
 from .keeper import Choice
@@ -55,6 +56,9 @@ class PackedCache(KVCache):
 
     def write(self, layer: int, batch: slice, at: slice | Tensor, k: Tensor, v: Tensor) -> None:
         super().write(layer, batch, self._behind_history(at), k, v)
+
+    def slots(self, layer: int, batch: slice, at: slice | Tensor, like: Tensor) -> Slots:
+        return super().slots(layer, batch, self._behind_history(at), like)
 
     def own(self, layer: int, batch: slice, at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         return super().own(layer, batch, self._behind_history(at), like)

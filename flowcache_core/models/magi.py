@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention
-from ..network import Attend
-from .layers import projected
-from .skyreels import FREQUENCIES, Attention, sinusoid
+from ..kernels.head_rotation import rotate_halves, wide
+from ..kernels.swiglu import swiglu
+from ..network import Attend, LayerAttention
+from .layers import Attention, OnePlusNorm, attended, by_heads, post_normed, projected, turned
+from .skyreels import FREQUENCIES, sinusoid
 
 PATCH = 2
 LATENT_CHANNELS = 16
@@ -67,23 +68,6 @@ class MagiConfig:
         return self.channels == 2 * LATENT_CHANNELS
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class OnePlusNorm(nn.Module):
-    """Layer norm, in float32 at least, whose weight is stored as its distance from 1."""
-
-    def __init__(self, size: int, **kw: Any) -> None:
-        super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.empty(size, **kw)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = wide(x)
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x) + 1, self.bias.to(x), EPS)
-
-
 class Projections(nn.Module):
     """Queries for chunks and for text, keys and values, all of one normed input."""
 
@@ -104,29 +88,24 @@ class ParallelAttention(nn.Module):
         self.linear_qkv = Projections(config, ops, **kw)
         self.linear_kv_xattn = ops.Linear(config.dim, 2 * config.kv_heads * config.head_dim, bias=False, **kw)
         self.linear_proj = ops.Linear(2 * config.dim, config.dim, bias=False, **kw)
-        self.q_layernorm, self.q_layernorm_xattn = (OnePlusNorm(config.head_dim, **kw) for _ in range(2))
-        self.k_layernorm, self.k_layernorm_xattn = (OnePlusNorm(config.head_dim, **kw) for _ in range(2))
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        self.q_layernorm, self.q_layernorm_xattn = (OnePlusNorm(config.head_dim, EPS, **kw) for _ in range(2))
+        self.k_layernorm, self.k_layernorm_xattn = (OnePlusNorm(config.head_dim, EPS, **kw) for _ in range(2))
 
     def text_kv(self, words: Tensor) -> KV:
         """[B, L, dim] -> keys and values [B, key heads, L, head_dim], the same at every step of a run."""
-        k, v = self.linear_kv_xattn(words).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2).chunk(2, -1)
+        k, v = by_heads(self.linear_kv_xattn(words), 2 * self.head_dim).chunk(2, -1)
         return self.k_layernorm_xattn(k).to(v), v.contiguous()
 
     def forward(self, x: Tensor, text: Sequence[KV], rope: Tensor, attend: Attention) -> Tensor:
         y = self.linear_qkv.layer_norm(x)
-        q = rotate(self.q_layernorm(self.split(self.linear_qkv.q(y))), rope).to(y)
-        k = rotate(self.k_layernorm(self.split(self.linear_qkv.k(y))), rope).to(y)
-        seen = attend(q, k, self.split(self.linear_qkv.v(y)), y)
+        q = turned(self.q_layernorm, self.linear_qkv.q(y), rope, self.head_dim)
+        seen = attended(attend, q, self.k_layernorm, self.linear_qkv.k(y), self.linear_qkv.v(y), y, rope, self.head_dim)
         out: Tensor = self.linear_proj(interleaved(joined(seen), joined(self.look_up(y, text))))
         return out
 
     def look_up(self, y: Tensor, text: Sequence[KV]) -> Tensor:
         """Attention to the text, of which every branch has its own length."""
-        q = self.q_layernorm_xattn(self.split(self.linear_qkv.qx(y))).to(y)
+        q = turned(self.q_layernorm_xattn, self.linear_qkv.qx(y), None, self.head_dim)
         return torch.cat([attention(mine, *kv) for mine, kv in zip(q.chunk(len(text)), text, strict=True)])
 
 
@@ -140,10 +119,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = projected(self.linear_fc1, self.layer_norm(x), "none" if self.gated else "gelu-erf")
-        if self.gated:
-            gate, value = y.chunk(2, -1)
-            y = F.silu(gate) * value
-        out: Tensor = self.linear_fc2(y)
+        out: Tensor = self.linear_fc2(swiglu(y) if self.gated else y)
         return out
 
 
@@ -164,21 +140,21 @@ class Layer(nn.Module):
         super().__init__()
         self.ada_modulate_layer = Gates(config.dim, ops, **kw)
         self.self_attention = ParallelAttention(config, ops, **kw)
-        self.self_attn_post_norm = OnePlusNorm(config.dim, **kw)
+        self.self_attn_post_norm = OnePlusNorm(config.dim, EPS, **kw)
         self.mlp = FeedForward(config, ops, **kw)
-        self.mlp_post_norm = OnePlusNorm(config.dim, **kw)
+        self.mlp_post_norm = OnePlusNorm(config.dim, EPS, **kw)
 
     def forward(self, x: Tensor, condition: Tensor, text: Sequence[KV], rope: Tensor, attend: Attention) -> Tensor:
         to_attention, to_mlp = self.ada_modulate_layer(condition)
-        x = added(x, self.self_attention(x, text, rope, attend), to_attention, self.self_attn_post_norm)
-        return added(x, self.mlp(x), to_mlp, self.mlp_post_norm)
+        x = post_normed(self.self_attn_post_norm, x, self.self_attention(x, text, rope, attend), to_attention)
+        return post_normed(self.mlp_post_norm, x, self.mlp(x), to_mlp)
 
 
 class Blocks(nn.Module):
     def __init__(self, config: MagiConfig, ops: Any, **kw: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, ops, **kw) for _ in range(config.layers))
-        self.final_layernorm = OnePlusNorm(config.dim, **kw)
+        self.final_layernorm = OnePlusNorm(config.dim, EPS, **kw)
 
 
 class TimeEmbedder(nn.Module):
@@ -228,20 +204,6 @@ def interleaved(seen: Tensor, read: Tensor) -> Tensor:
     return torch.stack([part.unflatten(-1, (GROUPS, -1)) for part in (seen, read)], 3).flatten(2)
 
 
-def added(x: Tensor, y: Tensor, gate: Tensor, norm: nn.Module) -> Tensor:
-    """x + norm(gate * y), in float32 at least; one gate [B, F, d] per latent frame."""
-    y = (wide(y).unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
-    out: Tensor = norm(y) + wide(x)
-    return out.to(x.dtype)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """[..., T, head_dim] by complex phases [T or 1, n]: channel i and i + n form a pair; channels from 2 n on stay."""
-    n, x = rope.shape[-1], wide(x)
-    pairs = torch.complex(x[..., :n].contiguous(), x[..., n : 2 * n].contiguous()) * rope
-    return torch.cat([pairs.real.type_as(x), pairs.imag.type_as(x), x[..., 2 * n :]], -1)
-
-
 def rope_table(bands: Tensor, start: int, frames: int, height: int, width: int, device: torch.device | str) -> Tensor:
     """Phases of a grid of tokens, complex64 [frames * height * width, 3 * bands]: those of time, height and width.
 
@@ -278,7 +240,7 @@ class Rope:
         return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
     def turn(self, x: Tensor, phases: Tensor) -> Tensor:
-        return rotate(x, phases.to(x.device)).type_as(x)
+        return rotate_halves(x, phases.to(x.device)).type_as(x)
 
 
 class Magi(nn.Module):
@@ -336,7 +298,7 @@ class Magi(nn.Module):
         """All layers. tokens [B, T, d], condition [B, F, d / 4] with F dividing T; text: of every branch; rope [T, n] -> [B, T, d]."""
         for number, layer in enumerate(self._layers):
             texts = [one(number) for one in text]
-            tokens = layer(tokens, condition, texts, rope, partial(attend, number))
+            tokens = layer(tokens, condition, texts, rope, LayerAttention(attend, number))
         return tokens
 
     def head(self, tokens: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ Architecture: Wan 2.1 report section 4.2, SkyReels-V2 report section 3.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..kernels.attention import attention
 from ..kernels.modulation import gated
 from ..kernels.rotation import rotate
-from ..network import Attend
-from .layers import fed_forward, modulated_norm, projected, turned
+from ..network import Attend, LayerAttention
+from .layers import Attention, attended, by_heads, fed_forward, modulated_norm, projected, turned
 
 PATCH = 2
 HEAD_DIM = 128
@@ -30,8 +30,6 @@ EPS = 1e-6
 FPS = (16, 24)
 """Frame rates in the order of their rows in `fps_embedding`."""
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(queries, keys, values, input [B, T, dim]), each but the last [B, heads, T, head_dim] -> [B, heads, T, head_dim]: `Attend` of one layer."""
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Per layer: text keys and values, [B, heads, L, head_dim]."""
 
@@ -78,25 +76,19 @@ class SkyReelsConfig:
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, ops: Any, **kw: Any) -> None:
         super().__init__()
-        self.heads = dim // HEAD_DIM
         self.q, self.k, self.v, self.o = (ops.Linear(dim, dim, **kw) for _ in range(4))
         self.norm_q, self.norm_k = (ops.RMSNorm(dim, eps=EPS, **kw) for _ in range(2))
 
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, heads, T, head_dim]."""
-        return x.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2)
-
     def forward(self, x: Tensor, rope: Tensor, attend: Attention) -> Tensor:
         q = turned(self.norm_q, projected(self.q, x), rope, HEAD_DIM)
-        k = turned(self.norm_k, projected(self.k, x), rope, HEAD_DIM)
-        y = attend(q, k, self.split(projected(self.v, x)), x)
+        y = attended(attend, q, self.norm_k, projected(self.k, x), projected(self.v, x), x, rope, HEAD_DIM)
         return projected(self.o, y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(SelfAttention):
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, dim] -> keys and values [B, heads, L, head_dim], the same at every step of a run."""
-        return self.split(self.norm_k(self.k(text))), self.split(self.v(text))
+        return by_heads(self.norm_k(self.k(text)), HEAD_DIM), by_heads(self.v(text), HEAD_DIM)
 
     def look_up(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         q = turned(self.norm_q, projected(self.q, x), None, HEAD_DIM)
@@ -225,7 +217,7 @@ class SkyReelsV2(nn.Module):
     def stack(self, tokens: Tensor, e0: Tensor, text: TextKV, rope: Tensor, attend: Attend) -> Tensor:
         """All blocks. tokens [B, T, d], e0 [B, F, 6, d] with F dividing T, rope [T, 64] -> [B, T, d]."""
         for layer, block in enumerate(self._blocks):
-            tokens = self.through(layer, block, tokens, e0, text[layer], rope, partial(attend, layer))
+            tokens = self.through(layer, block, tokens, e0, text[layer], rope, LayerAttention(attend, layer))
         return tokens
 
     def through(self, layer: int, block: Block, tokens: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Attention) -> Tensor:
