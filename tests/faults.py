@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowcache_core.kernels.transfer import Fetched
+from flowcache_core.kernels.transfer import Inbox
 from flowcache_core.kv import cache, keeper
 from flowcache_core.kv.cache import CachedAttention, KVCache, KVStore
 from flowcache_core.kv.compressor import Compressor
@@ -167,7 +167,7 @@ STAGES = {
     "choice of tokens": Stage(Multirate, "choose", ("Motion by a plan",)),
     "signature": Stage(StepSignals, "change", ("threshold", "Motion")),
     "motion": Stage(StepSignals, "motion", ("Motion",)),
-    "wait for the device": Stage(Fetched, "get", ("threshold", *BOUNDED, "Motion")),
+    "wait for the device": Stage(Inbox, "get", ("threshold", *BOUNDED, "Motion")),
     "state of a chunk": Stage(ChunkState, "keep", ("threshold", "Motion")),
     "solver": Stage(UniPC, "step", ("block-causal", "threshold", *BOUNDED, "Motion", "bidirectional")),
     "solver that skips": Stage(Multistep, "step", ("plan",)),

@@ -42,15 +42,18 @@ def phases(tokens, pairs):
     angles = 50 * torch.randn(tokens, pairs, dtype=torch.float64)
     return torch.polar(torch.ones_like(angles), angles)
 
-def far_apart(films, tokens, width):
-    "Float16 whose films begin more than 2^31 elements apart; on the processor, pages of a file that has holes."
+def space(count):
+    "So many numbers in float16; on the processor, pages of a file that has holes."
     if DEVICE == "cuda":
-        space = torch.empty(2**31 + tokens * width, dtype=torch.float16)
-    else:
-        sparse = tempfile.TemporaryFile()
-        sparse.truncate(2 * (2**31 + tokens * width) + 4096)
-        space = torch.frombuffer(mmap.mmap(sparse.fileno(), 0), dtype=torch.float16)
-    return space.as_strided((films, tokens, width), (2**31, width, 1)).copy_(torch.randn(films, tokens, width))
+        return torch.empty(count, dtype=torch.float16)
+    sparse = tempfile.TemporaryFile()
+    sparse.truncate(2 * count + 4096)
+    return torch.frombuffer(mmap.mmap(sparse.fileno(), 0), dtype=torch.float16)
+
+def far_apart(films, tokens, width):
+    "Float16 whose films begin 2^31 elements apart."
+    rows = space(2**31 * (films - 1) + tokens * width).as_strided((films, tokens, width), (2**31, width, 1))
+    return rows.copy_(torch.randn(films, tokens, width))
 
 def written(fresh, v, write):
     "`write(keys, values, at)` has to put `fresh` [B, H, T, D] and v [B, T, H D] into slots, by range and by number, and to touch no others."

@@ -29,8 +29,10 @@ def called(name: str) -> tuple[tuple[Any, ...], Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention to the window", "norm of queries", "rotary positions", "norm and rotary positions", "gate and residual", "gelu"]
-)
+    "name",
+    ["attention to the window", "norm of queries", "rotary positions", "norm and rotary positions", "gate and residual", "gate, norm and residual",
+     "norm of heads and rotary positions", "swiglu", "gelu"],
+)  # fmt: skip
 def test_bytes_are_those_of_inputs_and_output(name: str) -> None:
     """But for what is small beside them: weights of norms, phases, gates."""
     inputs, out = called(name)
@@ -92,9 +94,18 @@ def test_every_operation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.add_arguments(parser)
     args = parser.parse_args(["--seconds", "0", "--dtype", "float32", "--device", "cpu"])
     rows = kernels.run(args)["rows"]
-    assert [row["operation"] for row in rows] == [operation.name for operation in OPERATIONS]
+    assert [row["operation"] for row in rows] == [operation.name for operation in OPERATIONS if operation.is_of(GEOMETRIES["smoke"])]
     assert all(0 < row["us_p20"] <= row["us"] <= row["us_p80"] for row in rows)
-    assert {row["operation"] for row in rows if row["us_eager"] is not None} == {one.name for one in OPERATIONS if one.eager}
+    own = {one.name for one in OPERATIONS if one.eager and one.is_of(GEOMETRIES["smoke"])}
+    assert {row["operation"] for row in rows if row["us_eager"] is not None} == own
+    args.geometry, args.operations = "smoke,smoke-magi", "positions, into the cache"
+    assert [(row["geometry"], row["operation"]) for row in kernels.run(args)["rows"]] == [
+        ("smoke", "norm and rotary positions, into the cache"),
+        ("smoke-magi", "norm of heads and rotary positions, into the cache"),
+    ]
+    args.geometry, args.operations = "smoke", "swiglu"
+    with pytest.raises(ValueError, match="smoke has no operation with 'swiglu' in its name: choose a geometry of skyreels"):
+        kernels.run(args)
     args.operations, args.geometry = "gelu", "smoke,smoke-magi"
     assert [(row["geometry"], row["operation"]) for row in kernels.run(args)["rows"]] == [("smoke", "gelu"), ("smoke-magi", "gelu")]
     args.operations = "no such"

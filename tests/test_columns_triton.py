@@ -1,14 +1,10 @@
-"""The Triton kernels against plain PyTorch, on the CPU: by Triton's interpreter, which has to be asked for before triton is imported."""
+"""The Triton kernels of column sums against plain PyTorch, in Triton's interpreter, and on CUDA where there is a card."""
 
 from __future__ import annotations
 
-from tests.interpreted import NEEDS_TRITON, agrees
+from tests.interpreted import DEVICES, NEEDS_TRITON, PREPARED, agrees
 
 SCRIPT = """
-import mmap
-import tempfile
-
-import torch
 from flowcache_core.kernels import columns_triton
 from flowcache_core.kernels.columns import column_sums
 from flowcache_core.kernels.columns_triton import TILES, Tile
@@ -20,7 +16,6 @@ def agree(q, k, sums, largest):
     torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums.sum(-1), torch.full(k.shape[:2], float(q.shape[2])), rtol=1e-5, atol=1e-5)
 
-torch.manual_seed(0)
 for films, heads, group, queries, keys, d in ((1, 1, 1, 1, 1, 16), (2, 2, 3, 65, 63, 16), (1, 2, 2, 7, 129, 32), (2, 1, 1, 70, 130, 128)):
     for dtype in (torch.float16, torch.bfloat16):
         cache = torch.randn(films, heads, keys + 9, d).to(dtype)
@@ -30,11 +25,9 @@ for films, heads, group, queries, keys, d in ((1, 1, 1, 1, 1, 16), (2, 2, 3, 65,
             agree(q, k, column_sums(q, k, grouped), grouped == "max")
     TILES[8, 0] = Tile(128, 64, 8, 3)
 
-sparse = tempfile.TemporaryFile()
-sparse.truncate(2**32 + 2**16)
-space = torch.frombuffer(mmap.mmap(sparse.fileno(), 0), dtype=torch.float16)
-far = space.as_strided((2, 1, 3, 16), (2**31, 1, 64, 1)).copy_(torch.randn(2, 1, 3, 16))
-apart = space.as_strided((1, 1, 3, 16), (1, 1, 2**30, 1)).copy_(torch.randn(1, 1, 3, 16))
+wide = space(2**31 + 2**15)
+far = wide.as_strided((2, 1, 3, 16), (2**31, 1, 64, 1)).copy_(torch.randn(2, 1, 3, 16))
+apart = wide.as_strided((1, 1, 3, 16), (1, 1, 2**30, 1)).copy_(torch.randn(1, 1, 3, 16))
 for k in (far, apart):
     q = torch.randn(k.shape[0], 1, 5, 16).half()
     agree(q, k, columns_triton.column_sums(q, k, False), False)
@@ -45,8 +38,9 @@ LIMITS = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (12, 0): 99}
 
 
 @NEEDS_TRITON
-def test_the_triton_kernels_agree_with_pytorch() -> None:
-    agrees(SCRIPT)
+@DEVICES
+def test_the_triton_kernels_agree_with_pytorch(device: str) -> None:
+    agrees(PREPARED + SCRIPT, device)
 
 
 @NEEDS_TRITON

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels import slots
+from flowcache_core.kernels.transfer import Inbox
 from flowcache_core.kv import codec
 from flowcache_core.kv.cache import CachedAttention, KVCache
 from flowcache_core.kv.keeper import Choice, Keeper, side_by_side
@@ -131,11 +132,11 @@ def test_the_host_asks_for_the_kept_tokens_before_a_slot_moves(monkeypatch: pyte
 
         monkeypatch.setattr(owner, name, called)
 
-    for owner, name in ((Keeper, "settle"), (Keeper, "send"), (KVCache, "join"), (KVCache, "keep"), (Keeper, "locate")):
+    for owner, name in ((Keeper, "settle"), (Inbox, "fetch"), (KVCache, "join"), (KVCache, "keep"), (Keeper, "locate")):
         noted(owner, name)
     RecordedFilm(ChunkSchedule(9, 3, 2, 2), budget(4), GROUPS[1]).run(exactly)
     moved = ["join", *["keep"] * 3]
-    assert order == ["settle", "settle", "send", "join", "join", "locate", "settle", "settle", "send", *moved, *moved, "locate"]
+    assert order == ["settle", "settle", "fetch", "join", "join", "locate", "settle", "settle", "fetch", *moved, *moved, "locate"]
 
 
 @pytest.mark.parametrize("tokens", [None, torch.tensor([0, 3, 7])], ids=["all", "some"])

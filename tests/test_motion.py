@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowcache_core.kernels.tokens import frame_difference, mask_over, normalised, pooled
+from flowcache_core.kernels.transfer import Inbox
 from flowcache_core.models.adapter import Call
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
@@ -56,9 +57,9 @@ def decide_all(policy: Chunkwise | Motion, changes: list[float], motion: Tensor)
     for step in range(len(changes)):
         signals.at = step
         chunk = Chunk(0, 0, len(motion), step, len(changes))
-        decisions = RowDecisions({chunk: policy.decide(chunk, signals, state)})
-        out.append(decisions.take(chunk))
-        signals.waits += decisions.waits
+        inbox = Inbox()
+        out.append(RowDecisions({chunk: policy.decide(chunk, signals, state)}, inbox).take(chunk))
+        signals.waits += inbox.waits
     return out, signals
 
 

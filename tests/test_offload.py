@@ -247,7 +247,7 @@ def test_where_copies_cannot_run_beside_the_computation_each_is_counted() -> Non
     for side in (here, far):
         side.copy(torch.empty(3), torch.ones(3), side.mark()).synchronize()
     assert (here.waits, far.waits) == (0, 1)
-    assert here.fetch(torch.ones(2)).get().tolist() == [1, 1]
+    assert here.fetch(torch.ones(2)).tensor.tolist() == [1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,15 +1,13 @@
-"""The Triton merge of segments against plain PyTorch, on the CPU: by Triton's interpreter, which has to be asked for before triton is imported."""
+"""The Triton merge of segments against plain PyTorch, in Triton's interpreter, and on CUDA where there is a card."""
 
 from __future__ import annotations
 
-from tests.interpreted import NEEDS_TRITON, agrees
+from tests.interpreted import DEVICES, NEEDS_TRITON, PREPARED, agrees
 
 SCRIPT = """
-import torch
 from flowcache_core.kernels import segments_triton
 from flowcache_core.kernels.segments import merge, merge_by_pytorch
 
-torch.manual_seed(0)
 for batch, heads, count, d, parts in ((1, 1, 1, 16, 2), (2, 1, 63, 64, 3), (1, 3, 65, 128, 4), (2, 2, 7, 32, 6), (1, 2, 129, 128, 5)):
     for dtype in (torch.float16, torch.bfloat16):
         made = [
@@ -27,5 +25,6 @@ print("agree")
 
 
 @NEEDS_TRITON
-def test_the_triton_merge_agrees_with_pytorch() -> None:
-    agrees(SCRIPT)
+@DEVICES
+def test_the_triton_merge_agrees_with_pytorch(device: str) -> None:
+    agrees(PREPARED + SCRIPT, device)

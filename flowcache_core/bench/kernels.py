@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from ..device import device_name
+from ..kernels import head_rotation, modulation, rotation, swiglu
 from ..kernels.attention import SCORES_AT_MOST, attending, attention, kernel_for, products
 from ..kernels.columns import column_sums, in_blocks
-from ..kernels.modulation import gated, normed_modulated
-from ..kernels.rotation import normed_rotated, rotate
 from ..kernels.segments import attention_with_lse, merge
 from ..kernels.similarity import mean_similarity
 from ..kernels.tokens import frame_difference, normalised, pooled, relative_change
 from ..kernels.weighted import weighted
 from ..kv.evict import select
-from ..models.skyreels import HEAD_DIM, rope_table
+from ..models import magi, skyreels
+from ..models.magi import MagiConfig
+from ..models.skyreels import HEAD_DIM, SkyReelsConfig
 from .geometries import GEOMETRIES, Geometry
 from .model import ceiling
 
@@ -92,7 +93,8 @@ New = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Operation:
     """`inputs`: what the call takes; `moved`: elements that it reads and writes at least; `products`: floating-point operations; `eager`: the
-    same in plain PyTorch, where the call is, or may be, a kernel of our own."""
+    same in plain PyTorch, where the call is, or may be, a kernel of our own; `only`: configuration of
+    the networks that have it, None where all do."""
 
     name: str
     inputs: Callable[[Sizes, New], tuple[Any, ...]]
@@ -100,6 +102,10 @@ class Operation:
     moved: Callable[[Sizes], int]
     products: Callable[[Sizes], int] | None = None
     eager: Callable[..., Any] | None = None
+    only: type | None = None
+
+    def is_of(self, geometry: Geometry) -> bool:
+        return self.only is None or isinstance(geometry.config, self.only)
 
 
 def _tokens(s: Sizes, new: New) -> Tensor:
@@ -112,6 +118,30 @@ def _keys(s: Sizes, new: New) -> Tensor:
 
 def _chunk_kv(s: Sizes, new: New) -> tuple[Tensor, Tensor, Tensor]:
     return new(1, s.heads, s.tokens, HEAD_DIM), _keys(s, new), _keys(s, new)
+
+
+def _wan_phases(s: Sizes, new: New) -> Tensor:
+    return skyreels.rope_table(0, s.frames, *s.grid, device=new(1).device)
+
+
+def _magi_phases(s: Sizes, new: New) -> Tensor:
+    bands = new(HEAD_DIM // 8)
+    return magi.rope_table(bands, 0, s.frames, *s.grid, bands.device)
+
+
+def _fresh_kv(s: Sizes, new: New) -> tuple[Tensor, Tensor, slice, Tensor, Tensor]:
+    """Slots of a window, those of the newest chunk, and its keys and values as projected."""
+    return _keys(s, new), _keys(s, new), slice(s.keys - s.tokens, s.keys), new(1, s.tokens, s.kv_dim), new(1, s.tokens, s.kv_dim)
+
+
+def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
+    """The same, and what the slots of keys then hold."""
+
+    def call(keys: Tensor, values: Tensor, at: slice, *given: Any) -> Tensor:
+        write(keys, values, at, *given)
+        return keys[:, :, at]
+
+    return call
 
 
 def _chosen(s: Sizes, new: New) -> Tensor:
@@ -150,15 +180,30 @@ OPERATIONS = (
     Operation("attention with weights, in segments", _chunk_kv, _weighted_in_segments, lambda s: 2 * (s.dim * s.tokens + s.kv_dim * s.keys),
               lambda s: 4 * s.dim * s.tokens * s.keys),
     Operation("norm of queries", lambda s, new: (_tokens(s, new), new(s.dim)),
-              lambda x, weight: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6), lambda s: 2 * s.tokens * s.dim),
-    Operation("rotary positions", lambda s, new: (new(1, s.heads, s.tokens, HEAD_DIM), rope_table(0, s.frames, *s.grid, device=new(1).device)),
-              rotate, lambda s: 2 * s.tokens * s.dim),
-    Operation("norm and rotary positions",
-              lambda s, new: (_tokens(s, new), new(s.dim), 1e-6, rope_table(0, s.frames, *s.grid, device=new(1).device), HEAD_DIM),
-              normed_rotated, lambda s: 2 * s.tokens * s.dim),
-    Operation("norm and modulation", lambda s, new: (_tokens(s, new), new(1, s.frames, s.dim), new(1, s.frames, s.dim)),
-              lambda x, shift, scale: normed_modulated(x, shift, scale, 1e-6), lambda s: 2 * s.tokens * s.dim),
-    Operation("gate and residual", lambda s, new: (_tokens(s, new), _tokens(s, new), new(1, s.frames, s.dim)), gated, lambda s: 3 * s.tokens * s.dim),
+              lambda x, weight: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6), lambda s: 2 * s.tokens * s.dim, only=SkyReelsConfig),
+    Operation("rotary positions", lambda s, new: (new(1, s.heads, s.tokens, HEAD_DIM), _wan_phases(s, new)), rotation.rotate,
+              lambda s: 2 * s.tokens * s.dim, only=SkyReelsConfig),
+    Operation("norm and rotary positions", lambda s, new: (_tokens(s, new), new(s.dim), 1e-6, _wan_phases(s, new), HEAD_DIM),
+              rotation.normed_rotated, lambda s: 2 * s.tokens * s.dim, eager=rotation.in_pytorch, only=SkyReelsConfig),
+    Operation("norm and rotary positions, into the cache", lambda s, new: (*_fresh_kv(s, new), new(s.kv_dim), 1e-6, _wan_phases(s, new)),
+              _written(rotation.write_normed_rotated), lambda s: 4 * s.tokens * s.kv_dim, eager=_written(rotation.write_in_pytorch),
+              only=SkyReelsConfig),
+    Operation("norm and modulation", lambda s, new: (_tokens(s, new), new(1, s.frames, s.dim), new(1, s.frames, s.dim), 1e-6),
+              modulation.normed_modulated, lambda s: 2 * s.tokens * s.dim, eager=modulation.in_pytorch, only=SkyReelsConfig),
+    Operation("gate and residual", lambda s, new: (_tokens(s, new), _tokens(s, new), new(1, s.frames, s.dim)), modulation.gated,
+              lambda s: 3 * s.tokens * s.dim, eager=modulation.gated_in_pytorch, only=SkyReelsConfig),
+    Operation("norm of heads and rotary positions",
+              lambda s, new: (_tokens(s, new), new(HEAD_DIM), new(HEAD_DIM), 1e-6, _magi_phases(s, new), HEAD_DIM),
+              head_rotation.heads_normed, lambda s: 2 * s.tokens * s.dim, eager=head_rotation.in_pytorch, only=MagiConfig),
+    Operation("norm of heads and rotary positions, into the cache",
+              lambda s, new: (*_fresh_kv(s, new), new(HEAD_DIM), new(HEAD_DIM), 1e-6, _magi_phases(s, new)),
+              _written(head_rotation.write_heads_normed), lambda s: 4 * s.tokens * s.kv_dim, eager=_written(head_rotation.write_in_pytorch),
+              only=MagiConfig),
+    Operation("gate, norm and residual",
+              lambda s, new: (_tokens(s, new), _tokens(s, new), new(1, s.frames, s.dim).float(), new(s.dim), new(s.dim), 1e-6),
+              modulation.gated_normed, lambda s: 3 * s.tokens * s.dim, eager=modulation.gated_normed_in_pytorch, only=MagiConfig),
+    Operation("swiglu", lambda s, new: (new(1, s.tokens, 2 * s.ffn),), swiglu.swiglu, lambda s: 3 * s.tokens * s.ffn, eager=swiglu.in_pytorch,
+              only=MagiConfig),
     Operation("gelu", lambda s, new: (new(1, s.tokens, s.ffn),), lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
               lambda s: 2 * s.tokens * s.ffn),
     Operation("writing keys into the cache", lambda s, new: (_keys(s, new), new(1, s.kv_heads, s.tokens, HEAD_DIM)),
@@ -204,7 +249,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [operation for operation in OPERATIONS if args.operations in operation.name]
     if not wanted:
         raise ValueError(f"no operation has {args.operations!r} in its name: there are {', '.join(one.name for one in OPERATIONS)}")
-    names = geometries(args.geometry)
+    pairs = [pair for pair in itertools.product(geometries(args.geometry), wanted) if pair[1].is_of(GEOMETRIES[pair[0]])]
+    if not pairs:
+        raise ValueError(f"{args.geometry} has no operation with {args.operations!r} in its name: choose a geometry of {', '.join(GEOMETRIES)}")
     big = device.type == "cuda"
     product, copy = ceiling(dtype, device, 8192 if big else 1024), copying(device, 2**30 if big else 2**26)
     rng = torch.Generator(device).manual_seed(0)
@@ -214,7 +261,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     rows, kernel = [], kernel_for(device, dtype, HEAD_DIM)
     with attending(kernel):
-        for name, operation in itertools.product(names, wanted):
+        for name, operation in pairs:
             sizes = Sizes.of(GEOMETRIES[name])
             rows.append({"geometry": name, **_row(operation, sizes, operation.inputs(sizes, new), args, product, copy)})
     return {

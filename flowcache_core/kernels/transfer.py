@@ -5,6 +5,7 @@ On CUDA they have a stream of their own, and what the host asks for lies in pinn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -30,17 +31,12 @@ class Reached:
 REACHED = Reached()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Fetched:
-    """A tensor on its way to the host."""
+    """A tensor on its way to the host, where it is at the `mark`; of a device that copies beside no computation, a tensor of the device."""
 
-    host: Tensor
+    tensor: Tensor
     mark: Mark
-
-    def get(self) -> Tensor:
-        """In the computer's memory. The host waits, for what was given to the device before the tensor was fetched and for no more."""
-        self.mark.synchronize()
-        return self.host
 
 
 class Side:
@@ -67,8 +63,8 @@ class Side:
         """What the computation is given from now on begins when the mark is reached. The host goes on."""
 
     def fetch(self, tensor: Tensor) -> Fetched:
-        """As the computation leaves it at this place."""
-        return Fetched(tensor.cpu(), REACHED)
+        """As the computation leaves it at this place; nobody else writes to it."""
+        return Fetched(tensor, REACHED)
 
 
 class CudaSide(Side):
@@ -103,3 +99,39 @@ class CudaSide(Side):
 
 def side_of(device: torch.device) -> Side:
     return CudaSide(device) if device.type == "cuda" else Side(device)
+
+
+class Inbox:
+    """Tensors on their way from one device to the host. Who needs one waits for all that were fetched so far: together they are one wait.
+
+    `waits`: how often the host has.
+    """
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self._under_way: list[Fetched] = []
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        """As the computation leaves it at this place; nobody else writes to it."""
+        fetched = side_of(tensor.device).fetch(tensor)
+        self._under_way.append(fetched)
+        return fetched
+
+    def get(self, fetched: Fetched) -> Tensor:
+        """In the computer's memory. The host waits, unless it has since, for what was given to the device before the last `fetch` and for no more."""
+        if fetched in self._under_way:
+            self.waits += 1
+            self._under_way[-1].mark.synchronize()
+            for one, arrived in zip(self._under_way, on_host([each.tensor for each in self._under_way]), strict=True):
+                one.tensor = arrived
+            self._under_way.clear()
+        return fetched.tensor
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device in the computer's memory, by one copy."""
+    if len(tensors) == 1 or tensors[0].device.type == "cpu":
+        return [tensor.cpu() for tensor in tensors]
+    whole = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]).cpu()
+    pieces = whole.split([tensor.nbytes for tensor in tensors])
+    return [piece.clone().view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

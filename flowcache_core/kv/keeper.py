@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.transfer import Fetched, side_of
+from ..kernels.transfer import Fetched, Inbox
 from ..memory import RunMemory
 from ..network import Rotary
 from ..sampling.chunk import Chunk
@@ -88,7 +88,9 @@ class Keeper:
     remembers: ClassVar[tuple[str, ...]] = ("middle", "_kept", "_shared")
     _kept: dict[Hashable, list[Kept]]
 
-    def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary) -> None:
+    def __init__(self, budget: Budget, schedule: ChunkSchedule, layers: int, films: int, grid: tuple[int, int], rotary: Rotary,
+                 inbox: Inbox | None = None) -> None:  # fmt: skip
+        """`inbox`: by which the run's numbers come to the host."""
         self.budget, self.schedule, self.layers, self.films, self.grid, self.rotary = budget, schedule, layers, films, grid, rotary
         self.frame_tokens = grid[0] * grid[1]
         self._ends = torch.tensor([sum(schedule.span(k)) * self.frame_tokens for k in range(schedule.chunks)])
@@ -98,6 +100,7 @@ class Keeper:
         self._shared = RunMemory()
         self._segments: dict[tuple[int, Hashable, int], list[list[Segment]]] = {}
         self._lengths: dict[tuple[Segment, ...], Tensor] = {}
+        self._inbox = inbox or Inbox()
         self._sent: Fetched | None = None
         self._shifts: dict[int, Tensor] = {}
         """By distance: there are as many as chunks, however many segments the layers have."""
@@ -130,16 +133,19 @@ class Keeper:
         return out
 
     def send(self) -> None:
-        """Asks for the numbers that `locate` needs: whatever the device is given behind it, such as slots to move, nobody waits for."""
-        together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()])
-        self._sent = side_of(together.device).fetch(together)
+        """Asks for the numbers that `locate` needs, once: whatever the device is given behind it, such as slots to move, nobody waits for."""
+        if self._sent is None:
+            together = torch.stack([torch.stack([kept.tokens for kept in layers]) for layers in self._kept.values()])
+            self._sent = self._inbox.fetch(together)
 
     def locate(self) -> np.ndarray:
-        """Notes which slots are of which chunk, for attention and the report: one host sync -> tokens [branches, layers, films, slots]."""
-        if self._sent is None:
-            self.send()
+        """Notes which slots are of which chunk, for attention and the report: a host sync at most -> tokens [branches, layers, films, slots].
+
+        To be called between a chunk's `settle` and whatever looks back on it.
+        """
+        self.send()
         assert self._sent is not None
-        together, self._sent = self._sent.get(), None
+        together, self._sent = self._inbox.get(self._sent), None
         chunks = torch.bucketize(together, self._ends, right=True).numpy()
         for layers, of_branch in zip(self._kept.values(), chunks, strict=True):
             for kept, of_layer in zip(layers, of_branch, strict=True):

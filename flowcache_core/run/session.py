@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tokens import mask_over, pooled, spread
+from ..kernels.transfer import Inbox
 from ..kv.cache import BesideHistory, Branches, KVSizes, KVStore
 from ..kv.compressor import Budget
 from ..kv.forecast import forecast_history
@@ -75,7 +77,7 @@ class Session:
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv")
+    remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv", "_settled")
     plan: Plan | None
     """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
 
@@ -103,7 +105,11 @@ class Session:
         self.report = RunReport(schedule.chunks, schedule.steps, (schedule.frames, *self._grid))
         if self.plan is not None and isinstance(self.policy, PlanPolicy):
             self.report.follows(self.plan)
+        self._inbox = Inbox()
+        """By it all numbers of the device come that decisions and history hang on."""
         self._budget, self._room, self._kv = budget, room, self._store(budget, room)
+        self._settled: tuple[int, int] | None = None
+        """The last chunk that has become history, and the bytes of that, until it is known where its slots lie."""
         self.reads = 0
         """The chunk for which history was last made anew: earlier ones are then shown with its texts."""
         self._guided: tuple[str, ...] = ()
@@ -125,7 +131,7 @@ class Session:
         seen = adapter.seen if isinstance(adapter, Ranged) else None
         if budget is None:
             return KVStore(sizes, layout, waits=self.in_part, seen=seen)
-        keeper = Keeper(budget, self.schedule, adapter.layers, self.films, self._grid, adapter.rotary)
+        keeper = Keeper(budget, self.schedule, adapter.layers, self.films, self._grid, adapter.rotary, self._inbox)
         return KVStore(sizes, layout, keeper, budget.cache_of(sizes, layout), self.in_part, seen)
 
     def in_part(self, index: int) -> bool:
@@ -150,6 +156,7 @@ class Session:
 
     def _complete_report(self) -> None:
         try:
+            self._locate()
             if isinstance(self.policy, Forecasts):
                 self.report.notes += self.policy.findings(self.state.memory)
             if not isinstance(self.policy, Always | PlanPolicy) and self.report.skipped_nothing:
@@ -166,7 +173,7 @@ class Session:
         self._text.clear()
         self._last.clear()
         self._chunk_text.clear()
-        self._row, self._decisions = ((), None), RowDecisions({})
+        self._row, self._decisions, self._settled = ((), None), RowDecisions({}), None
         self.state.clear()
 
     def forecast(self, device: torch.device) -> tuple[str, ...]:
@@ -272,16 +279,30 @@ class Session:
 
     def commit(self, chunk: Chunk) -> None:
         """A finished chunk is history from now on: only keys and values stay, and under a budget not all of them."""
+        self._locate()
         self.state.drop(chunk.index)
         self._kv.forget(chunk.index)
         self._forget_texts(chunk.index)
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
-            if (keeper := self._kv.keeper) is not None:
-                places = keeper.locate()
-                self.report.host_syncs += 1
-                if chunk.index >= self.reads:  # it was noted when it was first finished
-                    self.report.history.kept(chunk, places, self._frame_tokens, self._kv.history_bytes)
+            if self._kv.keeper is not None:
+                self._settled = chunk.index, self._kv.history_bytes
+
+    def _locate(self) -> None:
+        """Before somebody looks back: where the slots lie of a chunk that has become history. Its numbers come with those of the row's decisions."""
+        if self._settled is None or self._kv.keeper is None:
+            return
+        (index, size), self._settled = self._settled, None
+        with self._counting_waits():
+            places = self._kv.keeper.locate()
+        if index >= self.reads:  # it was noted when it was first finished
+            self.report.history.kept(self.schedule.at(index, self.schedule.steps), places, self._frame_tokens, size)
+
+    @contextmanager
+    def _counting_waits(self) -> Iterator[None]:
+        before = self._inbox.waits
+        yield
+        self.report.host_syncs += self._inbox.waits - before
 
     def restart(self, chunk: Chunk) -> tuple[Chunk, ...]:
         """Empties history before a chunk's first step, since the film goes on with another text (the KV recache of LongLive, arXiv 2509.22622).
@@ -289,6 +310,7 @@ class Session:
         -> the chunks of which it had something, finished. Whoever calls shows them once more, clean and in order, and commits each: it looks
         back on those before it, and becomes history within the budget. What was given up before stays so.
         """
+        self._locate()
         kv, finished = self._kv, range(chunk.index)
         kept = sorted(kv.keeper.chunks if kv.keeper else set(kv.layout.spans).intersection(finished))
         self.report.host_syncs += kv.syncs
@@ -302,15 +324,16 @@ class Session:
         """These chunks come to their next step, from where they are in the film [films, C, F, h, w]. The first that is evaluated brings about
         the decisions of all."""
         self._row = chunks, film
+        if self._settled is not None and self._kv.keeper is not None:  # not under way where a run goes on from a saved state
+            self._kv.keeper.send()
 
     def _decide(self, call: Call, state: ChunkState) -> Decision:
         chunk = call.chunk
         if state.decided_at != chunk.step or state.decision is None:
             if chunk not in self._decisions:
-                self._decisions = RowDecisions({one.chunk: self._asked(one) for one in self._of_row(call)})
-            waits = self._decisions.waits
-            state.decision, state.decided_at = self._decisions.take(chunk), chunk.step
-            self.report.host_syncs += self._decisions.waits - waits
+                self._decisions = RowDecisions({one.chunk: self._asked(one) for one in self._of_row(call)}, self._inbox)
+            with self._counting_waits():
+                state.decision, state.decided_at = self._decisions.take(chunk), chunk.step
             computed, some = isinstance(state.decision, Compute), state.decision.tokens if isinstance(state.decision, Refresh) else None
             self.report.decided(chunk, computed, chunk.frames * self._frame_tokens, state.drift, some)
         return state.decision
@@ -349,6 +372,7 @@ class Session:
 
     def _compute(self, call: Call, which: Which, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
+        self._locate()
         branches = which.branches
         cached = tuple(branch for branch in branches if branch not in self._alone)
         history = self._kv.attention(cached, call.chunk, only, which.blocks is not None, which.aside)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tokens import TINY, frame_difference, pooled, relative_change
-from ..kernels.transfer import Fetched, side_of
+from ..kernels.transfer import Inbox
 from ..models.adapter import Call, TokenAdapter
 from ..policies.protocol import Decision, Deferred, Measure, Outlook, Signature
 from ..policies.state import RunState
@@ -82,20 +82,21 @@ class StepSignals:
         return pooled(rate.mean((0, 1)), self._patch(rate))
 
 
-def fetch(numbers: Sequence[Tensor]) -> Fetched:
-    """Scalars of the device on their way to the host, in one copy."""
+def side_by_side(numbers: Sequence[Tensor]) -> Tensor:
+    """Scalars, in one tensor."""
     dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
-    return side_of(numbers[0].device).fetch(torch.stack([number.to(dtype) for number in numbers]))
+    return torch.stack([number.to(dtype) for number in numbers])
 
 
 class RowDecisions:
-    """What was decided for the chunks of a row at its beginning, or deferred. `waits`: of the host for the device, at most one."""
+    """What was decided for the chunks of a row at its beginning, or deferred. `inbox`: by which the run's numbers come to the host, in one wait at
+    most."""
 
-    def __init__(self, made: Mapping[Chunk, Decision | Deferred]) -> None:
-        self._made, self.waits = dict(made), 0
+    def __init__(self, made: Mapping[Chunk, Decision | Deferred], inbox: Inbox | None = None) -> None:
+        self._made, self._inbox = dict(made), inbox or Inbox()
         asked = [number for one in made.values() if isinstance(one, Deferred) for number in one.numbers if isinstance(number, Tensor)]
         self._places = {id(number): place for place, number in enumerate(asked)}
-        self._fetched = fetch(asked) if asked else None
+        self._fetched = self._inbox.fetch(side_by_side(asked)) if asked else None
         self._values: list[float] = []
 
     def __contains__(self, chunk: Chunk) -> bool:
@@ -111,5 +112,5 @@ class RowDecisions:
             return number
         if not self._values:
             assert self._fetched is not None
-            self.waits, self._values, self._fetched = 1, self._fetched.get().tolist(), None
+            self._values, self._fetched = self._inbox.get(self._fetched).tolist(), None
         return self._values[self._places[id(number)]]
