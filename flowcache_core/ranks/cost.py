@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from .group import ring_bytes, shares
 
@@ -40,11 +40,22 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Step:
+    """In what one evaluation of a chunk differs from the others: branches that run, slots that are seen, whether it is the commit pass."""
+
+    branches: int
+    seen: int
+    committing: bool = False
+
+
+@dataclass(frozen=True)
 class Work:
     """One evaluation.
 
     `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed, 0 where an output is replayed; `seen`: slots that they
-    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered.
+    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered; `remembered`: the first so many
+    branches look back on history, None all, the others see their chunk alone; `committing`: of a finished chunk no velocity is exchanged;
+    `steps`: the evaluations of a chunk, where they differ.
     """
 
     network: Network
@@ -55,6 +66,19 @@ class Work:
     itemsize: int
     chunk_tokens: int = 0
     residual: bool = False
+    remembered: int | None = None
+    committing: bool = False
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def evaluations(self) -> list[Work]:
+        """One by one, of a chunk."""
+        return [replace(self, branches=one.branches, seen=one.seen, committing=one.committing, steps=()) for one in self.steps] or [self]
+
+    @property
+    def looking_back(self) -> int:
+        """Branches that see history."""
+        return self.branches if self.remembered is None else min(self.remembered, self.branches)
 
 
 @dataclass(frozen=True)
@@ -81,11 +105,13 @@ def meshes(devices: int, branches: int, heads: int) -> list[Mesh]:
     return found
 
 
-def operations(work: Work, branches: int, tokens: int, heads: float) -> float:
-    """Of the layers for `tokens` of the tokens, with attention of all of them for `heads` of the query heads."""
+def operations(work: Work, branches: int, looking_back: int, tokens: int, heads: float) -> float:
+    """Of the layers for `tokens` of the tokens of so many branches, with attention of all tokens for `heads` of the query heads. The branches
+    that are not `looking_back` see their chunk alone."""
     network = work.network
     linear = 2 * network.weights * tokens + 4 * network.layers * tokens * work.words * network.query_heads * network.head_dim
-    return branches * (linear + 4 * network.layers * work.tokens * work.seen * heads * network.head_dim)
+    seen = looking_back * work.seen + (branches - looking_back) * _chunk(work)
+    return branches * linear + 4 * network.layers * work.tokens * seen * heads * network.head_dim
 
 
 def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
@@ -97,7 +123,7 @@ def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
 def kept_bytes(work: Work, mesh: Mesh, place: tuple[int, int], slots: int, hidden: bool = False) -> int:
     """On top, where a finished chunk joins a history under a budget: scores of so many slots, or, where the KV policy scores each token by
     what the layers are given (`hidden`), that."""
-    branches, network = shares(work.branches, mesh.branches)[place[0]], work.network
+    branches, network = shares(work.looking_back, mesh.branches)[place[0]], work.network
     tokens = shares(work.tokens, mesh.heads)[place[1]] * network.width * work.itemsize
     scores = shares(network.heads, mesh.heads)[place[1]] * slots * SCORE
     return (mesh.heads - 1) * network.layers * branches * (tokens if hidden else scores)
@@ -116,7 +142,7 @@ def _along_heads(work: Work, devices: int, mine: int, branches: int) -> int:
 
 
 def _along_branches(work: Work, devices: int, branches: int) -> int:
-    return (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
+    return 0 if work.committing else (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
 
 
 def _chunk(work: Work) -> int:
@@ -126,18 +152,30 @@ def _chunk(work: Work) -> int:
 def collectives(work: Work, mesh: Mesh) -> int:
     """Of one evaluation."""
     along_heads = 2 * work.network.layers + 1 + work.residual if mesh.heads > 1 else 0
-    return along_heads + (mesh.branches > 1)
+    return along_heads + (mesh.branches > 1 and not work.committing)
 
 
 def seconds(work: Work, mesh: Mesh, machine: Machine) -> tuple[float, float]:
-    """Of the device that has most to do: computing and sending, one after the other."""
+    """Of the device that has most to do: computing and sending, one after the other. Where the evaluations of a chunk differ, their mean."""
+    return mean(work, lambda one: _computing(one, mesh, machine)), mean(work, lambda one: _sending(one, mesh, machine))
+
+
+def mean(work: Work, of: Callable[[Work], float]) -> float:
+    """Over the evaluations of a chunk."""
+    return sum(map(of, work.evaluations)) / len(work.evaluations)
+
+
+def _computing(work: Work, mesh: Mesh, machine: Machine) -> float:
     branches, network = max(shares(work.branches, mesh.branches)), work.network
+    looking_back = max(shares(work.looking_back, mesh.branches))
     tokens = max(shares(work.tokens, mesh.heads))
     heads = max(shares(network.heads, mesh.heads)) * network.query_heads / network.heads
     rate = machine.alone if mesh.devices == 1 else machine.rate
-    computing = max(operations(work, branches, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
-    sending = sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency
-    return computing, sending
+    return max(operations(work, branches, looking_back, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
+
+
+def _sending(work: Work, mesh: Mesh, machine: Machine) -> float:
+    return sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency
 
 
 def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:

@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..kv.compressor import Compressor
 from ..kv.policy import LearntKVPolicy
-from ..models.adapter import ModelAdapter
+from ..models.adapter import ModelAdapter, reach_of
 from ..models.family import Family
 from ..policies.motion import BUCKETS
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..sampling.schedule import ChunkSchedule
-from .cost import Machine, Mesh, Network, Work, fastest, meshes, ratio, seconds, sent_bytes
+from .cost import Machine, Mesh, Network, Step, Work, fastest, mean, meshes, ratio, seconds, sent_bytes
 from .group import Group, Traffic, shares
-from .split import parts, split_adapter, split_policy
+from .split import split_adapter, split_policy
 
 MIB = 2**20
 SIDE, PIECE, REPEATS = 512, 2**20, 10
@@ -56,17 +56,26 @@ class Spread:
         return replace(compressor, policy=split_policy(compressor.policy, self.heads, heads), budget=mine)
 
     def _part_of_most(self, heads: int) -> float:
-        """What this device holds of each slot, as a part of what the device holds that has most heads and branches."""
-        each = shares(heads, self.heads.size), shares(self.work.branches if self.work else 1, self.branches.size)
-        return each[0][self.heads.rank] / max(each[0]) * each[1][self.branches.rank] / max(each[1])
+        """The key heads of this device, as a part of those of the device that has most."""
+        each = shares(heads, self.heads.size)
+        return each[self.heads.rank] / max(each)
 
     def own(self, branches: int) -> slice:
-        """Of so many branches those that this device evaluates."""
-        return parts(shares(branches, self.branches.size))[self.branches.rank]
+        """Of so many branches those that this device evaluates: dealt out in turn, so that the first so many of them are shared evenly too."""
+        return slice(self.branches.rank, branches, self.branches.size)
 
-    def joined(self, each: Tensor, branches: int) -> Tensor:
-        """Velocities of this device's branches [own branches, C, F, h, w] -> of all."""
-        return self.branches.gathered(each, 0, shares(branches, self.branches.size))
+    def most(self, branches: int) -> int:
+        """How many of so many branches a device evaluates at most."""
+        return max(shares(branches, self.branches.size))
+
+    def joined(self, each: Tensor, branches: int, films: int = 1) -> Tensor:
+        """Velocities of this device's branches [own branches x films, C, F, h, w] -> of all, in their order."""
+        devices = self.branches.size
+        if devices == 1:
+            return each
+        whole = self.branches.gathered(each, 0, [films * count for count in shares(branches, devices)]).split(films)
+        order = [branch for device in range(devices) for branch in range(device, branches, devices)]
+        return torch.cat([velocity for _, velocity in sorted(zip(order, whole, strict=True), key=lambda one: one[0])])
 
     def agreed(self, value: float) -> float:
         """The largest that any device has measured: what all go by."""
@@ -78,7 +87,7 @@ class Spread:
         if self.work is None or self.machine is None:
             return ""
         mesh, computing_sending = self.mesh, seconds(self.work, self.mesh, self.machine)
-        size = sent_bytes(self.work, mesh, (self.branches.rank, self.heads.rank)) / MIB
+        size = mean(self.work, lambda one: sent_bytes(one, mesh, (self.branches.rank, self.heads.rank))) / MIB
         return (
             f"{mesh.devices} devices, {mesh.branches} for the branches of guidance x {mesh.heads} for heads: an evaluation of a chunk is expected to "
             f"take {computing_sending[0]:.3g} s of computing and {computing_sending[1]:.3g} s of sending {size:.3g} MiB from each device, "
@@ -125,16 +134,19 @@ class World:
         return self.rank == 0
 
     def spread(self, family: Family, adapter: ModelAdapter, schedule: ChunkSchedule, latent: Sequence[int], branches: int, words: int,
-               itemsize: int, policy: CachePolicy | None = None) -> Spread:  # fmt: skip
-        """The mesh for a film. `latent`: height and width of a frame; `branches`: of guidance; `words`: of each one's text. Raises ValueError,
-        with the way out, where the devices cannot share it."""
+               itemsize: int, policy: CachePolicy | None = None, scale: float = 1.0, sigmas: Sequence[float] = ()) -> Spread:  # fmt: skip
+        """The mesh for a film. `latent`: height and width of a frame; `branches`: of guidance; `words`: of each one's text; `scale` of guidance
+        and noise levels `sigmas` say which branches run at which step, where guidance is inside the run. Raises ValueError, with the way out,
+        where the devices cannot share it."""
         if self.machine is None:
             return ALONE
         frame = adapter.tokens_per_frame(*latent)
         spans = [schedule.span(k)[1] * frame for k in range(schedule.chunks)]
         seen = min(schedule.horizon, schedule.frames) * frame
-        work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy))
-        choices = meshes(self.devices, branches if shares_branches(family, policy) else 1, adapter.heads)
+        steps = steps_of(family, adapter, schedule, frame, scale, sigmas)
+        work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy),
+                    remembered=len(family.guidance.remembered(scale)) if family.guidance.inside else None, steps=steps)  # fmt: skip
+        choices = meshes(self.devices, branches if shares_branches(policy) else 1, adapter.heads)
         choices = [mesh for mesh in choices if self.branches in (None, mesh.branches)] or choices
         mesh = fastest(work, choices, self.machine)
         self._require_tokens(min(spans), mesh, policy)
@@ -159,11 +171,24 @@ def wants_residual(policy: CachePolicy | None) -> bool:
     return policy is not None and (policy.keeps == "residual" or (isinstance(policy, TokenPolicy) and policy.watches == "output"))
 
 
-def shares_branches(family: Family, policy: CachePolicy | None) -> bool:
-    """Whether devices may have different branches: not where guidance is combined inside the run, nor where a policy looks at what the network made
-    of one branch or of all, since then its decisions would differ."""
-    watches = policy.watches if isinstance(policy, TokenPolicy) else "clean"
-    return not family.guidance.inside and watches in ("clean", "noisy")
+def shares_branches(policy: CachePolicy | None) -> bool:
+    """Whether devices may have different branches: not where a policy looks at what the network made of one branch or of all, since then its
+    decisions would differ."""
+    return not isinstance(policy, TokenPolicy) or policy.watches in ("clean", "noisy")
+
+
+def steps_of(family: Family, adapter: ModelAdapter, schedule: ChunkSchedule, frame_tokens: int, scale: float,
+             sigmas: Sequence[float]) -> tuple[Step, ...]:  # fmt: skip
+    """The evaluations of a chunk that sees all that its steps allow; () where they are alike."""
+    guidance, last = family.guidance, schedule.chunks - 1
+    if not guidance.inside or not sigmas:
+        return ()
+    reach, most = reach_of(adapter) or (lambda chunk: None), min(schedule.horizon, schedule.frames)
+    chunks = [reach(schedule.at(last, step)) for step in range(len(sigmas))]
+    *seen, alone = (most if count is None else min(count * schedule.chunk_frames, most) for count in chunks)
+    steps = [Step(len(guidance.needed(scale, sigma)), frames * frame_tokens) for sigma, frames in zip(sigmas[:-1], seen, strict=True)]
+    commit = [Step(len(guidance.remembered(scale)), alone * frame_tokens, committing=True)] if family.clean_pass else []
+    return *steps, *commit
 
 
 def network_of(family: Family, adapter: ModelAdapter, latent: Sequence[int]) -> Network:
