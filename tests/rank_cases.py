@@ -37,6 +37,7 @@ from flowcache_core.run.generate import NOTHING, Given, Job, generate
 from flowcache_core.run.report import RunReport
 from tests.forked import forked
 from tests.rank_ends import ended, free_port, scaled
+from tests.rank_weights import Watched
 from tests.tiny_magi import tiny_magi
 from tests.toy_family import no_vae, words
 
@@ -65,6 +66,8 @@ class Case:
     dtype: str = "float64"
     family: str = SKYREELS.name
     heads: int = 4
+    sharded: bool = False
+    """Whether each device holds its share of the weights."""
 
 
 def kv(name: str, **settings: Any) -> Compressor:
@@ -96,10 +99,13 @@ CASES: dict[str, Case] = {
     "magi motion": Case(Motion(1.6, **{**FINE, "base": LATENT}), job=MAGI_LONGER, branches=2, family=MAGI.name),
     "magi part": Case(Multirate(share=0.6), job=replace(MAGI_LONGER, steps=12, ar_step=3), branches=2, family=MAGI.name),
     "magi kv": Case(compressor=kv("importance-redundancy", dtype="int8"), job=MAGI_JOB, branches=2, family=MAGI.name),
+    "sharded": Case(branches=2, sharded=True),
+    "sharded by heads": Case(Planned(share=0.5), kv("r-kv"), sharded=True),
+    "magi sharded": Case(Motion(1.6, **{**FINE, "base": LATENT}), job=MAGI_LONGER, branches=2, family=MAGI.name, sharded=True),
 }  # fmt: skip
 
 
-OF_MAGI = tuple(name for name in CASES if name.startswith("magi "))
+OF_MAGI = tuple(name for name, case in CASES.items() if name.startswith("magi ") and not case.sharded)
 SIZES = (2, 3, 4)
 SOME = {2: (*CASES, "kv salience"), 3: OF_MAGI, 4: ("rule", "motion", "kv scores", "magi", "magi, branches apart")}
 """Cases by number of devices."""
@@ -124,8 +130,8 @@ def bundle_of(family: str, dtype_name: str, heads: int = 4) -> Bundle:
     return Words(SKYREELS, net.requires_grad_(False), nn.Identity(), ChunkLayout(5, 2, 24))
 
 
-def film(case: Case, world: World = ONE) -> tuple[Tensor, RunReport]:
-    bundle, given = bundle_of(case.family, case.dtype, case.heads), NOTHING
+def film(case: Case, world: World = ONE, bundle: Bundle | None = None) -> tuple[Tensor, RunReport]:
+    bundle, given = bundle or bundle_of(case.family, case.dtype, case.heads), NOTHING
     if case.prefix:
         given = Given(start=torch.randn(1, 16, case.prefix, 4, 4, generator=torch.Generator().manual_seed(1)))
     return generate(bundle, case.job, case.policy, compressor=case.compressor, given=given, world=replace(world, branches=case.branches))
@@ -154,13 +160,15 @@ def device(rank: int, devices: int, folder: Path, cases: dict[str, Case], refere
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{devices}", rank=rank, world_size=devices, timeout=timedelta(seconds=60))
     world, out = World(devices, rank, MACHINE), {}
     for name, case in cases.items():
-        latents, report = film(replace(case, branches=devices) if devices == 3 else case, world)
+        watched = Watched.of(bundle_of(case.family, case.dtype, case.heads), world) if case.sharded else None
+        case = replace(case, branches=devices) if devices == 3 else case
+        latents, report = film(case, watched.world, watched.bundle) if watched else film(case, world)
         reference, alone = references[name]
         out[name] = {
             "deviation": close_to(latents, reference), "same": same(report, alone, case), "kv": report.kv_peak_bytes,
             "kv_alone": alone.kv_peak_bytes, "devices": report.devices,
             "tokens": (alone.shares * (24 if case.family == MAGI.name else TOKENS)).round().astype(int).ravel().tolist(), "commits": alone.commits,
-            "notes": report.notes[-2:],
+            "notes": report.notes[-2:], "weights": watched and watched.as_dict(),
         }  # fmt: skip
     (folder / f"{devices}-{rank}.json").write_text(json.dumps(out))
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from flowcache_core.policies import Motion
 from flowcache_core.policies.protocol import PartPolicy, PlanPolicy, TokenPolicy
 from flowcache_core.ranks.cost import Machine, Mesh, Network, Step, Work, fastest, kept_bytes, meshes, ratio, seconds, sent_bytes
 from flowcache_core.ranks.group import shares
-from flowcache_core.ranks.launch import world
+from flowcache_core.ranks.launch import add_arguments, sharded, world
 from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
 from flowcache_core.run.generate import generate
 from flowcache_core.run.states import States
@@ -130,6 +131,22 @@ def run_at(case: Case, step: int) -> int:
     return branches_of(case) - less
 
 
+SHARDED = pytest.mark.parametrize(("devices", "name"), [(devices, name) for devices, name in SHARED if name in CASES and CASES[name].sharded])
+
+
+@SHARDED
+def test_no_device_holds_more_weights_than_its_share_and_one_layer(came: dict[str, Any], devices: str, name: str) -> None:
+    for weights in (each[name]["weights"] for each in came["films"][devices]):
+        assert weights["after"] <= 1.01 * weights["whole"] / int(devices)
+        assert weights["after"] < weights["most"] <= weights["after"] + weights["layer"]
+
+
+@SHARDED
+def test_weights_are_sent_as_often_as_the_parts_of_the_network_are_called(came: dict[str, Any], devices: str, name: str) -> None:
+    for device in (each[name] for each in came["films"][devices]):
+        assert device["devices"]["weights"]["bytes"] == device["weights"]["sent"]
+
+
 @pytest.mark.parametrize("name", ["killed", "stopped", "interrupted"])
 def test_all_devices_end_with_a_sentence_when_one_ends(came: dict[str, Any], name: str) -> None:
     end = came["ends"][name]
@@ -151,6 +168,21 @@ def test_the_bench_has_a_row_for_one_device_and_for_every_way_of_all(came: dict[
     assert all(row["seconds"] > 0 and row["expected"] > 0 for row in rows)
     assert [row["kv_mib"] * row["devices"] for row in rows] == [rows[0]["kv_mib"]] * 3
     assert came["scale"]["others"] == ""
+
+
+def test_weights_that_a_device_has_no_room_for_are_shared(came: dict[str, Any]) -> None:
+    alone, *shared = came["scale"]["rows"]
+    assert alone["weights_mib_per_evaluation"] == 0
+    assert all(row["weights_mib_per_evaluation"] > 0 for row in shared)
+
+
+def test_weights_stay_whole_on_one_device_and_a_memory_of_nothing_is_refused() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    network = torch.nn.Linear(1, 1)
+    assert sharded(ONE, network, "", parser.parse_args(["--fsdp", "on"])) is ONE
+    with pytest.raises(ValueError, match="--device-memory is in GiB and more than 0, and 0 was given"):
+        sharded(ONE, network, "", parser.parse_args(["--device-memory", "0"]))
 
 
 # how a film is shared

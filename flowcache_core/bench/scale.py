@@ -21,7 +21,8 @@ from ..models.skyreels import HEAD_DIM, SkyReelsConfig
 from ..models.skyreels_family import SKYREELS
 from ..ranks.cost import Machine, Mesh, Work, fastest, mean, meshes, ratio, seconds, sent_bytes
 from ..ranks.group import Traffic, shares
-from ..ranks.launch import world
+from ..ranks.launch import add_arguments as add_ranks
+from ..ranks.launch import sharded, world
 from ..ranks.world import ONE, World, network_of, steps_of
 from ..run.generate import Job, generate
 from ..run.report import RunReport
@@ -50,7 +51,7 @@ def work_of(geometry: Geometry) -> Work:
     one = family.network(geometry.shortened(1).config, device="meta", dtype=torch.bfloat16)
     adapter, latent = family.adapter(one, None), [side // family.latents.spatial for side in job.picture]
     network = network_of(family, adapter, latent)
-    network = replace(network, layers=layers, weights=layers * network.weights)
+    network = replace(network, layers=layers, weights=layers * network.weights, stored=layers * network.stored)
     frame, guidance, bundle = adapter.tokens_per_frame(*latent), family.guidance, Sized.of(geometry)
     chunk, steps = layout.chunk_frames * frame, steps_of(family, adapter, job.schedule(bundle), frame, job.cfg, job.sigmas(bundle))
     remembered = len(guidance.remembered(job.cfg)) if guidance.inside else None
@@ -108,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps per chunk (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="of the network, a multiple of 128, the size of a head (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the network (default %(default)s)")
+    add_ranks(parser)
 
 
 @torch.inference_mode()
@@ -121,10 +123,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     geometry = asked(args)
     with world() as devices:
         choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
-        bundle = sized(geometry, geometry.config.layers, torch.float32, "cpu")
-        shared = [replace(devices, branches=mesh.branches) for mesh in choices if mesh.devices > 1]
-        ways = [*([ONE] if devices.first else []), *shared]
-        timed = [[Timed.of(bundle, geometry.job, way) for way in ways] for _ in range(1 + REPEATS)][1:]
+        whole, bundle = (sized(geometry, geometry.config.layers, torch.float32, "cpu") for _ in range(2))
+        devices = sharded(devices, bundle.network, SKYREELS.blocks, args)
+        shared = [(bundle, replace(devices, branches=mesh.branches)) for mesh in choices if mesh.devices > 1]
+        ways = [*([(whole, ONE)] if devices.first else []), *shared]
+        timed = [[Timed.of(network, geometry.job, way) for network, way in ways] for _ in range(1 + REPEATS)][1:]
     each = [min(runs, key=lambda one: one.report.wall_s) for runs in zip(*timed, strict=True)]
     return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config),
             "rows": [row(one, each[0]) for one in each]}  # fmt: skip
@@ -158,11 +161,13 @@ def row(timed: Timed, alone: Timed) -> dict[str, Any]:
     """`deviation`: of the ratio that came from the one that was expected."""
     report = timed.report
     came, devices = alone.report.wall_s / report.wall_s, report.devices or asdict(Mesh()) | {"expected_ratio": 1.0} | asdict(Traffic())
+    weights = devices.get("weights", asdict(Traffic()))
     evaluations, count = report.chunk_steps_computed + report.commits, devices["branches"] * devices["heads"]
     return {
         "devices": count, "branches": devices["branches"], "heads": devices["heads"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
         "efficiency": round(came / count, 3), "expected": devices["expected_ratio"], "deviation": round(came / devices["expected_ratio"] - 1, 3),
         "cpu_s": round(timed.cpu_s, 3), "cpu_ratio": round(alone.cpu_s / timed.cpu_s, 3),
         "mib_per_evaluation": round(devices["bytes"] / evaluations / MIB, 3), "sending_s": round(devices["seconds"], 3),
+        "weights_mib_per_evaluation": round(weights["bytes"] / evaluations / MIB, 3), "gathering_s": round(weights["seconds"], 3),
         "kv_mib": round(report.kv_peak_bytes / MIB, 2),
     }  # fmt: skip

@@ -28,7 +28,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """Sizes of a network. `weights`: numbers by which every token of the chunk is multiplied; `cells`: numbers of a token's velocity."""
+    """Sizes of a network. `weights`: numbers by which every token of the chunk is multiplied; `cells`: numbers of a token's velocity; `stored`:
+    numbers of all its layers."""
 
     layers: int
     width: int
@@ -37,6 +38,7 @@ class Network:
     head_dim: int
     weights: int
     cells: int
+    stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Work:
     `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed, 0 where an output is replayed; `seen`: slots that they
     attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered; `remembered`: the first so many
     branches look back on history, None all, the others see their chunk alone; `committing`: of a finished chunk no velocity is exchanged;
-    `steps`: the evaluations of a chunk, where they differ.
+    `steps`: the evaluations of a chunk, where they differ; `sharded`: whether a device holds its share of the weights alone.
     """
 
     network: Network
@@ -69,6 +71,7 @@ class Work:
     remembered: int | None = None
     committing: bool = False
     steps: tuple[Step, ...] = ()
+    sharded: bool = False
 
     @property
     def evaluations(self) -> list[Work]:
@@ -175,7 +178,13 @@ def _computing(work: Work, mesh: Mesh, machine: Machine) -> float:
 
 
 def _sending(work: Work, mesh: Mesh, machine: Machine) -> float:
-    return sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency
+    sent = sent_bytes(work, mesh) + weight_bytes(work, mesh)
+    return sent / machine.link + (collectives(work, mesh) + work.network.layers * (work.sharded and mesh.devices > 1)) * machine.latency
+
+
+def weight_bytes(work: Work, mesh: Mesh) -> int:
+    """Of the layers, that each device sends for one evaluation where it holds its share of them alone: its share to every other."""
+    return work.network.stored * work.itemsize * (mesh.devices - 1) // mesh.devices if work.sharded else 0
 
 
 def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:

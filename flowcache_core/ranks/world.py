@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..kv.compressor import Compressor
@@ -19,9 +19,10 @@ from ..models.family import Family
 from ..policies.motion import BUCKETS
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..sampling.schedule import ChunkSchedule
-from .cost import Machine, Mesh, Network, Step, Work, fastest, mean, meshes, ratio, seconds, sent_bytes
+from .cost import Machine, Mesh, Network, Step, Work, fastest, mean, meshes, ratio, seconds, sent_bytes, weight_bytes
 from .group import Group, Traffic, shares
 from .split import split_adapter, split_policy
+from .weights import shard_weights
 
 MIB = 2**20
 SIDE, PIECE, REPEATS = 512, 2**20, 10
@@ -38,6 +39,10 @@ class Spread:
     heads: Group = field(default_factory=Group)
     work: Work | None = None
     machine: Machine | None = None
+    weights: Group = field(default_factory=Group)
+    """What the weights are gathered in, where each device holds its share of them."""
+    before: Traffic = field(default_factory=Traffic)
+    """Of the weights, for films before this one."""
 
     @property
     def mesh(self) -> Mesh:
@@ -79,7 +84,7 @@ class Spread:
 
     def agreed(self, value: float) -> float:
         """The largest that any device has measured: what all go by."""
-        return _largest(self.branches, _largest(self.heads, value))
+        return largest(self.branches, largest(self.heads, value))
 
     @property
     def expectation(self) -> str:
@@ -87,7 +92,7 @@ class Spread:
         if self.work is None or self.machine is None:
             return ""
         mesh, computing_sending = self.mesh, seconds(self.work, self.mesh, self.machine)
-        size = mean(self.work, lambda one: sent_bytes(one, mesh, (self.branches.rank, self.heads.rank))) / MIB
+        size = mean(self.work, lambda one: sent_bytes(one, mesh, (self.branches.rank, self.heads.rank)) + weight_bytes(one, mesh)) / MIB
         return (
             f"{mesh.devices} devices, {mesh.branches} for the branches of guidance x {mesh.heads} for heads: an evaluation of a chunk is expected to "
             f"take {computing_sending[0]:.3g} s of computing and {computing_sending[1]:.3g} s of sending {size:.3g} MiB from each device, "
@@ -100,19 +105,27 @@ class Spread:
         return self.branches.traffic + self.heads.traffic
 
     @property
+    def gathered(self) -> Traffic:
+        """The same for weights."""
+        return self.weights.traffic - self.before
+
+    @property
     def line(self) -> str:
         """What came of it, in one sentence; "" on one device."""
         if self.mesh.devices == 1:
             return ""
         sent = self.traffic
-        return f"this device of {self.mesh.devices} sent {sent.bytes / MIB:.3g} MiB in {sent.calls} collectives, which took {sent.seconds:.3g} s"
+        of_weights = f", and {self.gathered.bytes / MIB:.3g} MiB of weights, {self.gathered.seconds:.3g} s" if self.weights.size > 1 else ""
+        took = f"sent {sent.bytes / MIB:.3g} MiB in {sent.calls} collectives, which took {sent.seconds:.3g} s"
+        return f"this device of {self.mesh.devices} {took}{of_weights}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; {} on one device."""
         if self.work is None or self.machine is None or self.mesh.devices == 1:
             return {}
         expected = ratio(self.work, self.mesh, self.machine)
-        return {**asdict(self.mesh), "expected_ratio": round(expected, 3), **asdict(self.traffic)}
+        weights = {"weights": asdict(self.gathered)} if self.weights.size > 1 else {}
+        return {**asdict(self.mesh), "expected_ratio": round(expected, 3), **asdict(self.traffic), **weights}
 
 
 ALONE = Spread()
@@ -127,6 +140,12 @@ class World:
     machine: Machine | None = None
     branches: int | None = None
     """Along how many of them branches are shared; None: as is fastest."""
+    weights: Group = field(default_factory=Group)
+    """What the weights of the network are gathered in, where each device holds its share of them."""
+
+    def sharded(self, network: nn.Module, layers: str) -> World:
+        """These devices, each with its share of the weights of a network, which is changed in place. Raises ValueError."""
+        return replace(self, weights=shard_weights(network, layers, self.devices)) if self.devices > 1 else self
 
     @property
     def first(self) -> bool:
@@ -145,14 +164,16 @@ class World:
         seen = min(schedule.horizon, schedule.frames) * frame
         steps = steps_of(family, adapter, schedule, frame, scale, sigmas)
         work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy),
-                    remembered=len(family.guidance.remembered(scale)) if family.guidance.inside else None, steps=steps)  # fmt: skip
-        choices = meshes(self.devices, branches if shares_branches(policy) else 1, adapter.heads)
+                    remembered=len(family.guidance.remembered(scale)) if family.guidance.inside else None, steps=steps,
+                    sharded=self.weights.size > 1)  # fmt: skip
+        shared = min((step.branches for step in steps), default=branches) if work.sharded else branches
+        choices = meshes(self.devices, shared if shares_branches(policy) else 1, adapter.heads)
         choices = [mesh for mesh in choices if self.branches in (None, mesh.branches)] or choices
         mesh = fastest(work, choices, self.machine)
         self._require_tokens(min(spans), mesh, policy)
         groups = init_device_mesh("cpu", (mesh.branches, mesh.heads), mesh_dim_names=("branches", "heads"))
         along = {name: Group(groups.get_group(name)) for name, size in asdict(mesh).items() if size > 1}
-        return Spread(**along, work=work, machine=self.machine)
+        return Spread(**along, work=work, machine=self.machine, weights=self.weights, before=replace(self.weights.traffic))
 
     def _require_tokens(self, fewest: int, mesh: Mesh, policy: CachePolicy | None) -> None:
         lengths = BUCKETS if isinstance(policy, TokenPolicy | PartPolicy) else 1
@@ -195,10 +216,12 @@ def network_of(family: Family, adapter: ModelAdapter, latent: Sequence[int]) -> 
     """Weights that multiply the text alone are not counted."""
     network: Any = getattr(adapter, "network", None)
     named = network.named_parameters() if network is not None else ()
-    weights = sum(weight.numel() for name, weight in named if name.startswith(family.blocks) and weight.ndim > 1)
+    of_layers = [weight for name, weight in named if name.startswith(family.blocks)]
+    weights = sum(weight.numel() for weight in of_layers if weight.ndim > 1)
     cells = family.latents.channels * latent[0] * latent[1] // adapter.tokens_per_frame(*latent)
     of_text = adapter.text_channels * adapter.width
-    return Network(adapter.layers, adapter.width, adapter.heads, adapter.query_heads, adapter.head_dim, max(weights - of_text, 1), cells)
+    return Network(adapter.layers, adapter.width, adapter.heads, adapter.query_heads, adapter.head_dim, max(weights - of_text, 1), cells,
+                   sum(weight.numel() for weight in of_layers))  # fmt: skip
 
 
 def timed_machine(device: torch.device | str = "cpu") -> Machine:
@@ -235,5 +258,5 @@ def _wait(like: Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
-def _largest(group: Group, value: float) -> float:
+def largest(group: Group, value: float) -> float:
     return float(group.gathered(torch.full((1,), value, dtype=torch.float64), 0, [1] * group.size).max())
