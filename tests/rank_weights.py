@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flowcache_core.models.bundle import Bundle
-from flowcache_core.ranks.weights import parts_of, resident
+from flowcache_core.ranks.weights import parts_of
 from flowcache_core.ranks.world import World
 
 
@@ -44,6 +45,11 @@ class Watched:
 
     def as_dict(self) -> dict[str, Any]:
         return {"whole": self.whole, "layer": self.layer, "most": self.most, "after": resident(self.bundle.network), "sent": self.sent}
+
+
+def resident(network: nn.Module) -> int:
+    """Bytes of the weights that this process holds now."""
+    return sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in network.parameters())
 
 
 def share(part: nn.Module, devices: int) -> int:

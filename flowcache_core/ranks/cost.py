@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -195,3 +196,67 @@ def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:
 def fastest(work: Work, choices: Sequence[Mesh], machine: Machine) -> Mesh:
     """The one of these that takes the least time; of equals the one that sends less."""
     return min(choices, key=lambda mesh: (sum(seconds(work, mesh, machine)), sent_bytes(work, mesh)))
+
+
+# a row of chunks, each on one device
+
+
+@dataclass(frozen=True)
+class Row:
+    """The evaluations of a row, one for each active chunk, the oldest first; `past`: slots of history that they see between them."""
+
+    each: tuple[Work, ...]
+    past: int
+
+    @classmethod
+    def of(cls, work: Work, apart: int, together: int) -> Row:
+        """`together` chunks, `apart` steps from one to the next, of which the newest is at its first step."""
+        by_step = work.evaluations
+        each = tuple(by_step[min(number * apart, len(by_step) - 1)] for number in range(together))[::-1]
+        oldest = min(number - one.seen // one.tokens + 1 for number, one in enumerate(each))
+        return cls(each, max(-oldest, 0) * work.tokens)
+
+    @property
+    def slots(self) -> int:
+        """Of history and active chunks."""
+        return self.past + sum(one.tokens for one in self.each)
+
+    def by_heads(self, mesh: Mesh, machine: Machine) -> float:
+        """Seconds, one chunk after the other, each by all devices."""
+        return sum(sum(seconds(one, mesh, machine)) for one in self.each)
+
+    def by_chunks(self, mesh: Mesh, machine: Machine, whole: bool) -> float:
+        """Seconds where the devices along heads have chunks instead, layer by layer at the same time. `whole`: all have all of history."""
+        computing = max(sum(_computing(self.each[k], Mesh(mesh.branches), machine) for k in mine) for mine in self.dealt(mesh.heads))
+        per_layer = 1 if whole else 2
+        latency = (per_layer * self.each[0].network.layers + (mesh.branches > 1)) * machine.latency
+        return computing + self.chunk_bytes(mesh, whole) / machine.link + latency
+
+    def dealt(self, devices: int) -> list[list[int]]:
+        """The numbers of the chunks of each device: one after another, the longest first, to the device that has least to do."""
+        unit = Machine(1.0, 1.0, math.inf, 1.0, 0.0)
+        cost, mine = [_computing(one, Mesh(), unit) for one in self.each], [list[int]() for _ in range(devices)]
+        for number in sorted(range(len(cost)), key=lambda number: -cost[number]):
+            min(mine, key=lambda some: sum(cost[k] for k in some)).append(number)
+        return mine
+
+    def chunk_bytes(self, mesh: Mesh, whole: bool) -> float:
+        """Sent or received, whichever is more, by the device that has most of it: keys and values of its chunks to devices with later ones, and where
+        history is not `whole` everywhere, an even part of it of every device to all others, or queries there and outputs back if that is less."""
+        network, dealt, branches = self.each[0].network, self.dealt(mesh.heads), max(shares(self.each[0].looking_back, mesh.branches))
+        number = network.layers * branches * self.each[0].itemsize * network.head_dim
+        keys, queries = 2 * network.heads * number, network.query_heads * number
+        tokens, others = [one.tokens for one in self.each], mesh.heads - 1
+        sent = [sum(tokens[k] * sum(any(later > k for later in theirs) for theirs in dealt if theirs is not mine) for k in mine) for mine in dealt]
+        received = [sum(tokens[k] for k in range(max(mine, default=0)) if k not in mine) for mine in dealt]
+        active = max(map(max, zip(sent, received, strict=True))) * keys
+        if whole:
+            return active
+        asking = (max(sum(tokens[k] for k in mine) for mine in dealt) * others + sum(tokens)) * queries
+        return active + min(self.past * others / mesh.heads * keys, asking)
+
+    def chunk_cache(self, mesh: Mesh, whole: bool) -> float:
+        """Bytes of keys and values on a device: of all active chunks, and of all of history or an even part."""
+        network, branches = self.each[0].network, max(shares(self.each[0].looking_back, mesh.branches))
+        held = self.slots - self.past + self.past / (1 if whole else mesh.heads)
+        return 2 * network.layers * network.heads * network.head_dim * branches * held * self.each[0].itemsize

@@ -76,7 +76,7 @@ class Group:
 
     def gather_into(self, out: Tensor, mine: Tensor) -> None:
         """The devices' parts, all of one size, one behind the other."""
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until PyTorch 2.12
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # an older PyTorch
         self._count((self.size - 1) * mine.nbytes, lambda: gather(out, mine, group=self.handle))
 
     def _count(self, size: int, collective: Callable[[], object]) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from .group import Group
 
@@ -37,19 +36,21 @@ def shard_weights(network: nn.Module, layers: str, devices: int) -> Group:
     `layers`: how the names of the parameters of its layers begin. A layer is gathered as a whole, a linear layer or a convolution outside of them by
     itself. Raises ValueError where PyTorch is too old.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError as error:
-        raise ValueError("weights are shared by FSDP2, which comes with PyTorch 2.6: use a newer PyTorch, or leave the weights whole") from error
+    from torch.distributed import fsdp
+
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_custom_all_gather"):
+        raise ValueError(
+            f"weights are shared by FSDP2 with set_custom_all_gather, which PyTorch {torch.__version__} does not have: use PyTorch 2.13, or --fsdp off"
+        )
     place = next(network.parameters()).device.type
     mesh, parts = init_device_mesh(place, (devices,)), list(parts_of(network, layers))
     methods = [(part, name) for part in (network, *parts) for name in called(type(part))]
+    whole = set(network.parameters()).difference(*(part.parameters() for part in parts))
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    whole = {weight for weight in network.parameters() if not isinstance(weight, DTensor)}
-    fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fsdp.fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fsdp.fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for part, method in methods:
-        register_fsdp_forward_method(part, method)
+        fsdp.register_fsdp_forward_method(part, method)
     gather = Gather(Group(mesh.get_group()))
     for part in parts:
         part.set_custom_all_gather(gather)  # type: ignore[operator]
@@ -68,8 +69,3 @@ def called(kind: type[nn.Module]) -> list[str]:
     """Methods of a network or a layer by which it is run, beside `forward`."""
     public = (name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
     return [name for name in public if not hasattr(nn.Module, name) and kind.__module__.split(".")[0] != "torch"]
-
-
-def resident(network: nn.Module) -> int:
-    """Bytes of the weights that this device holds now."""
-    return sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in network.parameters())
