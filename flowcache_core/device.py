@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,6 +25,15 @@ def device_name() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes of an accelerator, or of the machine's memory for each of so many processes; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
 
 
 def commit() -> str:

@@ -37,6 +37,7 @@ from flowcache_core.run.generate import NOTHING, Given, Job, generate
 from flowcache_core.run.report import RunReport
 from tests.forked import forked
 from tests.rank_ends import ended, free_port, scaled
+from tests.rank_weights import Watched
 from tests.tiny_magi import tiny_magi
 from tests.toy_family import no_vae, words
 
@@ -44,8 +45,12 @@ MACHINE = Machine(1e9, 1e9, 1e9, 1e9, 1e-4)
 JOB = Job("a text", frames=57, steps=2, seed=3, size=32, cfg=3.0, ar_step=1)
 """Three chunks of 5 latent frames of 4 tokens, of which a chunk sees two."""
 DECIDED = replace(JOB, steps=6, ar_step=3)
+MAGI_JOB = replace(JOB, frames=72, steps=4, cfg=7.5, shift=3.0, solver="euler", addnoise=0)
+MAGI_LONGER = replace(MAGI_JOB, steps=8, ar_step=2)
 BASE = Chunkwise(1.6, 1, max_reuse=3)
 FINE: dict[str, Any] = {"base": BASE, "coarse": 0.2, "min_refresh": 0.0}
+LATENT = replace(BASE, signature="latent", replay="residual")
+"""A rule for a network without a time modulation."""
 HEAD, TOKENS = "head.safetensors", 20
 
 
@@ -61,6 +66,8 @@ class Case:
     dtype: str = "float64"
     family: str = SKYREELS.name
     heads: int = 4
+    sharded: bool = False
+    """Whether each device holds its share of the weights."""
 
 
 def kv(name: str, **settings: Any) -> Compressor:
@@ -85,13 +92,23 @@ CASES: dict[str, Case] = {
     "kv int8": Case(compressor=kv("r-kv", dtype="int8"), branches=2),
     "kv means": Case(compressor=kv("h2o", soft=0.2)),
     "kv frames, rule": Case(BASE, kv("importance-redundancy", granularity="frame"), DECIDED, branches=2),
-    "magi": Case(job=replace(JOB, frames=72, steps=4, cfg=7.5, shift=3.0, solver="euler", addnoise=0), family=MAGI.name),
+    "magi": Case(job=MAGI_JOB, family=MAGI.name),
+    "magi, branches apart": Case(job=MAGI_JOB, branches=2, family=MAGI.name),
+    "magi planned": Case(Planned(share=0.6), job=MAGI_LONGER, branches=2, family=MAGI.name),
+    "magi rule": Case(LATENT, job=MAGI_LONGER, branches=2, family=MAGI.name),
+    "magi motion": Case(Motion(1.6, **{**FINE, "base": LATENT}), job=MAGI_LONGER, branches=2, family=MAGI.name),
+    "magi part": Case(Multirate(share=0.6), job=replace(MAGI_LONGER, steps=12, ar_step=3), branches=2, family=MAGI.name),
+    "magi kv": Case(compressor=kv("importance-redundancy", dtype="int8"), job=MAGI_JOB, branches=2, family=MAGI.name),
+    "sharded": Case(branches=2, sharded=True),
+    "sharded by heads": Case(Planned(share=0.5), kv("r-kv"), sharded=True),
+    "magi sharded": Case(Motion(1.6, **{**FINE, "base": LATENT}), job=MAGI_LONGER, branches=2, family=MAGI.name, sharded=True),
 }  # fmt: skip
 
 
-SIZES = (2, 4)
-FEW = ("rule", "motion", "kv scores", "magi")
-"""Cases for four devices."""
+OF_MAGI = tuple(name for name, case in CASES.items() if name.startswith("magi ") and not case.sharded)
+SIZES = (2, 3, 4)
+SOME = {2: (*CASES, "kv salience"), 3: OF_MAGI, 4: ("rule", "motion", "kv scores", "magi", "magi, branches apart")}
+"""Cases by number of devices."""
 
 
 class Words(Bundle):
@@ -113,8 +130,8 @@ def bundle_of(family: str, dtype_name: str, heads: int = 4) -> Bundle:
     return Words(SKYREELS, net.requires_grad_(False), nn.Identity(), ChunkLayout(5, 2, 24))
 
 
-def film(case: Case, world: World = ONE) -> tuple[Tensor, RunReport]:
-    bundle, given = bundle_of(case.family, case.dtype, case.heads), NOTHING
+def film(case: Case, world: World = ONE, bundle: Bundle | None = None) -> tuple[Tensor, RunReport]:
+    bundle, given = bundle or bundle_of(case.family, case.dtype, case.heads), NOTHING
     if case.prefix:
         given = Given(start=torch.randn(1, 16, case.prefix, 4, 4, generator=torch.Generator().manual_seed(1)))
     return generate(bundle, case.job, case.policy, compressor=case.compressor, given=given, world=replace(world, branches=case.branches))
@@ -131,18 +148,27 @@ def counts(report: RunReport, case: Case) -> dict[str, Any]:
     return {**{key: values[key] for key in ("map", "shares", "drift", "tokens_computed", "commits", "host_syncs")}, "history": history}
 
 
+def same(report: RunReport, alone: RunReport, case: Case) -> bool:
+    """A device without a KV cache, since it evaluates other branches, has no history, and waits for none."""
+    mine, whole = counts(report, case), counts(alone, case)
+    left_out = () if report.kv_peak_bytes else ("history", "host_syncs")
+    return all(mine[key] == whole[key] for key in mine if key not in left_out)
+
+
 def device(rank: int, devices: int, folder: Path, cases: dict[str, Case], references: dict[str, tuple[Tensor, RunReport]]) -> None:
     """One of the processes: every case, and what came of it as a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{devices}", rank=rank, world_size=devices, timeout=timedelta(seconds=60))
     world, out = World(devices, rank, MACHINE), {}
     for name, case in cases.items():
-        latents, report = film(case, world)
+        watched = Watched.of(bundle_of(case.family, case.dtype, case.heads), world) if case.sharded else None
+        case = replace(case, branches=devices) if devices == 3 else case
+        latents, report = film(case, watched.world, watched.bundle) if watched else film(case, world)
         reference, alone = references[name]
         out[name] = {
-            "deviation": close_to(latents, reference), "same": counts(report, case) == counts(alone, case), "kv": report.kv_peak_bytes,
+            "deviation": close_to(latents, reference), "same": same(report, alone, case), "kv": report.kv_peak_bytes,
             "kv_alone": alone.kv_peak_bytes, "devices": report.devices,
-            "tokens": (alone.shares * TOKENS).round().astype(int).ravel().tolist(), "commits": alone.commits,
-            "notes": report.notes[-2:],
+            "tokens": (alone.shares * (24 if case.family == MAGI.name else TOKENS)).round().astype(int).ravel().tolist(), "commits": alone.commits,
+            "notes": report.notes[-2:], "weights": watched and watched.as_dict(),
         }  # fmt: skip
     (folder / f"{devices}-{rank}.json").write_text(json.dumps(out))
     dist.destroy_process_group()
@@ -161,7 +187,7 @@ def main(folder: Path) -> None:
     cases = with_head(folder)
     references = {name: film(case) for name, case in cases.items()}
     for devices in SIZES:
-        some = cases if devices == 2 else {name: cases[name] for name in FEW}
+        some = {name: cases[name] for name in SOME[devices]}
         statuses = forked(devices, partial(device, devices=devices, folder=folder, cases=some, references=references))
         assert statuses == [0] * devices, statuses
     films = {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in SIZES}

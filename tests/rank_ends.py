@@ -36,8 +36,8 @@ def stopped() -> None:
     time.sleep(60)
 
 
-ENDS = {"killed": (killed, 4, 3), "stopped": (stopped, 2, 0), "interrupted": (interrupted, 2, 1)}
-"""How it ends, of how many devices, and which."""
+ENDS = {"killed": (killed, 4, 3, "on"), "stopped": (stopped, 2, 0, "off"), "interrupted": (interrupted, 2, 1, "off")}
+"""How it ends, of how many devices, and which; whether each has its share of the weights."""
 
 
 def as_torchrun(rank: int, devices: int, port: int) -> None:
@@ -53,7 +53,7 @@ def free_port() -> int:
 
 
 def scaled(rank: int, port: int, folder: Path) -> None:
-    """`bench scale` on two devices."""
+    """`bench scale` on two devices, which have no room for the weights."""
     as_torchrun(rank, 2, port)
     sys.argv = [
         "flowcache_core",
@@ -67,6 +67,8 @@ def scaled(rank: int, port: int, folder: Path) -> None:
         "256",
         "--layers",
         "1",
+        "--device-memory",
+        "0.0001",
         "--json",
         f"{folder}/scale.json",
     ]
@@ -75,7 +77,7 @@ def scaled(rank: int, port: int, folder: Path) -> None:
 
 
 def device(rank: int, name: str, port: int, folder: Path) -> None:
-    end, devices, who = ENDS[name]
+    end, devices, who, fsdp = ENDS[name]
     as_torchrun(rank, devices, port)
     os.dup2(os.open(folder / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
     calls, exchange = 0, Group.exchange
@@ -88,7 +90,7 @@ def device(rank: int, name: str, port: int, folder: Path) -> None:
             end()
         return exchange(self, *args)
 
-    sys.argv = [*ARGUMENTS, "--out", f"{folder / name}"]
+    sys.argv = [*ARGUMENTS, "--fsdp", fsdp, "--out", f"{folder / name}"]
     with patch.object(Group, "exchange", ending):
         sys.exit(command())
 
@@ -97,7 +99,7 @@ def ended(folder: Path) -> dict[str, Any]:
     """Per way to end: statuses of the devices, seconds until all had ended, what they printed, and whether a file was written."""
     out, bundle = {}, load_bundle()
     with patch.object(demo, "load_bundle", lambda *_, **__: bundle), patch.object(demo, "warm_up", lambda _: None):
-        for name, (_, devices, _) in ENDS.items():
+        for name, (_, devices, _, _) in ENDS.items():
             statuses = forked(devices, partial(device, name=name, port=free_port(), folder=folder))
             took = time.time() - float((folder / f"{name}-began").read_text())
             texts = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(devices)]

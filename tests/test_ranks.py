@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -22,16 +23,17 @@ from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.even import Even
 from flowcache_core.kv.scores.salience import Salience
 from flowcache_core.memory import RunMemory
+from flowcache_core.models.magi_family import MAGI
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies import Motion
-from flowcache_core.policies.protocol import PlanPolicy
-from flowcache_core.ranks.cost import Machine, Mesh, Network, Work, fastest, kept_bytes, meshes, ratio, sent_bytes
+from flowcache_core.policies.protocol import PartPolicy, PlanPolicy, TokenPolicy
+from flowcache_core.ranks.cost import Machine, Mesh, Network, Step, Work, fastest, kept_bytes, meshes, ratio, seconds, sent_bytes
 from flowcache_core.ranks.group import shares
-from flowcache_core.ranks.launch import world
+from flowcache_core.ranks.launch import add_arguments, sharded, world
 from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
 from flowcache_core.run.generate import generate
 from flowcache_core.run.states import States
-from tests.rank_cases import CASES, FEW, JOB, MACHINE, TOKENS, bundle_of
+from tests.rank_cases import CASES, JOB, MACHINE, SOME, TOKENS, Case, bundle_of
 from tests.test_kv_scores import random_view
 
 SENTENCE = "flowcache: device {} of {} stops: "
@@ -48,7 +50,7 @@ def came(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-SHARED = [("2", name) for name in (*CASES, "kv salience")] + [("4", name) for name in FEW]
+SHARED = [(f"{devices}", name) for devices, names in SOME.items() for name in names]
 EACH = pytest.mark.parametrize(("devices", "name"), SHARED)
 
 
@@ -62,27 +64,42 @@ def test_a_film_that_devices_share_is_the_film_of_one(came: dict[str, Any], devi
 
 @EACH
 def test_no_device_holds_more_than_its_share_of_the_cache(came: dict[str, Any], devices: str, name: str) -> None:
-    heads = CASES[name].heads if name in CASES else 4
+    case = CASES.get(name, CASES["uncached"])
     for rank, device in enumerate(each[name] for each in came["films"][devices]):
-        mesh = device["devices"]
-        mine = shares(heads, mesh["heads"])[rank % mesh["heads"]]
-        assert device["kv"] * mesh["branches"] * heads == device["kv_alone"] * mine
+        branches, heads = place_of(device, rank)
+        mesh, cached = device["devices"], 2 if case.job.cfg != 1 and not by_token(case) else branches_of(case)
+        mine = shares(case.heads, mesh["heads"])[heads] * shares(cached, mesh["branches"])[branches]
+        assert device["kv"] * cached * case.heads == device["kv_alone"] * mine
 
 
-@pytest.mark.parametrize("name", ["motion", "motion by output", "motion by change", "part"])
+def place_of(device: dict[str, Any], rank: int) -> tuple[int, int]:
+    return divmod(rank, device["devices"]["heads"])
+
+
+def branches_of(case: Case) -> int:
+    return 1 if case.job.cfg == 1 else 3 if case.family == MAGI.name else 2
+
+
+def by_token(case: Case) -> bool:
+    return isinstance(case.policy, TokenPolicy | PartPolicy)
+
+
+@pytest.mark.parametrize("name", ["motion", "motion by output", "motion by change", "part", "magi motion", "magi part"])
 def test_some_evaluations_of_these_cases_are_of_some_tokens(came: dict[str, Any], name: str) -> None:
     tokens = came["films"]["2"][0][name]["tokens"]
-    assert {0, TOKENS} < set(tokens)
+    assert {0, tokens_of(CASES[name])} < set(tokens)
 
 
 NET = Network(2, 512, 4, 4, 128, 1, 64)
 """Of the cases of SkyReels-V2."""
-HISTORY = (TOKENS, 2 * TOKENS)
-"""Slots that are scored when the first and the second chunk join history."""
+HISTORY = (1, 2)
+"""Chunks whose slots are scored when the first and the second chunk join history."""
 
 
-NO_FORMULA = ("magi", "prefix", "seconds")
-"""Another network, another first chunk, evaluations that are only timed."""
+MAGI_NET, MAGI_TOKENS = Network(2, 256, 4, 8, 32, 1, 64), 24
+"""The same of MAGI-1, and tokens of its chunks."""
+NO_FORMULA = ("prefix", "seconds")
+"""Another first chunk, evaluations that are only timed."""
 COUNTED = [(devices, name) for devices, name in SHARED if name not in NO_FORMULA]
 
 
@@ -90,17 +107,44 @@ COUNTED = [(devices, name) for devices, name in SHARED if name not in NO_FORMULA
 def test_bytes_are_those_of_the_formula(came: dict[str, Any], devices: str, name: str) -> None:
     for rank, device in enumerate(each[name] for each in came["films"][devices]):
         found, case = device["devices"], CASES.get(name, CASES["uncached"])
-        mesh = Mesh(found["branches"], found["heads"])
-        place = divmod(rank, mesh.heads)
-        itemsize, branches = torch.finfo(getattr(torch, case.dtype)).bits // 8, 1 if case.job.cfg == 1 else 2
-        net = replace(NET, width=128 * case.heads, heads=case.heads, query_heads=case.heads)
-        work = Work(net, branches, TOKENS, 0, 0, itemsize, residual=wants_residual(case.policy))
-        asked = [tokens for tokens in device["tokens"] if tokens or not isinstance(case.policy, PlanPolicy)]
-        ran = [replace(work, tokens=tokens, chunk_tokens=TOKENS) for tokens in asked] + [work] * device["commits"]
-        expected = sum(sent_bytes(one, mesh, place) for one in ran)
+        mesh, place, itemsize = Mesh(found["branches"], found["heads"]), place_of(device, rank), torch.finfo(getattr(torch, case.dtype)).bits // 8
+        net = replace(NET, width=128 * case.heads, heads=case.heads, query_heads=case.heads) if case.family == SKYREELS.name else MAGI_NET
+        chunk = tokens_of(case)
+        work = Work(net, branches_of(case), chunk, 0, 0, itemsize, residual=wants_residual(case.policy))
+        at = [(step % case.job.steps, tokens) for step, tokens in enumerate(device["tokens"])]
+        asked = [(step, tokens) for step, tokens in at if tokens or not isinstance(case.policy, PlanPolicy)]
+        ran = [replace(work, tokens=tokens, chunk_tokens=chunk, branches=run_at(case, step)) for step, tokens in asked]
+        commit = replace(work, branches=min(2, work.branches), committing=True)
+        expected = sum(sent_bytes(one, mesh, place) for one in (*ran, *[commit] * device["commits"]))
         if case.compressor or name == "kv salience":
-            expected += sum(kept_bytes(work, mesh, place, slots, name == "kv salience") for slots in HISTORY)
+            expected += sum(kept_bytes(commit, mesh, place, count * chunk, name == "kv salience") for count in HISTORY)
         assert found["bytes"] == expected
+
+
+def tokens_of(case: Case) -> int:
+    return MAGI_TOKENS if case.family == MAGI.name else TOKENS
+
+
+def run_at(case: Case, step: int) -> int:
+    """Branches at a step: of MAGI-1 one less in the last quarter, unless tokens wait."""
+    less = case.family == MAGI.name and 4 * step >= 3 * case.job.steps and not isinstance(case.policy, PartPolicy)
+    return branches_of(case) - less
+
+
+SHARDED = pytest.mark.parametrize(("devices", "name"), [(devices, name) for devices, name in SHARED if name in CASES and CASES[name].sharded])
+
+
+@SHARDED
+def test_no_device_holds_more_weights_than_its_share_and_one_layer(came: dict[str, Any], devices: str, name: str) -> None:
+    for weights in (each[name]["weights"] for each in came["films"][devices]):
+        assert weights["after"] <= 1.01 * weights["whole"] / int(devices)
+        assert weights["after"] < weights["most"] <= weights["after"] + weights["layer"]
+
+
+@SHARDED
+def test_weights_are_sent_as_often_as_the_parts_of_the_network_are_called(came: dict[str, Any], devices: str, name: str) -> None:
+    for device in (each[name] for each in came["films"][devices]):
+        assert device["devices"]["weights"]["bytes"] == device["weights"]["sent"]
 
 
 @pytest.mark.parametrize("name", ["killed", "stopped", "interrupted"])
@@ -124,6 +168,21 @@ def test_the_bench_has_a_row_for_one_device_and_for_every_way_of_all(came: dict[
     assert all(row["seconds"] > 0 and row["expected"] > 0 for row in rows)
     assert [row["kv_mib"] * row["devices"] for row in rows] == [rows[0]["kv_mib"]] * 3
     assert came["scale"]["others"] == ""
+
+
+def test_weights_that_a_device_has_no_room_for_are_shared(came: dict[str, Any]) -> None:
+    alone, *shared = came["scale"]["rows"]
+    assert alone["weights_mib_per_evaluation"] == 0
+    assert all(row["weights_mib_per_evaluation"] > 0 for row in shared)
+
+
+def test_weights_stay_whole_on_one_device_and_a_memory_of_nothing_is_refused() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    network = torch.nn.Linear(1, 1)
+    assert sharded(ONE, network, "", parser.parse_args(["--fsdp", "on"])) is ONE
+    with pytest.raises(ValueError, match="--device-memory is in GiB and more than 0, and 0 was given"):
+        sharded(ONE, network, "", parser.parse_args(["--device-memory", "0"]))
 
 
 # how a film is shared
@@ -175,9 +234,9 @@ def test_a_budget_in_bytes_is_as_many_slots_on_devices_with_more_and_fewer_heads
 
 
 def test_branches_stay_together_where_a_policy_looks_at_one_of_them() -> None:
-    assert shares_branches(SKYREELS, Motion())
-    assert not shares_branches(SKYREELS, Motion(measure="output"))
-    assert not shares_branches(SKYREELS, Motion(measure="change"))
+    assert shares_branches(Motion())
+    assert not shares_branches(Motion(measure="output"))
+    assert not shares_branches(Motion(measure="change"))
 
 
 def test_one_process_is_one_device() -> None:
@@ -204,11 +263,22 @@ def test_what_is_expected_follows_from_the_machine() -> None:
     assert sent_bytes(FILM, Mesh()) == 0
 
 
+def test_steps_that_run_fewer_branches_count_with_their_own_time() -> None:
+    machine = Machine(1e12, 1e12, 1e12, 1e15, 0.0)
+    three = Work(Network(1, 1, 1, 1, 1, 10**9, 1), 3, 1000, 0, 0, 2, remembered=2)
+    steps = replace(three, steps=(Step(3, 0), Step(3, 0), Step(3, 0), Step(2, 0), Step(2, 0, committing=True)))
+    each = [sum(seconds(replace(three, branches=branches), Mesh(2, 1), machine)) for branches in (3, 3, 3, 2)]
+    assert sum(seconds(steps, Mesh(2, 1), machine)) == pytest.approx((sum(each) + each[-1]) / 5, rel=1e-6)
+    assert ratio(steps, Mesh(2, 1), machine) == pytest.approx(13 / 8, rel=1e-3)
+    assert ratio(steps, Mesh(3, 1), machine) == pytest.approx(13 / 5, rel=1e-3)
+    assert sent_bytes(steps.evaluations[3], Mesh(3, 1), (2, 0)) == sent_bytes(steps.evaluations[4], Mesh(3, 1)) == 0
+
+
 @pytest.mark.parametrize("name", scale.MODELS)
 def test_more_cards_are_faster_and_hold_less_by_the_arithmetic(name: str) -> None:
     geometry, link = GEOMETRIES[name], scale.LINKS["NVLink"]
     work = scale.work_of(geometry)
-    each = [fastest(work, scale.meshes_of(geometry, work, count), link) for count in scale.CARDS]
+    each = [fastest(work, scale.meshes_of(work, count), link) for count in scale.CARDS]
     ratios = [ratio(work, mesh, link) for mesh in each]
     assert all(0.9 * count < got <= count for count, got in zip(scale.CARDS, ratios, strict=True))
     held = [scale.cache_bytes(work, mesh) for mesh in each]

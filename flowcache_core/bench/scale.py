@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from ..device import device_name
 from ..models.bundle import Bundle
 from ..models.skyreels import HEAD_DIM, SkyReelsConfig
 from ..models.skyreels_family import SKYREELS
-from ..ranks.cost import Machine, Mesh, Work, fastest, meshes, ratio, seconds, sent_bytes
+from ..ranks.cost import Machine, Mesh, Work, fastest, mean, meshes, ratio, seconds, sent_bytes
 from ..ranks.group import Traffic, shares
-from ..ranks.launch import world
-from ..ranks.world import ONE, World, network_of
+from ..ranks.launch import add_arguments as add_ranks
+from ..ranks.launch import sharded, world
+from ..ranks.world import ONE, World, network_of, steps_of
 from ..run.generate import Job, generate
 from ..run.report import RunReport
 from .cards import GIB, HALF
@@ -43,25 +45,21 @@ MODELS = ("skyreels-1.3b", "skyreels-14b", "magi-4.5b", "magi-24b")
 
 
 def work_of(geometry: Geometry) -> Work:
-    """A chunk that sees all of its window, with all branches of its first step, in 16 bits. From a network of one layer on the meta device: no
-    memory is needed."""
+    """A chunk that sees all of its window, as far as its steps allow, with the branches of each, in 16 bits. From a network of one layer on the
+    meta device: no memory is needed."""
     family, job, layers, layout = geometry.family, geometry.job, geometry.config.layers, geometry.layout
     one = family.network(geometry.shortened(1).config, device="meta", dtype=torch.bfloat16)
     adapter, latent = family.adapter(one, None), [side // family.latents.spatial for side in job.picture]
     network = network_of(family, adapter, latent)
-    network = replace(network, layers=layers, weights=layers * network.weights)
-    chunk = layout.chunk_frames * adapter.tokens_per_frame(*latent)
-    return Work(network, branches_of(geometry), chunk, layout.window * chunk, geometry.words, HALF)
+    network = replace(network, layers=layers, weights=layers * network.weights, stored=layers * network.stored)
+    frame, guidance, bundle = adapter.tokens_per_frame(*latent), family.guidance, Sized.of(geometry)
+    chunk, steps = layout.chunk_frames * frame, steps_of(family, adapter, job.schedule(bundle), frame, job.cfg, job.sigmas(bundle))
+    remembered = len(guidance.remembered(job.cfg)) if guidance.inside else None
+    return Work(network, len(guidance.branches(job.cfg)), chunk, layout.window * chunk, geometry.words, HALF, remembered=remembered, steps=steps)
 
 
-def branches_of(geometry: Geometry) -> int:
-    """Of guidance, in the first step of a chunk."""
-    guidance, cfg = geometry.family.guidance, geometry.job.cfg
-    return len(guidance.needed(cfg, 1.0) if guidance.inside else guidance.branches(cfg))
-
-
-def meshes_of(geometry: Geometry, work: Work, count: int) -> list[Mesh]:
-    return meshes(count, 1 if geometry.family.guidance.inside else work.branches, work.network.heads)
+def meshes_of(work: Work, count: int) -> list[Mesh]:
+    return meshes(count, work.branches, work.network.heads)
 
 
 def cards() -> str:
@@ -71,10 +69,10 @@ def cards() -> str:
         geometry = GEOMETRIES[name]
         work, picture = work_of(geometry), f"{geometry.job.width} x {geometry.job.size}"
         for count in CARDS:
-            mesh = {link: fastest(work, meshes_of(geometry, work, count), machine) for link, machine in LINKS.items()}
+            mesh = {link: fastest(work, meshes_of(work, count), machine) for link, machine in LINKS.items()}
             each = (f"{sum(seconds(work, mesh[link], LINKS[link])):.2f} s, {ratio(work, mesh[link], LINKS[link]):.2f}x" for link in LINKS)
             one = mesh["PCIe"]
-            sent, kept = sent_bytes(work, one) / MIB, cache_bytes(work, one) / GIB
+            sent, kept = mean(work, partial(sent_bytes, mesh=one)) / MIB, cache_bytes(work, one) / GIB
             lines.append((name, picture, count, f"{one.branches} x {one.heads}", *each, f"{sent:.0f} MiB", f"{kept:.1f} GiB"))
     head = ["model", "picture", "cards", "branches x heads", *LINKS, "each card sends for an evaluation", "KV cache of the window on each"]
     return table(head, lines)
@@ -83,7 +81,7 @@ def cards() -> str:
 def cache_bytes(work: Work, mesh: Mesh) -> int:
     """Keys and values of all that a chunk sees, on the device that holds most of them."""
     network = work.network
-    heads, branches = max(shares(network.heads, mesh.heads)), max(shares(work.branches, mesh.branches))
+    heads, branches = max(shares(network.heads, mesh.heads)), max(shares(work.looking_back, mesh.branches))
     return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
 
 
@@ -111,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps per chunk (default %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="of the network, a multiple of 128, the size of a head (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the network (default %(default)s)")
+    add_ranks(parser)
 
 
 @torch.inference_mode()
@@ -124,10 +123,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     geometry = asked(args)
     with world() as devices:
         choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
-        bundle = sized(geometry, geometry.config.layers, torch.float32, "cpu")
-        shared = [replace(devices, branches=mesh.branches) for mesh in choices if mesh.devices > 1]
-        ways = [*([ONE] if devices.first else []), *shared]
-        timed = [[Timed.of(bundle, geometry.job, way) for way in ways] for _ in range(1 + REPEATS)][1:]
+        whole, bundle = (sized(geometry, geometry.config.layers, torch.float32, "cpu") for _ in range(2))
+        devices = sharded(devices, bundle.network, SKYREELS.blocks, args)
+        shared = [(bundle, replace(devices, branches=mesh.branches)) for mesh in choices if mesh.devices > 1]
+        ways = [*([(whole, ONE)] if devices.first else []), *shared]
+        timed = [[Timed.of(network, geometry.job, way) for network, way in ways] for _ in range(1 + REPEATS)][1:]
     each = [min(runs, key=lambda one: one.report.wall_s) for runs in zip(*timed, strict=True)]
     return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config),
             "rows": [row(one, each[0]) for one in each]}  # fmt: skip
@@ -161,11 +161,13 @@ def row(timed: Timed, alone: Timed) -> dict[str, Any]:
     """`deviation`: of the ratio that came from the one that was expected."""
     report = timed.report
     came, devices = alone.report.wall_s / report.wall_s, report.devices or asdict(Mesh()) | {"expected_ratio": 1.0} | asdict(Traffic())
+    weights = devices.get("weights", asdict(Traffic()))
     evaluations, count = report.chunk_steps_computed + report.commits, devices["branches"] * devices["heads"]
     return {
         "devices": count, "branches": devices["branches"], "heads": devices["heads"], "seconds": round(report.wall_s, 3), "ratio": round(came, 3),
         "efficiency": round(came / count, 3), "expected": devices["expected_ratio"], "deviation": round(came / devices["expected_ratio"] - 1, 3),
         "cpu_s": round(timed.cpu_s, 3), "cpu_ratio": round(alone.cpu_s / timed.cpu_s, 3),
         "mib_per_evaluation": round(devices["bytes"] / evaluations / MIB, 3), "sending_s": round(devices["seconds"], 3),
+        "weights_mib_per_evaluation": round(weights["bytes"] / evaluations / MIB, 3), "gathering_s": round(weights["seconds"], 3),
         "kv_mib": round(report.kv_peak_bytes / MIB, 2),
     }  # fmt: skip

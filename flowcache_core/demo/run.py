@@ -22,6 +22,8 @@ from ..policies.multirate import Multirate
 from ..policies.named import policy_named
 from ..policies.planned import Planned
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
+from ..ranks.launch import add_arguments as add_ranks
+from ..ranks.launch import sharded
 from ..ranks.world import ONE, World
 from ..run.generate import Job, decode, generate, generate_upstream, warm_up
 from ..run.report import RunReport
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"{','.join(USUAL)}; without {UPSTREAM} where the model looks back only)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for films, map, and report.json")
+    add_ranks(parser)
     parser.add_argument("--save-every", type=int, default=0, help="save the state of a film after so many finished chunks, in the folder states of "
                         "--out; a demo that was stopped goes on from there (default %(default)s: off)")  # fmt: skip
 
@@ -69,7 +72,7 @@ def main(args: argparse.Namespace, world: World = ONE) -> None:
         if world.devices > 1:
             raise ValueError(f"{UPSTREAM} attends bidirectionally, which runs on one device: leave it out of --arms, or start one process")
     family.check(job.schedule(bundle))
-    states = States(args.out / "states", args.save_every) if args.save_every else None
+    states, world = States(args.out / "states", args.save_every) if args.save_every else None, sharded(world, bundle.network, family.blocks, args)
     films: dict[str, Tensor] = {}
     reports: dict[str, RunReport] = {}
     decode_s: dict[str, float] = {}

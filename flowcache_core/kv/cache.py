@@ -282,6 +282,8 @@ class BesideHistory:
         self.cached, self.count = cached, count
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        if not self.count:
+            return attention(q, k, v)
         first, n = (part[: self.count] for part in (q, k, v, x)), self.count
         return torch.cat([self.cached(layer, *first), attention(q[n:], k[n:], v[n:])])
 
@@ -332,6 +334,11 @@ class KVStore:
     @property
     def syncs(self) -> int:
         return sum(cache.syncs + cache.waits for cache in self._caches)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether a branch that looks back is evaluated here; of a film that devices share others may have all of them."""
+        return any(cache.branches for cache in self._caches)
 
     @property
     def history_bytes(self) -> int:
@@ -391,6 +398,8 @@ class KVStore:
         if self.keeper is None:
             for cache in self._caches if stays < history else ():
                 cache.drop(history - stays, stays)
+            return
+        if not self.has_history:
             return
         chosen = [[self.keeper.settle(chunk, branch, stays) for branch in cache.branches] for cache in self._caches]
         self.keeper.send()

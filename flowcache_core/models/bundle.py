@@ -47,9 +47,9 @@ class Bundle:
 
     @property
     def like(self) -> Tensor:
-        """A weight: the dtype and place of the network."""
+        """An empty tensor of the dtype and in the place of the network."""
         weight: Tensor = next(self.network.parameters())
-        return weight
+        return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
     @property
     def dtype(self) -> str:

@@ -144,6 +144,9 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config, ops, **kw)
         self.mlp_post_norm = OnePlusNorm(config.dim, EPS, **kw)
 
+    def text_kv(self, words: Tensor) -> KV:
+        return self.self_attention.text_kv(words)
+
     def forward(self, x: Tensor, condition: Tensor, text: Sequence[KV], rope: Tensor, attend: Attention) -> Tensor:
         to_attention, to_mlp = self.ada_modulate_layer(condition)
         x = post_normed(self.self_attn_post_norm, x, self.self_attention(x, text, rope, attend), to_attention)
@@ -287,7 +290,7 @@ class Magi(nn.Module):
     def text_kv(self, text: Tensor) -> list[KV]:
         """Text embeddings [B, L, text_dim] -> keys and values of every layer."""
         words = self.y_embedder.y_proj_xattn(text)
-        return [layer.self_attention.text_kv(words) for layer in self._layers]
+        return [layer.text_kv(words) for layer in self._layers]
 
     def null_text(self, words: int) -> Tensor:
         """The first words of the learned caption that stands for no text, [1, words, text_dim]."""

@@ -106,6 +106,9 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(ops.Linear(dim, ffn_dim, **kw), nn.GELU(approximate="tanh"), ops.Linear(ffn_dim, dim, **kw))
         self.modulation = nn.Parameter(torch.empty(1, 6, dim, **kw))
 
+    def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cross_attn.text_kv(text)
+
     def forward(self, x: Tensor, e0: Tensor, text: tuple[Tensor, Tensor], rope: Tensor, attend: Attention) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(e0) + e0).unbind(2)
         x = gated(x, self.self_attn(modulated_norm(self.norm1, x, shift_a, scale_a), rope, attend), gate_a)
@@ -212,7 +215,7 @@ class SkyReelsV2(nn.Module):
     def text_kv(self, text: Tensor) -> TextKV:
         """Text embeddings [B, L, text_dim] -> keys and values of every layer."""
         hidden = self.text_embedding(text)
-        return [block.cross_attn.text_kv(hidden) for block in self._blocks]
+        return [block.text_kv(hidden) for block in self._blocks]
 
     def stack(self, tokens: Tensor, e0: Tensor, text: TextKV, rope: Tensor, attend: Attend) -> Tensor:
         """All blocks. tokens [B, T, d], e0 [B, F, 6, d] with F dividing T, rope [T, 64] -> [B, T, d]."""

@@ -68,7 +68,7 @@ class ChunkState:
                 "the step itself: bypass that node"
             )
         self.ran |= {branch: self.ran.get(branch, 0) + 1 for branch in branches}
-        return max(before)
+        return max(before, default=0)
 
     def keep(self, branches: Hashable, sigma: float, value: Tensor, fresh: Tensor | None = None) -> None:
         """Remember a computed step, or its `fresh` part; the last two of every token are enough for a linear prediction."""

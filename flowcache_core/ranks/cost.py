@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from .group import ring_bytes, shares
 
@@ -28,7 +29,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """Sizes of a network. `weights`: numbers by which every token of the chunk is multiplied; `cells`: numbers of a token's velocity."""
+    """Sizes of a network. `weights`: numbers by which every token of the chunk is multiplied; `cells`: numbers of a token's velocity; `stored`:
+    numbers of all its layers."""
 
     layers: int
     width: int
@@ -37,6 +39,16 @@ class Network:
     head_dim: int
     weights: int
     cells: int
+    stored: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """In what one evaluation of a chunk differs from the others: branches that run, slots that are seen, whether it is the commit pass."""
+
+    branches: int
+    seen: int
+    committing: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,9 @@ class Work:
     """One evaluation.
 
     `branches`: films x branches; `tokens`: of the chunk, or those that are refreshed, 0 where an output is replayed; `seen`: slots that they
-    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered.
+    attend to; `words`: of text; `chunk_tokens`: 0 where all tokens run; `residual`: whether it is gathered; `remembered`: the first so many
+    branches look back on history, None all, the others see their chunk alone; `committing`: of a finished chunk no velocity is exchanged;
+    `steps`: the evaluations of a chunk, where they differ; `sharded`: whether a device holds its share of the weights alone.
     """
 
     network: Network
@@ -55,6 +69,20 @@ class Work:
     itemsize: int
     chunk_tokens: int = 0
     residual: bool = False
+    remembered: int | None = None
+    committing: bool = False
+    steps: tuple[Step, ...] = ()
+    sharded: bool = False
+
+    @property
+    def evaluations(self) -> list[Work]:
+        """One by one, of a chunk."""
+        return [replace(self, branches=one.branches, seen=one.seen, committing=one.committing, steps=()) for one in self.steps] or [self]
+
+    @property
+    def looking_back(self) -> int:
+        """Branches that see history."""
+        return self.branches if self.remembered is None else min(self.remembered, self.branches)
 
 
 @dataclass(frozen=True)
@@ -81,11 +109,13 @@ def meshes(devices: int, branches: int, heads: int) -> list[Mesh]:
     return found
 
 
-def operations(work: Work, branches: int, tokens: int, heads: float) -> float:
-    """Of the layers for `tokens` of the tokens, with attention of all of them for `heads` of the query heads."""
+def operations(work: Work, branches: int, looking_back: int, tokens: int, heads: float) -> float:
+    """Of the layers for `tokens` of the tokens of so many branches, with attention of all tokens for `heads` of the query heads. The branches
+    that are not `looking_back` see their chunk alone."""
     network = work.network
     linear = 2 * network.weights * tokens + 4 * network.layers * tokens * work.words * network.query_heads * network.head_dim
-    return branches * (linear + 4 * network.layers * work.tokens * work.seen * heads * network.head_dim)
+    seen = looking_back * work.seen + (branches - looking_back) * _chunk(work)
+    return branches * linear + 4 * network.layers * work.tokens * seen * heads * network.head_dim
 
 
 def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
@@ -97,7 +127,7 @@ def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
 def kept_bytes(work: Work, mesh: Mesh, place: tuple[int, int], slots: int, hidden: bool = False) -> int:
     """On top, where a finished chunk joins a history under a budget: scores of so many slots, or, where the KV policy scores each token by
     what the layers are given (`hidden`), that."""
-    branches, network = shares(work.branches, mesh.branches)[place[0]], work.network
+    branches, network = shares(work.looking_back, mesh.branches)[place[0]], work.network
     tokens = shares(work.tokens, mesh.heads)[place[1]] * network.width * work.itemsize
     scores = shares(network.heads, mesh.heads)[place[1]] * slots * SCORE
     return (mesh.heads - 1) * network.layers * branches * (tokens if hidden else scores)
@@ -116,7 +146,7 @@ def _along_heads(work: Work, devices: int, mine: int, branches: int) -> int:
 
 
 def _along_branches(work: Work, devices: int, branches: int) -> int:
-    return (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
+    return 0 if work.committing else (devices - 1) * branches * _chunk(work) * work.network.cells * work.itemsize
 
 
 def _chunk(work: Work) -> int:
@@ -126,18 +156,36 @@ def _chunk(work: Work) -> int:
 def collectives(work: Work, mesh: Mesh) -> int:
     """Of one evaluation."""
     along_heads = 2 * work.network.layers + 1 + work.residual if mesh.heads > 1 else 0
-    return along_heads + (mesh.branches > 1)
+    return along_heads + (mesh.branches > 1 and not work.committing)
 
 
 def seconds(work: Work, mesh: Mesh, machine: Machine) -> tuple[float, float]:
-    """Of the device that has most to do: computing and sending, one after the other."""
+    """Of the device that has most to do: computing and sending, one after the other. Where the evaluations of a chunk differ, their mean."""
+    return mean(work, lambda one: _computing(one, mesh, machine)), mean(work, lambda one: _sending(one, mesh, machine))
+
+
+def mean(work: Work, of: Callable[[Work], float]) -> float:
+    """Over the evaluations of a chunk."""
+    return sum(map(of, work.evaluations)) / len(work.evaluations)
+
+
+def _computing(work: Work, mesh: Mesh, machine: Machine) -> float:
     branches, network = max(shares(work.branches, mesh.branches)), work.network
+    looking_back = max(shares(work.looking_back, mesh.branches))
     tokens = max(shares(work.tokens, mesh.heads))
     heads = max(shares(network.heads, mesh.heads)) * network.query_heads / network.heads
     rate = machine.alone if mesh.devices == 1 else machine.rate
-    computing = max(operations(work, branches, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
-    sending = sent_bytes(work, mesh) / machine.link + collectives(work, mesh) * machine.latency
-    return computing, sending
+    return max(operations(work, branches, looking_back, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
+
+
+def _sending(work: Work, mesh: Mesh, machine: Machine) -> float:
+    sent = sent_bytes(work, mesh) + weight_bytes(work, mesh)
+    return sent / machine.link + (collectives(work, mesh) + work.network.layers * (work.sharded and mesh.devices > 1)) * machine.latency
+
+
+def weight_bytes(work: Work, mesh: Mesh) -> int:
+    """Of the layers, that each device sends for one evaluation where it holds its share of them alone: its share to every other."""
+    return work.network.stored * work.itemsize * (mesh.devices - 1) // mesh.devices if work.sharded else 0
 
 
 def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:
@@ -148,3 +196,67 @@ def ratio(work: Work, mesh: Mesh, machine: Machine) -> float:
 def fastest(work: Work, choices: Sequence[Mesh], machine: Machine) -> Mesh:
     """The one of these that takes the least time; of equals the one that sends less."""
     return min(choices, key=lambda mesh: (sum(seconds(work, mesh, machine)), sent_bytes(work, mesh)))
+
+
+# a row of chunks, each on one device
+
+
+@dataclass(frozen=True)
+class Row:
+    """The evaluations of a row, one for each active chunk, the oldest first; `past`: slots of history that they see between them."""
+
+    each: tuple[Work, ...]
+    past: int
+
+    @classmethod
+    def of(cls, work: Work, apart: int, together: int) -> Row:
+        """`together` chunks, `apart` steps from one to the next, of which the newest is at its first step."""
+        by_step = work.evaluations
+        each = tuple(by_step[min(number * apart, len(by_step) - 1)] for number in range(together))[::-1]
+        oldest = min(number - one.seen // one.tokens + 1 for number, one in enumerate(each))
+        return cls(each, max(-oldest, 0) * work.tokens)
+
+    @property
+    def slots(self) -> int:
+        """Of history and active chunks."""
+        return self.past + sum(one.tokens for one in self.each)
+
+    def by_heads(self, mesh: Mesh, machine: Machine) -> float:
+        """Seconds, one chunk after the other, each by all devices."""
+        return sum(sum(seconds(one, mesh, machine)) for one in self.each)
+
+    def by_chunks(self, mesh: Mesh, machine: Machine, whole: bool) -> float:
+        """Seconds where the devices along heads have chunks instead, layer by layer at the same time. `whole`: all have all of history."""
+        computing = max(sum(_computing(self.each[k], Mesh(mesh.branches), machine) for k in mine) for mine in self.dealt(mesh.heads))
+        per_layer = 1 if whole else 2
+        latency = (per_layer * self.each[0].network.layers + (mesh.branches > 1)) * machine.latency
+        return computing + self.chunk_bytes(mesh, whole) / machine.link + latency
+
+    def dealt(self, devices: int) -> list[list[int]]:
+        """The numbers of the chunks of each device: one after another, the longest first, to the device that has least to do."""
+        unit = Machine(1.0, 1.0, math.inf, 1.0, 0.0)
+        cost, mine = [_computing(one, Mesh(), unit) for one in self.each], [list[int]() for _ in range(devices)]
+        for number in sorted(range(len(cost)), key=lambda number: -cost[number]):
+            min(mine, key=lambda some: sum(cost[k] for k in some)).append(number)
+        return mine
+
+    def chunk_bytes(self, mesh: Mesh, whole: bool) -> float:
+        """Sent or received, whichever is more, by the device that has most of it: keys and values of its chunks to devices with later ones, and where
+        history is not `whole` everywhere, an even part of it of every device to all others, or queries there and outputs back if that is less."""
+        network, dealt, branches = self.each[0].network, self.dealt(mesh.heads), max(shares(self.each[0].looking_back, mesh.branches))
+        number = network.layers * branches * self.each[0].itemsize * network.head_dim
+        keys, queries = 2 * network.heads * number, network.query_heads * number
+        tokens, others = [one.tokens for one in self.each], mesh.heads - 1
+        sent = [sum(tokens[k] * sum(any(later > k for later in theirs) for theirs in dealt if theirs is not mine) for k in mine) for mine in dealt]
+        received = [sum(tokens[k] for k in range(max(mine, default=0)) if k not in mine) for mine in dealt]
+        active = max(map(max, zip(sent, received, strict=True))) * keys
+        if whole:
+            return active
+        asking = (max(sum(tokens[k] for k in mine) for mine in dealt) * others + sum(tokens)) * queries
+        return active + min(self.past * others / mesh.heads * keys, asking)
+
+    def chunk_cache(self, mesh: Mesh, whole: bool) -> float:
+        """Bytes of keys and values on a device: of all active chunks, and of all of history or an even part."""
+        network, branches = self.each[0].network, max(shares(self.each[0].looking_back, mesh.branches))
+        held = self.slots - self.past + self.past / (1 if whole else mesh.heads)
+        return 2 * network.layers * network.heads * network.head_dim * branches * held * self.each[0].itemsize

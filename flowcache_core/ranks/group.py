@@ -30,6 +30,9 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.bytes + other.bytes, self.calls + other.calls, self.seconds + other.seconds)
 
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.bytes - other.bytes, self.calls - other.calls, self.seconds - other.seconds)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -70,6 +73,11 @@ class Group:
         out = x.contiguous().clone()
         self._count(ring_bytes(out.nbytes, self.size), lambda: dist.all_reduce(out, group=self.handle))
         return out
+
+    def gather_into(self, out: Tensor, mine: Tensor) -> None:
+        """The devices' parts, all of one size, one behind the other."""
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # an older PyTorch
+        self._count((self.size - 1) * mine.nbytes, lambda: gather(out, mine, group=self.handle))
 
     def _count(self, size: int, collective: Callable[[], object]) -> None:
         began = time.perf_counter()

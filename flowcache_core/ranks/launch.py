@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -12,13 +13,39 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from .world import ONE, World, timed_machine
+from ..device import memory
+from .group import Group
+from .world import ONE, World, largest, timed_machine
 
 TOGETHER = timedelta(seconds=60)
 """In which all processes have to be there."""
 SILENT = timedelta(minutes=10)
 """After which a device that says nothing counts as lost; one that has ended is noticed at once."""
+
+
+FSDP = ("auto", "on", "off")
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fsdp", choices=FSDP, default="auto", help="with several processes: each holds its share of the weights (FSDP2); auto: "
+                        "where the network is larger than the memory of a device (default %(default)s)")  # fmt: skip
+    parser.add_argument("--device-memory", type=float, help="GiB of a device for weights (default: what it has)")
+
+
+def sharded(world: World, network: nn.Module, layers: str, args: argparse.Namespace) -> World:
+    """The devices, each with its share of the weights where the arguments ask for that or, with `auto`, where the network fits one of them not.
+    `layers`: how the names of the parameters of its layers begin. Raises ValueError."""
+    if args.device_memory is not None and not 0 < args.device_memory <= 1e6:
+        raise ValueError(f"--device-memory is in GiB and more than 0, and {args.device_memory:g} was given")
+    if world.devices == 1 or args.fsdp == "off":
+        return world
+    weights = list(network.parameters())
+    room = args.device_memory * GIB if args.device_memory else memory(weights[0].device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    too_large = largest(Group(dist.group.WORLD), float(sum(weight.nbytes for weight in weights) > room)) > 0
+    return world.sharded(network, layers) if args.fsdp == "on" or too_large else world
 
 
 def first() -> bool:

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..kv.compressor import Compressor
 from ..kv.policy import LearntKVPolicy
-from ..models.adapter import ModelAdapter
+from ..models.adapter import ModelAdapter, reach_of
 from ..models.family import Family
 from ..policies.motion import BUCKETS
 from ..policies.protocol import CachePolicy, PartPolicy, TokenPolicy
 from ..sampling.schedule import ChunkSchedule
-from .cost import Machine, Mesh, Network, Work, fastest, meshes, ratio, seconds, sent_bytes
+from .cost import Machine, Mesh, Network, Step, Work, fastest, mean, meshes, ratio, seconds, sent_bytes, weight_bytes
 from .group import Group, Traffic, shares
-from .split import parts, split_adapter, split_policy
+from .split import split_adapter, split_policy
+from .weights import shard_weights
 
 MIB = 2**20
 SIDE, PIECE, REPEATS = 512, 2**20, 10
@@ -38,6 +39,10 @@ class Spread:
     heads: Group = field(default_factory=Group)
     work: Work | None = None
     machine: Machine | None = None
+    weights: Group = field(default_factory=Group)
+    """What the weights are gathered in, where each device holds its share of them."""
+    before: Traffic = field(default_factory=Traffic)
+    """Of the weights, for films before this one."""
 
     @property
     def mesh(self) -> Mesh:
@@ -56,21 +61,30 @@ class Spread:
         return replace(compressor, policy=split_policy(compressor.policy, self.heads, heads), budget=mine)
 
     def _part_of_most(self, heads: int) -> float:
-        """What this device holds of each slot, as a part of what the device holds that has most heads and branches."""
-        each = shares(heads, self.heads.size), shares(self.work.branches if self.work else 1, self.branches.size)
-        return each[0][self.heads.rank] / max(each[0]) * each[1][self.branches.rank] / max(each[1])
+        """The key heads of this device, as a part of those of the device that has most."""
+        each = shares(heads, self.heads.size)
+        return each[self.heads.rank] / max(each)
 
     def own(self, branches: int) -> slice:
-        """Of so many branches those that this device evaluates."""
-        return parts(shares(branches, self.branches.size))[self.branches.rank]
+        """Of so many branches those that this device evaluates: dealt out in turn, so that the first so many of them are shared evenly too."""
+        return slice(self.branches.rank, branches, self.branches.size)
 
-    def joined(self, each: Tensor, branches: int) -> Tensor:
-        """Velocities of this device's branches [own branches, C, F, h, w] -> of all."""
-        return self.branches.gathered(each, 0, shares(branches, self.branches.size))
+    def most(self, branches: int) -> int:
+        """How many of so many branches a device evaluates at most."""
+        return max(shares(branches, self.branches.size))
+
+    def joined(self, each: Tensor, branches: int, films: int = 1) -> Tensor:
+        """Velocities of this device's branches [own branches x films, C, F, h, w] -> of all, in their order."""
+        devices = self.branches.size
+        if devices == 1:
+            return each
+        whole = self.branches.gathered(each, 0, [films * count for count in shares(branches, devices)]).split(films)
+        order = [branch for device in range(devices) for branch in range(device, branches, devices)]
+        return torch.cat([velocity for _, velocity in sorted(zip(order, whole, strict=True), key=lambda one: one[0])])
 
     def agreed(self, value: float) -> float:
         """The largest that any device has measured: what all go by."""
-        return _largest(self.branches, _largest(self.heads, value))
+        return largest(self.branches, largest(self.heads, value))
 
     @property
     def expectation(self) -> str:
@@ -78,7 +92,7 @@ class Spread:
         if self.work is None or self.machine is None:
             return ""
         mesh, computing_sending = self.mesh, seconds(self.work, self.mesh, self.machine)
-        size = sent_bytes(self.work, mesh, (self.branches.rank, self.heads.rank)) / MIB
+        size = mean(self.work, lambda one: sent_bytes(one, mesh, (self.branches.rank, self.heads.rank)) + weight_bytes(one, mesh)) / MIB
         return (
             f"{mesh.devices} devices, {mesh.branches} for the branches of guidance x {mesh.heads} for heads: an evaluation of a chunk is expected to "
             f"take {computing_sending[0]:.3g} s of computing and {computing_sending[1]:.3g} s of sending {size:.3g} MiB from each device, "
@@ -91,19 +105,27 @@ class Spread:
         return self.branches.traffic + self.heads.traffic
 
     @property
+    def gathered(self) -> Traffic:
+        """The same for weights."""
+        return self.weights.traffic - self.before
+
+    @property
     def line(self) -> str:
         """What came of it, in one sentence; "" on one device."""
         if self.mesh.devices == 1:
             return ""
         sent = self.traffic
-        return f"this device of {self.mesh.devices} sent {sent.bytes / MIB:.3g} MiB in {sent.calls} collectives, which took {sent.seconds:.3g} s"
+        of_weights = f", and {self.gathered.bytes / MIB:.3g} MiB of weights, {self.gathered.seconds:.3g} s" if self.weights.size > 1 else ""
+        took = f"sent {sent.bytes / MIB:.3g} MiB in {sent.calls} collectives, which took {sent.seconds:.3g} s"
+        return f"this device of {self.mesh.devices} {took}{of_weights}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; {} on one device."""
         if self.work is None or self.machine is None or self.mesh.devices == 1:
             return {}
         expected = ratio(self.work, self.mesh, self.machine)
-        return {**asdict(self.mesh), "expected_ratio": round(expected, 3), **asdict(self.traffic)}
+        weights = {"weights": asdict(self.gathered)} if self.weights.size > 1 else {}
+        return {**asdict(self.mesh), "expected_ratio": round(expected, 3), **asdict(self.traffic), **weights}
 
 
 ALONE = Spread()
@@ -118,6 +140,12 @@ class World:
     machine: Machine | None = None
     branches: int | None = None
     """Along how many of them branches are shared; None: as is fastest."""
+    weights: Group = field(default_factory=Group)
+    """What the weights of the network are gathered in, where each device holds its share of them."""
+
+    def sharded(self, network: nn.Module, layers: str) -> World:
+        """These devices, each with its share of the weights of a network, which is changed in place. Raises ValueError."""
+        return replace(self, weights=shard_weights(network, layers, self.devices)) if self.devices > 1 else self
 
     @property
     def first(self) -> bool:
@@ -125,22 +153,27 @@ class World:
         return self.rank == 0
 
     def spread(self, family: Family, adapter: ModelAdapter, schedule: ChunkSchedule, latent: Sequence[int], branches: int, words: int,
-               itemsize: int, policy: CachePolicy | None = None) -> Spread:  # fmt: skip
-        """The mesh for a film. `latent`: height and width of a frame; `branches`: of guidance; `words`: of each one's text. Raises ValueError,
-        with the way out, where the devices cannot share it."""
+               itemsize: int, policy: CachePolicy | None = None, scale: float = 1.0, sigmas: Sequence[float] = ()) -> Spread:  # fmt: skip
+        """The mesh for a film. `latent`: height and width of a frame; `branches`: of guidance; `words`: of each one's text; `scale` of guidance
+        and noise levels `sigmas` say which branches run at which step, where guidance is inside the run. Raises ValueError, with the way out,
+        where the devices cannot share it."""
         if self.machine is None:
             return ALONE
         frame = adapter.tokens_per_frame(*latent)
         spans = [schedule.span(k)[1] * frame for k in range(schedule.chunks)]
         seen = min(schedule.horizon, schedule.frames) * frame
-        work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy))
-        choices = meshes(self.devices, branches if shares_branches(family, policy) else 1, adapter.heads)
+        steps = steps_of(family, adapter, schedule, frame, scale, sigmas)
+        work = Work(network_of(family, adapter, latent), branches, max(spans), seen, words, itemsize, residual=wants_residual(policy),
+                    remembered=len(family.guidance.remembered(scale)) if family.guidance.inside else None, steps=steps,
+                    sharded=self.weights.size > 1)  # fmt: skip
+        shared = min((step.branches for step in steps), default=branches) if work.sharded else branches
+        choices = meshes(self.devices, shared if shares_branches(policy) else 1, adapter.heads)
         choices = [mesh for mesh in choices if self.branches in (None, mesh.branches)] or choices
         mesh = fastest(work, choices, self.machine)
         self._require_tokens(min(spans), mesh, policy)
         groups = init_device_mesh("cpu", (mesh.branches, mesh.heads), mesh_dim_names=("branches", "heads"))
         along = {name: Group(groups.get_group(name)) for name, size in asdict(mesh).items() if size > 1}
-        return Spread(**along, work=work, machine=self.machine)
+        return Spread(**along, work=work, machine=self.machine, weights=self.weights, before=replace(self.weights.traffic))
 
     def _require_tokens(self, fewest: int, mesh: Mesh, policy: CachePolicy | None) -> None:
         lengths = BUCKETS if isinstance(policy, TokenPolicy | PartPolicy) else 1
@@ -159,21 +192,36 @@ def wants_residual(policy: CachePolicy | None) -> bool:
     return policy is not None and (policy.keeps == "residual" or (isinstance(policy, TokenPolicy) and policy.watches == "output"))
 
 
-def shares_branches(family: Family, policy: CachePolicy | None) -> bool:
-    """Whether devices may have different branches: not where guidance is combined inside the run, nor where a policy looks at what the network made
-    of one branch or of all, since then its decisions would differ."""
-    watches = policy.watches if isinstance(policy, TokenPolicy) else "clean"
-    return not family.guidance.inside and watches in ("clean", "noisy")
+def shares_branches(policy: CachePolicy | None) -> bool:
+    """Whether devices may have different branches: not where a policy looks at what the network made of one branch or of all, since then its
+    decisions would differ."""
+    return not isinstance(policy, TokenPolicy) or policy.watches in ("clean", "noisy")
+
+
+def steps_of(family: Family, adapter: ModelAdapter, schedule: ChunkSchedule, frame_tokens: int, scale: float,
+             sigmas: Sequence[float]) -> tuple[Step, ...]:  # fmt: skip
+    """The evaluations of a chunk that sees all that its steps allow; () where they are alike."""
+    guidance, last = family.guidance, schedule.chunks - 1
+    if not guidance.inside or not sigmas:
+        return ()
+    reach, most = reach_of(adapter) or (lambda chunk: None), min(schedule.horizon, schedule.frames)
+    chunks = [reach(schedule.at(last, step)) for step in range(len(sigmas))]
+    *seen, alone = (most if count is None else min(count * schedule.chunk_frames, most) for count in chunks)
+    steps = [Step(len(guidance.needed(scale, sigma)), frames * frame_tokens) for sigma, frames in zip(sigmas[:-1], seen, strict=True)]
+    commit = [Step(len(guidance.remembered(scale)), alone * frame_tokens, committing=True)] if family.clean_pass else []
+    return *steps, *commit
 
 
 def network_of(family: Family, adapter: ModelAdapter, latent: Sequence[int]) -> Network:
     """Weights that multiply the text alone are not counted."""
     network: Any = getattr(adapter, "network", None)
     named = network.named_parameters() if network is not None else ()
-    weights = sum(weight.numel() for name, weight in named if name.startswith(family.blocks) and weight.ndim > 1)
+    of_layers = [weight for name, weight in named if name.startswith(family.blocks)]
+    weights = sum(weight.numel() for weight in of_layers if weight.ndim > 1)
     cells = family.latents.channels * latent[0] * latent[1] // adapter.tokens_per_frame(*latent)
     of_text = adapter.text_channels * adapter.width
-    return Network(adapter.layers, adapter.width, adapter.heads, adapter.query_heads, adapter.head_dim, max(weights - of_text, 1), cells)
+    return Network(adapter.layers, adapter.width, adapter.heads, adapter.query_heads, adapter.head_dim, max(weights - of_text, 1), cells,
+                   sum(weight.numel() for weight in of_layers))  # fmt: skip
 
 
 def timed_machine(device: torch.device | str = "cpu") -> Machine:
@@ -210,5 +258,5 @@ def _wait(like: Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
-def _largest(group: Group, value: float) -> float:
+def largest(group: Group, value: float) -> float:
     return float(group.gathered(torch.full((1,), value, dtype=torch.float64), 0, [1] * group.size).max())

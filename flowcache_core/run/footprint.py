@@ -72,7 +72,7 @@ def footprint(adapter: ModelAdapter, schedule: ChunkSchedule, latent: tuple[int,
     edges = max(len(row.active) for row in schedule.rows) + 1
     frame = Frame(films * channels * cells, films * frame_tokens * adapter.width, cells, frame_tokens, itemsize)
     waiting = batch * waiting_frames(schedule, plan) * frame_tokens * token if plan else 0
-    kv = (cached * films if cached else batch) * capacity(schedule, frame_tokens, reach=reach_of(adapter)).total * token + waiting
+    kv = (batch if cached is None else cached * films) * capacity(schedule, frame_tokens, reach=reach_of(adapter)).total * token + waiting
     predictions = frames * (batch // films * frame.replayed(policy) + frame.watched(policy)) + edges * frame.edge(policy)
     latents = (FILMS * (film_frames or schedule.frames) + SOLVED * frames + MOVED * schedule.chunk_frames) * frame.latent * NUMBER
     visits = (film_frames or schedule.frames) * frame_tokens * NUMBER

@@ -172,8 +172,9 @@ def generate_upstream(bundle: Bundle, job: Job, on_step: Progress = lambda chunk
 
 def _spread(bundle: Bundle, job: Job, film: ChunkSchedule, policy: CachePolicy | None, world: World) -> Spread:
     words, (*_, height, width) = bundle.text(job.prompt).shape[1], job.noise_shape(bundle)
-    branches = len(bundle.family.guidance.branches(job.cfg))
-    return world.spread(bundle.family, bundle.adapter(), film, (height, width), branches, words, bundle.like.element_size(), policy)
+    family, itemsize = bundle.family, bundle.like.element_size()
+    branches = len(family.guidance.branches(job.cfg))
+    return world.spread(family, bundle.adapter(), film, (height, width), branches, words, itemsize, policy, job.cfg, job.sigmas(bundle))
 
 
 def _made(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...], guided: Guided, on_step: Progress, given: Given, adapter: MakeAdapter,
@@ -243,8 +244,8 @@ class Guided:
 
     @property
     def own(self) -> slice:
-        """The branches of this device."""
-        return self.spread.own(len(self.branches))
+        """The branches of this device; where guidance is inside, the run shares them."""
+        return slice(None) if self.bundle.family.guidance.inside else self.spread.own(len(self.branches))
 
     @property
     def texts(self) -> dict[str, object]:
@@ -263,8 +264,10 @@ class Guided:
         else:
             branches = self.branches[self.own]
             mine = turn.denoise(x.expand(len(branches), -1, -1, -1, -1), self.context[self.own], branches)
+            if guidance.inside or turn.committing:
+                return mine[: len(x)].float()
             each = list(self.spread.joined(mine, n).float().chunk(n))
-        return each[0] if guidance.inside else guidance.combine(each, self.job.cfg, self.levels[turn.step])
+        return guidance.combine(each, self.job.cfg, self.levels[turn.step])
 
 
 @torch.inference_mode()

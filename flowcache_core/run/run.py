@@ -217,15 +217,23 @@ class Run:
 
     @cached_property
     def branches(self) -> int:
-        """Branches that the network runs for one evaluation, those that the run makes itself too."""
+        """Branches that the network runs here for one evaluation, those that the run makes itself too."""
         guidance = self.family.guidance
-        return len(guidance.branches(self.scale)) if guidance.inside else self.place.branches
+        return self._own(len(guidance.branches(self.scale))) if guidance.inside else self.place.branches
 
     @cached_property
     def cached_branches(self) -> int:
         """Those of them that have a KV cache."""
+        return self._own(self._cached_by_all) if self.family.guidance.inside else self.branches
+
+    @property
+    def _cached_by_all(self) -> int:
+        """By all devices, where guidance is inside."""
         guidance, by_token = self.family.guidance, isinstance(self.policy, TokenPolicy | PartPolicy)
-        return len(guidance.remembered(self.scale)) if guidance.inside and not by_token else self.branches
+        return len(guidance.branches(self.scale) if by_token else guidance.remembered(self.scale))
+
+    def _own(self, branches: int) -> int:
+        return len(range(branches)[self.spread.own(branches)])
 
     @cached_property
     def text_tokens(self) -> int:
@@ -244,7 +252,9 @@ class Run:
     def budget(self) -> Budget | None:
         if self.compressor is None or self.sections:
             return None
-        batch, grid, place = self.cached_branches * self.place.films, self.latent[1:], self.place
+        grid, place = self.latent[1:], self.place
+        most = self.spread.most(self._cached_by_all) if self.family.guidance.inside else self.cached_branches
+        batch = most * place.films
         return self.compressor.budget_for(self.adapter, self.schedule, grid, self.fps, batch, place.itemsize, place.device, self.family.frames.each)
 
     @cached_property
@@ -391,12 +401,15 @@ class ChunkTurn:
         guidance, scale, level = self.run.family.guidance, self.run.scale, self.session.level(self.chunk)
         if not guidance.inside:
             return self.session.denoise(x, self.chunk, context, branches, blocks, texts)
-        every, remembered = guidance.branches(scale), guidance.remembered(scale)
-        self.session.guide(every, remembered)
+        every, remembered, spread = guidance.branches(scale), guidance.remembered(scale), self.run.spread
+        self.session.guide(every, remembered, every[spread.own(len(every))])
         needed = every if self.session.in_part(self.chunk.index) else guidance.needed(scale, level)
         names = remembered if self.chunk.committing else needed
-        each = self.session.denoise(x.repeat(len(names), 1, 1, 1, 1), self.chunk, context, names, blocks, texts).chunk(len(names))
-        return each[0] if self.chunk.committing else guidance.combine(each, scale, level)
+        mine = names[spread.own(len(names))]
+        own = self.session.denoise(x.repeat(max(len(mine), 1), 1, 1, 1, 1), self.chunk, context, mine, blocks, texts)
+        if self.chunk.committing:
+            return own[: len(x)] if mine else x
+        return guidance.combine(spread.joined(own, len(names), len(x)).chunk(len(names)), scale, level)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,8 @@ class Session:
 
     def denoise(self, x: Tensor, chunk: Chunk, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
         """Velocity of one chunk. x: [len(branches) * films, C, F, h, w]; context: the branches' text embeddings, `texts`: which these are, where
-        they change from chunk to chunk.
+        they change from chunk to chunk. Without branches, all of which other devices evaluate, x is [films, ...], by which decisions are made,
+        and the velocity has no films.
 
         `blocks`: by what, where the caller has replaced blocks of the network for this evaluation. The first evaluation of a branch at a
         step is the branch's own. Guidance may ask for more: they see history and the chunk itself as they are now, and leave no keys.
@@ -285,7 +286,7 @@ class Session:
         self._forget_texts(chunk.index)
         if chunk.index < self.schedule.chunks - 1:
             self._kv.settle(chunk)
-            if self._kv.keeper is not None:
+            if self._kv.keeper is not None and self._kv.has_history:
                 self._settled = chunk.index, self._kv.history_bytes
 
     def _locate(self) -> None:
@@ -374,6 +375,10 @@ class Session:
         """Velocity and residual of the chunk; of `only` some of its tokens, the velocity in its place and the residual in their order."""
         self._locate()
         branches = which.branches
+        if not branches:
+            self._kv.layout.begin(call.chunk.index)
+            tokens = call.chunk.frames * self._frame_tokens if only is None else len(only)
+            return call.x[:0], call.x.new_empty(0, tokens, self.adapter.width)
         cached = tuple(branch for branch in branches if branch not in self._alone)
         history = self._kv.attention(cached, call.chunk, only, which.blocks is not None, which.aside)
         attend: Attend = history if cached == branches else BesideHistory(history, len(cached) * self.films)
@@ -401,20 +406,22 @@ class Session:
         return mask_over(value, tokens, (chunk.frames, *self._grid))
 
     def _replay(self, call: Call, state: ChunkState, which: Which, what: Replay, order: int) -> Tensor:
+        if not which.branches:
+            return call.x[:0]
         value = state.predict(which, call.sigma, order)
         return value if what == "velocity" else self.adapter.replay(call, value)
 
-    def guide(self, branches: tuple[str, ...], remembered: tuple[str, ...]) -> None:
-        """Once a run, where guidance is inside: all `branches`, and a KV cache.
+    def guide(self, branches: tuple[str, ...], remembered: tuple[str, ...], own: tuple[str, ...]) -> None:
+        """Once a run, where guidance is inside: all `branches`, and a KV cache for those that are evaluated here, its `own`.
 
-        Then the context of `denoise` is the prompt's [batch, words, channels], and it runs all of the branches or the first so many. Those that
+        Then the context of `denoise` is the prompt's [batch, words, channels], and it runs all of its own or the first so many. Those that
         are not `remembered` see their own chunk alone and need no KV cache, unless some of its tokens are run without the others.
         """
         if self._guided:
             return
         self._guided = branches
         self._alone = () if self._tokens else branches[len(remembered) :]
-        self._kv.of(tuple(branch for branch in branches if branch not in self._alone))
+        self._kv.of(tuple(branch for branch in own if branch not in self._alone))
 
     def _text_of(self, context: Tensor, branches: Branches, chunk: Chunk, texts: Hashable) -> object:
         names: Texts = (self._guided or branches, texts)
