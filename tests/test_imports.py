@@ -26,7 +26,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "run",
         "show",
         "training",
-        "bench demo fleet",
+        "demo fleet",
+        "bench",
         "__main__",
     )
 )

@@ -31,11 +31,11 @@ QUARTER = "kv-quarter"
 
 def held(geometry: Geometry, frames: int, arm: Arm, ar_step: int) -> Footprint:
     """What a film of so many frames holds in 16 bits, by the arithmetic that every run announces. Made on the meta device: no memory is needed."""
-    run, weights = _run(geometry, frames, arm, ar_step)
+    run, weights = settled(geometry, frames, arm, ar_step)
     return replace(run.held, weights=weights)
 
 
-def _run(geometry: Geometry, frames: int, arm: Arm, ar_step: int) -> tuple[Run, int]:
+def settled(geometry: Geometry, frames: int, arm: Arm, ar_step: int) -> tuple[Run, int]:
     """The run, settled, and the bytes of its network."""
     family, network = geometry.family, unallocated(geometry.family.network, geometry.config)
     bundle, job = Sized.of(geometry, network), replace(geometry.job, frames=frames, ar_step=ar_step)

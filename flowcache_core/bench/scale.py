@@ -1,16 +1,18 @@
 """`bench scale`: one film on one device and on all that torchrun has started, in every way that they can share it.
 
 `torchrun --nproc-per-node N -m flowcache_core bench scale`. The network has random weights: nothing is said about films. The film of one device is
-timed while the others wait, in turn with those of all of them; what was expected follows from a product and a message that are timed before.
+timed while the others wait, in turn with those of all of them; what was expected follows from products and messages that are timed before.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ..ranks.cost import Machine, Mesh, Work, fastest, mean, meshes, ratio, seco
 from ..ranks.group import Traffic, shares
 from ..ranks.launch import add_arguments as add_ranks
 from ..ranks.launch import sharded, world
-from ..ranks.world import ONE, World, network_of, steps_of
+from ..ranks.world import ONE, World, network_of, steps_of, timed_machine
 from ..run.generate import Job, generate
 from ..run.report import RunReport
 from .cards import GIB, HALF
@@ -34,6 +36,8 @@ from .model import MIB
 NAME = "scale"
 CARDS = (1, 2, 4, 8)
 REPEATS = 3
+TIMED, PAUSE = 4, 0.5
+"""How often the machine is timed again, and seconds between."""
 RATE, READS = 4e14, 2.5e12
 """Assumed of a card: operations per second in 16 bits, and bytes per second from its memory; about 40 % and 75 % of what an H100 is sold
 with."""
@@ -117,20 +121,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: for one device and every mesh of all of them seconds of the film, how many times as fast as one device it was and was expected
     to be, `efficiency` by device, and what the first device sent. Raises ValueError for what cannot work.
 
-    All ways take turns, and the fastest run of each counts. `cpu_s`: of the first device, by the clock of its process, which stands still while
-    other processes have its core.
+    All ways take turns, and the median run of each counts. `cpu_s`: of the first device, by the clock of its process, which stands still while
+    other processes have its core. Every process keeps to one core, so that no two are put on the same one while there are others.
     """
     geometry = asked(args)
+    keep_to_a_core()
     with world() as devices:
         choices = meshes(devices.devices, len(SKYREELS.guidance.branches(geometry.job.cfg)), geometry.config.heads)
         whole, bundle = (sized(geometry, geometry.config.layers, torch.float32, "cpu") for _ in range(2))
-        devices = sharded(devices, bundle.network, SKYREELS.blocks, args)
+        devices = sharded(replace(devices, machine=timed_again(devices.machine)), bundle.network, SKYREELS.blocks, args)
         shared = [(bundle, replace(devices, branches=mesh.branches)) for mesh in choices if mesh.devices > 1]
         ways = [*([(whole, ONE)] if devices.first else []), *shared]
         timed = [[Timed.of(network, geometry.job, way) for network, way in ways] for _ in range(1 + REPEATS)][1:]
-    each = [min(runs, key=lambda one: one.report.wall_s) for runs in zip(*timed, strict=True)]
+    each = [sorted(runs, key=lambda one: one.report.wall_s)[REPEATS // 2] for runs in zip(*timed, strict=True)]
     return {"device": device_name(), "torch": torch.__version__, "job": asdict(geometry.job), "config": asdict(geometry.config),
             "rows": [row(one, each[0]) for one in each]}  # fmt: skip
+
+
+def keep_to_a_core() -> None:
+    """Of this process and all of its threads to come, where there is one of torch and the system can."""
+    if torch.get_num_threads() == 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", "0")) % len(cores)]})
+
+
+def timed_again(machine: Machine | None) -> Machine | None:
+    """A few times, some seconds in all, since films take the machine as long: the median of each of its values."""
+    if machine is None:
+        return None
+    found = [astuple(machine)]
+    for _ in range(TIMED):
+        time.sleep(PAUSE)
+        found.append(astuple(timed_machine()))
+    return Machine(*map(median, zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..policies.protocol import PlanPolicy
 from ..run.generate import run_of
 from ..sampling.plan import Plan
 from .renderer import Pace
+from .simulation import Film, Fleet, simulate
 from .tasks import FilmTask
 
 
@@ -30,23 +31,22 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`seconds`: of all films on one worker."""
+    """`seconds`: of each film, in the order of their lines."""
 
-    films: int
     kinds: int
     workers: int
-    seconds: float
+    seconds: tuple[float, ...]
     bounds: int
 
     @property
     def hours(self) -> float:
-        """The longest is at least one film."""
-        return max(self.seconds / self.workers, self.seconds / max(self.films, 1)) / 3600
+        """Until the last film is there, where whoever is free takes the next one."""
+        return simulate([Film((one,)) for one in self.seconds], Fleet(self.workers)).seconds / 3600
 
     def text(self) -> str:
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
         lines = [
-            f"{self.films} films to make: {self.hours:.3g} hours on {workers} ({self.seconds / 3600:.3g} on one)",
+            f"{len(self.seconds)} films to make: {self.hours:.3g} hours on {workers} ({sum(self.seconds) / 3600:.3g} on one)",
             f"how: one evaluation of the network and one decoded window, timed on all workers at once for each of {self.kinds} kinds of films; times "
             "the latent frames that the plans compute, clean passes of finished chunks included, and those that are decoded. Loading, saved "
             "states and lost workers come on top",
@@ -82,4 +82,4 @@ def estimate(bundles: dict[str, Bundle], tasks: Sequence[FilmTask], kinds: Seque
     """`paces`: of every worker, of every kind."""
     mean = {repr(kind): Pace(fmean(one[k].network for one in paces), fmean(one[k].decode for one in paces)) for k, kind in enumerate(kinds)}
     found = [(pace := mean[repr(kind_of(task))], cost_of(bundles[task.model], task, pace)) for task in tasks]
-    return Estimate(len(tasks), len(kinds), len(paces), sum(cost.seconds(pace) for pace, cost in found), sum(cost.bound for _, cost in found))
+    return Estimate(len(kinds), len(paces), tuple(cost.seconds(pace) for pace, cost in found), sum(cost.bound for _, cost in found))

@@ -25,8 +25,11 @@ from .split import split_adapter, split_policy
 from .weights import shard_weights
 
 MIB = 2**20
-SIDE, PIECE, REPEATS = 512, 2**20, 10
-"""Of the product and of the message, in numbers, by which a machine is timed, and how often."""
+SIDE, ROWS, WEIGHTS, PIECE = 512, 256, 32, 2**20
+"""Products by which a machine is timed: of so many rows with each of so many matrices, which lie in memory as those of a network do; numbers of
+the message."""
+REPEATS, ROUNDS = 10, 3
+"""Of a message in a row; of all, whose median counts."""
 TICK = 1e-9
 
 
@@ -225,32 +228,42 @@ def network_of(family: Family, adapter: ModelAdapter, latent: Sequence[int]) -> 
 
 
 def timed_machine(device: torch.device | str = "cpu") -> Machine:
-    """What each of the devices computes and sends: a fraction of a second, on the first alone and then on all of them at once."""
+    """What each of the devices computes and sends: a fraction of a second, on the first alone and then on all of them at once, in turn, so that
+    other work on the machine falls on both."""
     group = Group(dist.group.WORLD)
-    a = torch.randn(SIDE, SIDE, device=device)
-    message = [torch.zeros(PIECE // group.size, device=device)] * group.size
-    alone = _mean(lambda: a @ a, a) if group.rank == 0 else 0.0
-    dist.barrier()
-    together = _mean(lambda: a @ a, a)
-    copy = _mean(a.clone, a)
-    sending = _mean(lambda: group.exchange(message, [message[0].shape] * group.size), a)
-    nothing = _mean(lambda: group.exchange([a[0, :1]] * group.size, [(1,)] * group.size), a)
-    slowest = torch.tensor([alone, together, copy, sending, nothing], dtype=torch.float64, device=device)
+    weights = torch.randn(WEIGHTS, SIDE, SIDE, device=device)
+    slowest = torch.stack([_round(group, weights) for _ in range(ROUNDS)])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    alone, together, copy, sending, nothing = slowest.tolist()
-    product, sent = 2 * SIDE**3, a.element_size() * PIECE * (group.size - 1) // group.size
-    return Machine(product / together, product / min(alone, together), 2 * a.nbytes / copy, sent / max(sending - nothing, TICK), nothing)
+    alone, together, copy, sending, nothing = slowest.median(0).values.tolist()
+    products, sent = 2 * ROWS * weights.numel(), weights.element_size() * PIECE * (group.size - 1) // group.size
+    return Machine(products / together, products / min(alone, together), 2 * weights.nbytes / copy, sent / max(sending - nothing, TICK), nothing)
 
 
-def _mean(call: Callable[[], object], like: Tensor) -> float:
-    """Seconds of a call, after a first one."""
-    call()
+def _round(group: Group, weights: Tensor) -> Tensor:
+    """Seconds of the products on the first device alone (0 on the others) and on all at once, of a copy, of a message, and of one of nothing."""
+    x, other, message = weights[0, :ROWS], torch.empty_like(weights), [weights.new_zeros(PIECE // group.size)] * group.size
+
+    def products() -> None:
+        for weight in weights:
+            x @ weight
+
+    dist.barrier()
+    alone = _mean(products, x, 1) if group.rank == 0 else 0.0
+    dist.barrier()
+    together, copy = _mean(products, x, 1), _mean(lambda: other.copy_(weights), x, 1)
+    sending = _mean(lambda: group.exchange(message, [message[0].shape] * group.size), x, REPEATS)
+    nothing = _mean(lambda: group.exchange([x[0, :1]] * group.size, [(1,)] * group.size), x, REPEATS)
+    return torch.tensor([alone, together, copy, sending, nothing], dtype=torch.float64, device=x.device)
+
+
+def _mean(call: Callable[[], object], like: Tensor, repeats: int) -> float:
+    """Seconds of a call."""
     _wait(like)
     began = time.perf_counter()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         call()
     _wait(like)
-    return (time.perf_counter() - began) / REPEATS
+    return (time.perf_counter() - began) / repeats
 
 
 def _wait(like: Tensor) -> None:
