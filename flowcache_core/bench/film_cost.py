@@ -97,7 +97,7 @@ class Production:
             names = guidance.needed(cfg, _levels(self.model)[chunk.step]) if guidance.inside else guidance.branches(cfg)
         seen = sum(self.seen(chunk, name) for name in names) / len(names)
         frame = whole.tokens // geometry.layout.chunk_frames
-        return Work(whole.network, len(names), chunk.frames * frame, round(seen * frame), geometry.words, HALF)
+        return Work(whole.network, len(names), chunk.frames * frame, round(seen * frame), geometry.words, HALF, committing=chunk.committing)
 
     @cached_property
     def evaluations(self) -> list[Counter[Work]]:
@@ -146,7 +146,7 @@ class Worker:
     def of(cls, production: Production, cards: int, machine: Machine) -> Worker:
         """With the fastest mesh. Raises ValueError where so many cards cannot share the film."""
         one = work(production.model)
-        return cls(production, fastest(one, meshes_of(production.geometry, one, cards), machine), machine)
+        return cls(production, fastest(one, meshes_of(one, cards), machine), machine)
 
     @property
     def held(self) -> float:
