@@ -35,9 +35,9 @@ def worker(model: str, arm: str, cards: int = 1) -> Worker:
 
 
 @cache
-def division(model: str, arm: str, films: int, gpus: int, cards: int) -> Division:
-    """No worker is lost, and no state saved."""
-    return Division((production(model, arm),), films, gpus, cards, NVLINK)
+def division(model: str, films: int, gpus: int, cards: int) -> Division:
+    """`balanced`; no worker is lost, and no state saved."""
+    return Division((production(model, BALANCED),), films, gpus, cards, NVLINK)
 
 
 def cost() -> str:
@@ -70,7 +70,7 @@ def eight() -> str:
     counts = (1, 2, 3, 4, 6, 8, 9, 12, 100)
     lines = []
     for model in MODELS:
-        ways = [division(model, BALANCED, films, 8, cards) for films in counts for cards in CARDS]
+        ways = [division(model, films, 8, cards) for films in counts for cards in CARDS]
         fitting = [one for one in ways if one.fits(CARD)]
         best = [min((one for one in fitting if one.films == films), key=lambda one: round(one.simulated.seconds)) for films in counts]
         lines.append((model, *(f"{8 // one.cards} x {one.cards}: {one.hours:.2f} h" for one in best)))
@@ -80,12 +80,10 @@ def eight() -> str:
 def many() -> str:
     """Hours and GPU hours of a thousand films on so many workers."""
     lines = []
-    for model in MODELS:
-        for arm in (UNCACHED, BALANCED):
-            for workers in (10, 100, THOUSAND):
-                ways = (division(model, arm, THOUSAND, workers * cards, cards) for cards in CARDS)
-                lines.append((model, arm, f"{workers:,}", *(_many(one) for one in ways)))
-    return table(["model", "film", "workers", *(f"of {cards} card{'s' * (cards > 1)}" for cards in CARDS)], lines)
+    for model, workers in product(MODELS, (10, 100, THOUSAND)):
+        ways = (division(model, THOUSAND, workers * cards, cards) for cards in CARDS)
+        lines.append((model, f"{workers:,}", *(_many(one) for one in ways)))
+    return table(["model", "workers", *(f"of {cards} card{'s' * (cards > 1)}" for cards in CARDS)], lines)
 
 
 def _many(one: Division) -> str:
