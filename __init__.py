@@ -10,6 +10,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
 
     from .nodes.chunkwise import ChunkwiseCache
     from .nodes.compare import CompareRuns
+    from .nodes.devices import Devices
     from .nodes.frames_in import ARVideoFramesIn
     from .nodes.kv import KVCompressor
     from .nodes.latent import EmptyARVideoLatent
@@ -32,7 +33,7 @@ async def comfy_entrypoint():  # type: ignore[no-untyped-def]
 
         async def get_node_list(self):  # type: ignore[no-untyped-def]
             inputs = [LoadARVideoModel, LoadMagiVAE, MagiSpecialTokens, PromptSchedule, EmptyARVideoLatent, ARVideoFramesIn]
-            caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor]
+            caches = [ChunkwiseCache, MotionCache, CachePolicyByName, KVCompressor, Devices]
             shown = [CacheReport, RefreshOverlay, CompareRuns, SaveARVideo]
             return [*inputs, *caches, ARVideoScheduler, ARChunkSampler, *shown]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .native_model import frames_per_block, host_has, require_block
-from .settings_on_model import nodes_of, policy_node, wrong_sampler
+from .settings_on_model import DEVICES_NODE, devices_of, nodes_of, policy_node, wrong_sampler
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -15,6 +15,6 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     frames = frames_per_block(sampler) if host_has(model.family) else None
     if frames is not None:
         require_block(model, frames)
-    if nodes := nodes_of(options) if frames is None else policy_node(options):
+    if nodes := nodes_of(options) if frames is None else policy_node(options) or DEVICES_NODE * bool(devices_of(options)):
         raise ValueError(wrong_sampler(nodes))
     return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

@@ -15,6 +15,7 @@ import torch
 from ..flowcache_core.models.family import Family
 from ..flowcache_core.policies.presets import PLANS
 from ..flowcache_core.policies.protocol import SectionPolicy
+from ..flowcache_core.run.lead import Leader
 from ..flowcache_core.run.run import Film, Place, Run, Turn
 from ..flowcache_core.run.states import States
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
@@ -31,6 +32,7 @@ from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
 from .progress import Progress, say
 from .projector import FilmPreview
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, PROMPTS_NODE, clean_pass_of, compressor_of, policy_node, policy_of
+from .sharing import shared
 from .states import NamedTurn, states_of
 from .texts import ChunkConds, by_branch, require_texts, tokens_of, with_durations
 
@@ -75,6 +77,8 @@ class ChunkSampler(comfy.samplers.Sampler):
     """The run that this sampler was settled for, once the host has begun it."""
     states: States | None = None
     """Where that run is saved, if it is."""
+    leader: Leader | None = None
+    """Of the devices that share that run, if they do."""
 
     def around(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None,
                *args, **kwargs):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -85,13 +89,14 @@ class ChunkSampler(comfy.samplers.Sampler):
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
-        logging.info(f"FlowCache: {run.held.sentence()}")
-        prompts = forecast_prompts(ChunkConds(executor.class_obj.conds).firsts, run.schedule)
-        for line in (*prompts, *unread(executor.class_obj, model.family)):
-            logging.info(f"FlowCache: {line}")
-        with model.expecting(run):
-            mine = replace(self, run=run, states=states_of(self.save_every, executor.class_obj, model))
-            samples = executor(noise, latent_image, mine, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
+        with shared(run, executor.class_obj, model, self.save_every > 0) as (mine, leader):
+            logging.info(f"FlowCache: {mine.held.sentence()}")
+            prompts = forecast_prompts(ChunkConds(executor.class_obj.conds).firsts, run.schedule)
+            for line in (*prompts, *unread(executor.class_obj, model.family)):
+                logging.info(f"FlowCache: {line}")
+            with model.expecting(mine):
+                settled = replace(self, run=mine, states=states_of(self.save_every, executor.class_obj, model), leader=leader)
+                samples = executor(noise, latent_image, settled, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
         keep_given(samples, latent_image, prefix, suffix)
         self.mailbox.sent(samples)
         return samples
@@ -155,7 +160,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         progress = Progress(x, run, self.node, callback, disable_pbar, preview)
         try:
             with progress:
-                samples, report = run.sample(x, evaluate, progress, self.states)
+                samples, report = (self.leader or run).sample(x, evaluate, progress, self.states)
         finally:
             options.pop(TURN, None)
             options.pop(BASE, None)

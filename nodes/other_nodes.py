@@ -81,6 +81,14 @@ def _without_effect(options: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, _on_guidance(options)) if name in NO_EFFECT)
 
 
+def changes_guidance(patcher: Any, model_options: dict[str, Any]) -> bool:
+    """Whether another node has put something around the evaluations of a guider."""
+    wrapped = (comfy.patcher_extension.WrappersMP.PREDICT_NOISE, comfy.patcher_extension.WrappersMP.CALC_COND_BATCH)
+    around = [comfy.patcher_extension.get_all_wrappers(kind, model_options, is_model_options=True) for kind in wrapped]
+    around += [patcher.get_all_wrappers(kind) for kind in wrapped]
+    return any(around) or any(True for _ in _on_guidance(model_options)) or "model_function_wrapper" in model_options
+
+
 def _on_guidance(options: dict[str, Any]) -> Iterator[Any]:
     """The functions that other nodes have put around guidance."""
     kinds = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function")

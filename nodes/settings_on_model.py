@@ -8,10 +8,10 @@ from ..flowcache_core.kv.compressor import Compressor
 from ..flowcache_core.policies.protocol import CachePolicy
 
 KV_NODE, CHUNKWISE_NODE, MOTION_NODE, POLICY_NODE = "KV Compressor", "Chunkwise Cache", "Motion Cache", "Cache Policy"
-PROMPTS_NODE = "Prompt Schedule"
+PROMPTS_NODE, DEVICES_NODE = "Prompt Schedule", "Devices"
 OPTIONS = "flowcache"
 """Key in transformer_options under which our settings travel on a MODEL, all frozen: {"policy": CachePolicy, "node": whose, "kv": Compressor,
-"clean_pass": bool}."""
+"clean_pass": bool, "devices": their names by rank}."""
 
 
 def with_policy(model: Any, policy: CachePolicy, node: str) -> Any:
@@ -23,6 +23,11 @@ def with_compressor(model: Any, compressor: Compressor, clean_pass: bool = True)
     """A clone of a ModelPatcher that carries the settings of history, in place of earlier ones. `clean_pass`: whether the host's own causal
     models pass finished chunks through the network once more."""
     return _with(model, kv=compressor, clean_pass=clean_pass)
+
+
+def with_devices(model: Any, devices: tuple[str, ...]) -> Any:
+    """A clone of a ModelPatcher whose films are made on these devices, that of the host first."""
+    return _with(model, devices=devices)
 
 
 def policy_of(model_options: dict[str, Any]) -> CachePolicy | None:
@@ -38,6 +43,12 @@ def compressor_of(model_options: dict[str, Any]) -> Compressor | None:
 def clean_pass_of(model_options: dict[str, Any]) -> bool:
     clean_pass: bool = _ours(model_options).get("clean_pass", True)
     return clean_pass
+
+
+def devices_of(model_options: dict[str, Any]) -> tuple[str, ...]:
+    """() where a film is made on the host's device alone."""
+    devices: tuple[str, ...] = _ours(model_options).get("devices", ())
+    return tuple(devices)
 
 
 def _with(model: Any, **settings: Any) -> Any:
@@ -61,7 +72,8 @@ def policy_node(model_options: dict[str, Any]) -> str:
 
 def nodes_of(model_options: dict[str, Any]) -> str:
     """The nodes whose settings a MODEL carries, in words; "" where it carries none."""
-    return " and ".join(filter(None, [policy_node(model_options), KV_NODE if compressor_of(model_options) else ""]))
+    settings = {KV_NODE: compressor_of(model_options), DEVICES_NODE: devices_of(model_options)}
+    return " and ".join(filter(None, [policy_node(model_options), *(node for node, setting in settings.items() if setting)]))
 
 
 def wrong_sampler(nodes: str) -> str:

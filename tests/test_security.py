@@ -31,8 +31,9 @@ PROCESSES = {
     ("flowcache_core/device.py", "subprocess"),
     ("flowcache_core/kernels/choice.py", "subprocess"),
     ("flowcache_core/bench/sweep.py", "multiprocessing"),
+    ("flowcache_core/ranks/workers.py", "subprocess"),
 }
-"""`git`, for the benches and the demo alone; the name of an error of Triton's compiler; the workers of a bench."""
+"""`git`, for the benches and the demo alone; the name of an error of Triton's compiler; the workers of a bench; those of the node Devices."""
 LOADS = {("flowcache_core/training/loop.py", "torch.load"), ("flowcache_core/untrusted.py", "torch.load")}
 """The checkpoints that a training has written itself, and model files of tensors alone."""
 
@@ -107,9 +108,11 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> N
 
 
 def test_nothing_that_speaks_to_a_network_is_imported() -> None:
-    """But for what answers the page, through the server that the host runs anyway, and `render` where its command line names other machines."""
+    """But for what answers the page, through the server that the host runs anyway, devices of this machine that share a film, over the loopback
+    interface, and `render` where its command line names other machines."""
     fleet = {("flowcache_core/fleet/hosts.py", "urllib"), ("flowcache_core/fleet/hosts.py", "http"), ("flowcache_core/fleet/ray_fleet.py", "socket")}
-    assert {(name(path), found) for path in SOURCES for found in imported(path) & NETWORK} == {("nodes/latest_runs.py", "aiohttp"), *fleet}
+    loopback = ("flowcache_core/ranks/rendezvous.py", "socket")
+    assert {(name(path), found) for path in SOURCES for found in imported(path) & NETWORK} == {("nodes/latest_runs.py", "aiohttp"), loopback, *fleet}
 
 
 def test_ray_and_fsspec_are_imported_by_the_fleet_alone() -> None:
@@ -118,10 +121,12 @@ def test_ray_and_fsspec_are_imported_by_the_fleet_alone() -> None:
     }  # fmt: skip
 
 
-def test_no_process_is_started_but_to_name_a_commit() -> None:
+def test_no_process_is_started_but_for_what_is_named() -> None:
     assert {(name(path), found) for path in SOURCES for found in imported(path) & {"subprocess", "multiprocessing", "pty"}} == PROCESSES
     starts = ("os.system", "os.popen", "os.exec", "os.spawn", "os.fork", "subprocess.")
-    assert {name(path) for path in SOURCES for said, _ in calls(path) if said.startswith(starts)} == {"flowcache_core/device.py"}
+    assert {name(path) for path in SOURCES for said, _ in calls(path) if said.startswith(starts)} == {
+        "flowcache_core/device.py", "flowcache_core/ranks/workers.py",
+    }  # fmt: skip
 
 
 @pytest.fixture

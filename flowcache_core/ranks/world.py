@@ -138,9 +138,12 @@ class World:
         choices = [mesh for mesh in choices if self.branches in (None, mesh.branches)] or choices
         mesh = fastest(work, choices, self.machine)
         self._require_tokens(min(spans), mesh, policy)
+        return Spread(**self.groups(mesh), work=work, machine=self.machine)
+
+    def groups(self, mesh: Mesh) -> dict[str, Group]:
+        """Of this device, by what they share. All devices call it."""
         groups = init_device_mesh("cpu", (mesh.branches, mesh.heads), mesh_dim_names=("branches", "heads"))
-        along = {name: Group(groups.get_group(name)) for name, size in asdict(mesh).items() if size > 1}
-        return Spread(**along, work=work, machine=self.machine)
+        return {name: Group(groups.get_group(name)) for name, size in asdict(mesh).items() if size > 1}
 
     def _require_tokens(self, fewest: int, mesh: Mesh, policy: CachePolicy | None) -> None:
         lengths = BUCKETS if isinstance(policy, TokenPolicy | PartPolicy) else 1

@@ -1,0 +1,95 @@
+"""Devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+
+from ..flowcache_core.ranks.workers import IDLE
+from .fit import require_ours
+from .settings_on_model import DEVICES_NODE, with_devices
+from .sharing import give_back_with, require_reproducible
+from .shown_text import SHOWS_TEXT
+from .within import within_schema
+
+NODE = DEVICES_NODE
+CARDS, PROCESSES = "graphics cards", "processes on the processor"
+MOST = 64
+TWO = 2
+"""Processes on the processor where none are named."""
+
+
+class Devices(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FlowCacheDevices",
+            display_name=NODE,
+            category="FlowCache",
+            **SHOWS_TEXT,
+            description="Makes each film on several devices at once: they share the texts of guidance, and tokens and heads of every chunk. "
+            "Processes beside ComfyUI hold the network on the other devices. Goes between the model loader and the guider.",
+            search_aliases=["flowcache", "multi gpu", "multigpu", "distributed", "parallel", "ulysses", "sequence parallel", "xdit", "raylight"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL of Load AR Video Model, before or behind the cache nodes; without a LoRA."),
+                io.Int.Input("devices", default=0, min=0, max=MOST,
+                             tooltip="How many devices share a film, that of ComfyUI among them. 0: all graphics cards of this machine; two "
+                                     "processes on the processor. 1: as if the node were bypassed."),
+                io.Combo.Input("where", options=[CARDS, PROCESSES], default=CARDS,
+                               tooltip="Graphics cards: a process for each other card. Processes on the processor: where ComfyUI runs on the "
+                                       "processor; they share its cores, so this is for trying the node out, and no film is made sooner."),
+            ],
+            outputs=[io.Model.Output(tooltip="The MODEL with this setting: for the guider and the scheduler, or for a cache node.")],
+        )  # fmt: skip
+
+    @classmethod
+    @within_schema
+    def execute(cls, model: Any, devices: int = 0, where: str = CARDS) -> io.NodeOutput:
+        host = require_ours(model, NODE)
+        chosen = processes(devices) if where == PROCESSES else cards(devices)
+        if len(chosen) == 1:
+            return io.NodeOutput(model, ui=ui.PreviewText(_alone(devices)))
+        require_reproducible(model, host)
+        return io.NodeOutput(give_back_with(with_devices(model, chosen)), ui=ui.PreviewText(_summary(chosen)))
+
+
+def cards(devices: int) -> tuple[str, ...]:
+    """Graphics cards by rank, that of the model first; this device alone where there is no other. Raises ValueError for more than there are."""
+    mine = comfy.model_management.get_torch_device()
+    if mine.type != "cuda":
+        if devices > 1:
+            raise ValueError(
+                f"{NODE}: {devices} graphics cards were asked for, and ComfyUI runs on {mine.type}: set devices to 1, or where to {PROCESSES}"
+            )
+        return (mine.type,)
+    first = torch.cuda.current_device() if mine.index is None else mine.index
+    every = [first, *(index for index in range(torch.cuda.device_count()) if index != first)]
+    if devices > len(every):
+        raise ValueError(f"{NODE}: {devices} graphics cards were asked for, and ComfyUI sees {len(every)}: set devices to {len(every)} or 0")
+    return tuple(f"cuda:{index}" for index in every[: devices or len(every)])
+
+
+def processes(devices: int) -> tuple[str, ...]:
+    """The processor, once for each process. Raises ValueError where the model is on a card."""
+    if not comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device()):
+        raise ValueError(
+            f"{NODE}: ComfyUI runs on a graphics card, which does not share a film with processes on the processor: set where to {CARDS}"
+        )
+    return ("cpu",) * (devices or TWO)
+
+
+def _alone(devices: int) -> str:
+    why = "devices is 1" if devices == 1 else "ComfyUI sees no second device on this machine"
+    return f"{why}, so this node changes nothing: the film is made on one device"
+
+
+def _summary(chosen: tuple[str, ...]) -> str:
+    others = f"{len(chosen) - 1} process{'es' * (len(chosen) > 2)}"
+    return "\n".join([
+        f"films of this MODEL are made by {len(chosen)} devices: {', '.join(chosen)}",
+        f"the first film starts {others} beside ComfyUI, with a copy of the network each",
+        f"they end with ComfyUI, when models are unloaded, or after {IDLE / 60:g} minutes without a film",
+    ])  # fmt: skip

@@ -1,0 +1,203 @@
+"""Films that this process makes together with a worker: those of one device, in the same process again and again, whatever became of the last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowcache_core.kv.compressor import Compressor
+from flowcache_core.kv.scores.importance import ImportanceRedundancy
+from flowcache_core.models.bundle import NETWORK, Bundle, load_bundle
+from flowcache_core.policies import Motion, Planned
+from flowcache_core.policies.protocol import CachePolicy
+from flowcache_core.ranks.workers import WorkerLost
+from flowcache_core.run.generate import Guided, Job, generate, run_of
+from flowcache_core.run.lead import Leader
+from flowcache_core.run.report import RunReport
+from flowcache_core.run.run import Evaluate, Turn
+from flowcache_core.run.shared import FilmSettings
+from flowcache_core.run.team import Source, Team
+
+JOB = Job("red circle moves right", frames=33, steps=3, size=32, seed=2, ar_step=2, cfg=3.0)
+DEVICES = ("cpu", "cpu")
+Around = Callable[[Leader, Evaluate], Evaluate]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def source(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    path = tmp_path_factory.mktemp("model") / NETWORK.name
+    shutil.copy(NETWORK, path)
+    return Source(path, (path,), bundle.family.name, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    """One worker for all tests of this file."""
+    devices = Team(DEVICES)
+    yield devices
+    devices.end()
+
+
+def film(team: Team, bundle: Bundle, source: Source, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None,
+         apart: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
+    guided = Guided(bundle, job)
+    with torch.inference_mode(), team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, apart, lambda: None) as leader:
+        return leader.sample(job.noise(bundle), around(leader, guided))
+
+
+def deviation(mine: Tensor, bundle: Bundle, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None) -> float:
+    reference, _ = generate(bundle, job, policy, compressor=compressor)
+    return float((mine - reference).abs().max() / reference.abs().max())
+
+
+def pids(team: Team) -> list[int]:
+    assert team.workers is not None
+    return [worker.pid for worker in team.workers.all]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "uncached, texts apart": {"apart": True},
+    "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "apart": False},
+    "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "apart": False},
+    "kv, texts apart": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "apart": True},
+    "one text": {"job": replace(JOB, cfg=1.0), "apart": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_film_is_that_of_one_device(team: Team, bundle: Bundle, source: Source, name: str) -> None:
+    case = CASES[name]
+    known = pids(team) if team.workers else None
+    latents, report = film(team, bundle, source, **case)
+    assert deviation(latents, bundle, **{key: value for key, value in case.items() if key != "apart"}) <= 1e-12
+    mesh = report.devices
+    assert mesh["branches"] * mesh["heads"] == 2
+    assert mesh["branches"] == 1 or case["apart"]
+    assert mesh["bytes"] > 0
+    assert report.notes[-2].startswith("2 devices, ")
+    assert known in (None, pids(team)), "another process"
+    assert known is None or team.loaded == [0.0]
+
+
+def test_a_film_that_was_stopped_leaves_the_worker_and_the_next_film_right(team: Team, bundle: Bundle, source: Source) -> None:
+    """Between two evaluations, and inside one, where the worker waits in the middle of a layer."""
+    calls = 0
+
+    def interrupted(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Interrupted
+
+    def between(leader: Leader, evaluate: Evaluate) -> Evaluate:
+        def call(turn: Turn, x: Tensor) -> Tensor:
+            interrupted()
+            return evaluate(turn, x)
+
+        return call
+
+    film(team, bundle, source)
+    before, (reference, _) = pids(team), generate(bundle, JOB)
+    for inside in (False, True):
+        calls, hook = 0, bundle.network.blocks[1].register_forward_pre_hook(interrupted) if inside else None
+        with pytest.raises(Interrupted):
+            film(team, bundle, source, apart=False, **({} if inside else {"around": between}))
+        if hook is not None:
+            hook.remove()
+        torch.testing.assert_close(film(team, bundle, source, apart=False)[0], reference, rtol=0, atol=1e-12)
+        assert pids(team) == before
+        assert team.loaded == [0.0]
+
+
+def listening() -> set[str]:
+    """Addresses of the sockets of this process that wait for connections."""
+    mine = {f"{path.readlink()}" for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc")
+def test_the_sockets_of_a_film_are_of_the_loopback_interface(team: Team, bundle: Bundle, source: Source) -> None:
+    during = set()
+
+    def looked(leader: Leader, evaluate: Evaluate) -> Evaluate:
+        during.update(listening())
+        return evaluate
+
+    before = listening()
+    film(team, bundle, source, around=looked)
+    assert during - before == {"0100007F"}
+    assert listening() == before
+
+
+def test_a_file_that_has_changed_is_loaded_anew(team: Team, bundle: Bundle, source: Source) -> None:
+    film(team, bundle, source)
+    os.utime(source.path, ns=(0, 0))
+    film(team, bundle, source)
+    assert team.loaded > [0.0]
+
+
+def test_films_that_cannot_be_shared_are_refused_and_the_worker_stays(team: Team, bundle: Bundle, source: Source) -> None:
+    film(team, bundle, source)
+    before = pids(team)
+    with pytest.raises(ValueError, match="the shortest chunk has 3 tokens, which run at least 1 at a time, and 2 devices"):
+        film(team, bundle, source, replace(JOB, size=16, cfg=1.0), Motion(1.6))
+    assert pids(team) == before
+
+
+def test_an_error_in_the_worker_is_a_sentence_and_the_next_film_starts_another(team: Team, bundle: Bundle, source: Source) -> None:
+    def astray(leader: Leader, evaluate: Evaluate) -> Evaluate:
+        def call(turn: Turn, x: Tensor) -> Tensor:
+            if turn.index == 1:
+                leader.send(do="evaluate", at=[7, 7, False], branches=[], texts=0, tensors={})
+            return evaluate(turn, x)
+
+        return call
+
+    film(team, bundle, source)
+    (before,) = pids(team)
+    with pytest.raises(WorkerLost, match=r"^device 2 of 2 failed: RuntimeError: it is at chunk 2, .* the next film starts new processes$"):
+        film(team, bundle, source, around=astray)
+    assert team.workers is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+
+
+def test_settings_of_a_film_are_the_same_on_the_other_side(bundle: Bundle) -> None:
+    for case in CASES.values():
+        run = run_of(bundle, case.get("job", JOB), case.get("policy"), case.get("compressor"))
+        settings = FilmSettings.of(run, ("positive", "negative"))
+        assert FilmSettings.from_json(settings.as_json()) == settings
+
+
+def test_a_policy_of_another_package_is_refused_before_a_process_starts(bundle: Bundle) -> None:
+    class Foreign(Planned):
+        name = "foreign"
+
+    run = run_of(bundle, JOB, Foreign(share=0.5))
+    with pytest.raises(ValueError, match="Foreign, which cannot be written down, so that no other device can be given it"):
+        FilmSettings.of(run, ("positive",)).as_json()
+
+
+def test_a_model_that_is_not_there_is_refused_before_a_process_starts(bundle: Bundle, tmp_path: Path) -> None:
+    away, none = Source(tmp_path / "x.safetensors", (tmp_path / "x.safetensors",), bundle.family.name, torch.float64), Team(DEVICES)
+    with pytest.raises(FileNotFoundError):
+        film(none, bundle, away)
+    assert none.workers is None
