@@ -51,9 +51,6 @@ def _not_reproduced(patcher: Any, model: HostModel) -> Iterator[str]:
         yield "this MODEL comes from none"
     if getattr(model.model_config, "quant_config", None):
         yield "this one holds scaled 8-bit weights, which ComfyUI multiplies in its own way"
-    for name, patch in getattr(patcher, "object_patches", {}).items():
-        if name.startswith("diffusion_model"):
-            yield f"{name} was replaced by {made_by(patch)}"
     if blocks := blocks_of(patcher.model_options.get("transformer_options", {})):
         yield f"{made_by(next(iter(blocks.values())))} replaces blocks of this MODEL"
 

@@ -26,6 +26,7 @@ from tests.host import (
     error_of,
     node,
     put,
+    quick,
     refused,
     report_of,
     said,
@@ -119,10 +120,13 @@ def long(graph: Graph) -> Graph:
 def test_two_devices_make_the_film_of_one_in_the_same_process(host: Host, graph: Graph) -> None:
     """The same film twice, another size, another guider, other settings."""
     resized = put(put(graph, "FlowCacheLatent", width=96, length=33), "RandomNoise", noise_seed=8)
+    two_films = put(graph, "FlowCacheLatent", batch_size=2)
     one_text = put(graph, "CFGGuider", cfg=1.0)
-    bounded = after_loader(graph, "FlowCacheKVCompressor", policy="importance-redundancy", budget=2.0, unit="chunks", dtype="int8")
+    settings = {"policy": "importance-redundancy", "budget": 2.0, "unit": "chunks", "dtype": "as computed"}
+    settings |= {"sink": 1, "recent": 0, "granularity": "token", "offload": False, "soft": 0.0}
+    bounded = json.loads(json.dumps(after_loader(graph, "FlowCacheKVCompressor", **settings)).replace('"extra"', '"kv"'))
     known: list[int] = []
-    for name, each in {"first": graph, "resized": resized, "one text": one_text, "bounded": bounded}.items():
+    for name, each in {"first": graph, "resized": resized, "one text": one_text, "bounded": bounded, "two films": two_films}.items():
         assert deviation(host.latents(on_two(each)), host.latents(each)) <= NEAR, name
         assert known in ([], of(host)), name
         known = of(host)
@@ -130,6 +134,15 @@ def test_two_devices_make_the_film_of_one_in_the_same_process(host: Host, graph:
     again = host.latents(put(on_two(graph), "RandomNoise", noise_seed=9))
     assert deviation(again, host.latents(put(graph, "RandomNoise", noise_seed=9))) <= NEAR
     assert of(host) == known
+
+
+def test_a_causal_film_whose_prompt_changes_is_that_of_one_device(host: Host) -> None:
+    """ComfyUI's own class of network on this side, ours on the other; history is evaluated anew with the new prompt."""
+    whole = json.loads((PACK / "workflows" / "api" / "causal_prompt_switch.json").read_text())
+    ours = {"solver": "auto", "ar_step": -1, "chunk_frames": 0, "window": 0, "fps": "auto"}
+    whole[node(whole, "SamplerARVideo")] = {"class_type": "FlowCacheSampler", "inputs": ours}
+    graph = put(quick(whole), "FlowCacheLatent", width=64, height=64)
+    assert deviation(host.latents(on_two(graph)), host.latents(graph)) <= NEAR
 
 
 def test_the_report_names_the_mesh_and_what_came(host: Host, graph: Graph) -> None:
@@ -141,7 +154,7 @@ def test_the_report_names_the_mesh_and_what_came(host: Host, graph: Graph) -> No
     text = said(host, put(mine, "RandomNoise", noise_seed=11), "FlowCacheReport")
     assert re.search(r"2 devices, \d for the branches of guidance x \d for heads: an evaluation .* as fast as one device", text)
     assert re.search(r"this device of 2 sent \S+ MiB in \d+ collectives", text)
-    shown = said(host, put(mine, "RandomNoise", noise_seed=12), NODE)
+    shown = said(host, on_two(graph, devices=0), NODE)
     assert shown.startswith("films of this MODEL are made by 2 devices: cpu, cpu\n")
 
 

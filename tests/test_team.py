@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from flowcache_core.kv.scores.importance import ImportanceRedundancy
 from flowcache_core.models.bundle import NETWORK, Bundle, load_bundle
 from flowcache_core.policies import Motion, Planned
 from flowcache_core.policies.protocol import CachePolicy
-from flowcache_core.ranks.workers import WorkerLost
+from flowcache_core.ranks.workers import IDLE, WorkerLost
+from flowcache_core.run.follow import FilmWorker
 from flowcache_core.run.generate import Guided, Job, generate, run_of
 from flowcache_core.run.lead import Leader
 from flowcache_core.run.report import RunReport
@@ -178,6 +179,27 @@ def test_an_error_in_the_worker_is_a_sentence_and_the_next_film_starts_another(t
     assert team.workers is None
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
+
+
+def test_a_worker_that_has_nothing_to_do_for_ten_minutes_ends() -> None:
+    class Silence:
+        waited: ClassVar[list[float]] = []
+
+        def answer(self, **message: Any) -> None: ...
+
+        def next(self, seconds: float) -> None:
+            self.waited.append(seconds)
+
+    FilmWorker(cast(Any, Silence()), 1, 2, torch.device("cpu")).serve()
+    assert Silence.waited == [IDLE] == [600]
+
+
+def test_where_another_pack_uses_several_devices_a_sentence_names_it(bundle: Bundle, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    none = Team(DEVICES)
+    with pytest.raises(ValueError, match=r"torch.distributed is in use in this process, by another node pack"):
+        film(none, bundle, source)
+    assert none.workers is None
 
 
 def test_settings_of_a_film_are_the_same_on_the_other_side(bundle: Bundle) -> None:

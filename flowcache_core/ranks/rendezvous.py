@@ -117,10 +117,14 @@ def met(rank: int, devices: int, port: int) -> Iterator[LateWorld]:
         yield world
 
 
-@contextmanager
-def _together(rank: int, devices: int, port: int, listening: int | None = None) -> Iterator[LateWorld]:
+def require_unused() -> None:
+    """Raises ValueError where this process already shares something with others."""
     if dist.is_initialized():
         raise ValueError("torch.distributed is in use in this process, by another node pack: it has to end what it runs on several devices first")
+
+
+@contextmanager
+def _together(rank: int, devices: int, port: int, listening: int | None = None) -> Iterator[LateWorld]:
     world, hook = LateWorld(devices, rank, None, handles={}, together=True), sys.excepthook
     with on_loopback():
         store = dist.TCPStore(  # type: ignore[attr-defined]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..models.adapter import DurationTexts
 from ..ranks.cost import Machine
-from ..ranks.rendezvous import Meeting, planned
+from ..ranks.group import Traffic
+from ..ranks.rendezvous import LateWorld, Meeting, planned, require_unused
 from ..ranks.workers import WorkerLost, Workers
 from ..ranks.world import timed_machine
 from .lead import Leader, described
@@ -66,42 +67,55 @@ class Team:
 
         Raises WorkerLost, with a sentence, where a worker fails or ends; then all are ended, and the next film starts others.
         """
+        require_unused()
         self.plan(run, apart)
-        settings, wanted = FilmSettings.of(run, branches), source.as_json()
-        written, self.busy = settings.as_json(), True
+        settings = FilmSettings.of(run, branches)
+        written, wanted, self.busy = settings.as_json(), source.as_json(), True
         try:
             workers = self._ready(wanted, check)
-            meeting = Meeting()
-            workers.send(do="meet", port=meeting.port, machine=list(asdict(self.machine).values()) if self.machine else None)
-            with meeting.led(len(self.devices)) as world:
-                self.machine = self.machine or timed_machine(self.devices[0])
-                mine = self.plan(run, apart)
-                durations = _durations(run)
-                workers.send(do="film", settings=written, branches=mine.spread.mesh.branches,
-                             tensors={name: described(one) for name, one in durations.items()})  # fmt: skip
-                everyone = world.everyone(mine.spread.heads.traffic)
-                for one in durations.values():
-                    everyone.from_first(one.to(self.devices[0]))
-                mine = shared(run, replace(world, machine=self.machine, branches=mine.spread.mesh.branches))
-                yield Leader(mine, settings.branches, world.everyone(mine.spread.heads.traffic), workers.send)
-        except BaseException as error:
-            self._failed(error)
-            raise
-        else:
+            try:
+                with self._met(workers) as world:
+                    mine = self._part(workers, world, run, apart, written)
+                    yield Leader(mine, settings.branches, world.everyone(mine.spread.heads.traffic), workers.send)
+            except BaseException as error:
+                self._failed(error)
+                raise
             self._finished()
         finally:
             self.busy = False
 
     def _ready(self, source: Mapping[str, Any], check: Check) -> Workers:
-        """With their networks loaded."""
-        if self.workers is None or not self.workers.alive:
+        """With their networks loaded. Workers that do not come so far are ended."""
+        try:
+            if self.workers is None or not self.workers.alive:
+                self.end()
+                threads = max(1, (os.cpu_count() or 1) // len(self.devices))
+                self.workers = Workers(self.devices, PROGRAM, f"{threads}")
+                self.workers.wait("started", START, check)
+            self.workers.send(do="load", source=source)
+            self.loaded = self.workers.wait("loaded", LOAD, check)
+        except BaseException:
             self.end()
-            threads = max(1, (os.cpu_count() or 1) // len(self.devices))
-            self.workers = Workers(self.devices, PROGRAM, f"{threads}")
-            self.workers.wait("started", START, check)
-        self.workers.send(do="load", source=source)
-        self.loaded = self.workers.wait("loaded", LOAD, check)
+            raise
         return self.workers
+
+    @contextmanager
+    def _met(self, workers: Workers) -> Iterator[LateWorld]:
+        """All devices, together until the block ends, and timed when they are for the first time."""
+        meeting = Meeting()
+        workers.send(do="meet", port=meeting.port, machine=list(asdict(self.machine).values()) if self.machine else None)
+        with meeting.led(len(self.devices)) as world:
+            self.machine = self.machine or timed_machine(self.devices[0])
+            yield world
+
+    def _part(self, workers: Workers, world: LateWorld, run: Run, apart: bool, settings: Any) -> Run:
+        """The run of this device, of which the others now have theirs."""
+        branches, durations = self.plan(run, apart).spread.mesh.branches, _durations(run)
+        workers.send(do="film", settings=settings, branches=branches, tensors={name: described(one) for name, one in durations.items()})
+        everyone = world.everyone(Traffic())
+        for one in durations.values():
+            everyone.from_first(one.to(self.devices[0]).contiguous())
+        return shared(run, replace(world, machine=self.machine, branches=branches))
 
     def _finished(self) -> None:
         """Workers that do not leave a film that is there are of no use for the next."""
