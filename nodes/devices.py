@@ -87,9 +87,10 @@ def _alone(devices: int) -> str:
 
 
 def _summary(chosen: tuple[str, ...]) -> str:
-    others = f"{len(chosen) - 1} process{'es' * (len(chosen) > 2)}"
+    others = len(chosen) - 1
+    starts = "a process" if others == 1 else f"{others} processes"
     return "\n".join([
         f"films of this MODEL are made by {len(chosen)} devices: {', '.join(chosen)}",
-        f"the first film starts {others} beside ComfyUI, with a copy of the network each",
-        f"they end with ComfyUI, when models are unloaded, or after {IDLE / 60:g} minutes without a film",
+        f"the first film starts {starts} beside ComfyUI, with the network in {'it' if others == 1 else 'each'}",
+        f"{'it ends' if others == 1 else 'they end'} with ComfyUI, when models are unloaded, or after {IDLE / 60:g} minutes without a film",
     ])  # fmt: skip

@@ -51,6 +51,7 @@ def test_all_nodes_register_with_help_on_every_input(host: Host) -> None:
         "FlowCacheMotion",
         "FlowCachePolicy",
         "FlowCacheKVCompressor",
+        "FlowCacheDevices",
         "FlowCacheSampler",
         "FlowCacheReport",
         "FlowCacheOverlay",

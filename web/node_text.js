@@ -10,6 +10,7 @@ const TEXT_HEIGHT = /** @type {Record<string, number>} */ ({
   FlowCacheMotion: 56,
   FlowCachePolicy: 56,
   FlowCacheKVCompressor: 84,
+  FlowCacheDevices: 84,
   FlowCacheLatent: 40,
   FlowCacheConditionFrames: 40,
   FlowCacheMagiTokens: 40,
