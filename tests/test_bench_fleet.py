@@ -12,7 +12,7 @@ import torch
 
 from flowcache_core.bench import fleet
 from flowcache_core.bench.cards import GIB, card, evaluation, held
-from flowcache_core.bench.film_cost import DECODED, DISK, PICTURE, Production, Worker, arms
+from flowcache_core.bench.film_cost import DECODED, DISK, PICTURE, Production, Worker, arms, work
 from flowcache_core.bench.fleet import Division
 from flowcache_core.bench.fleet_tables import production
 from flowcache_core.bench.geometries import GEOMETRIES
@@ -45,6 +45,23 @@ def test_a_card_holds_what_one_device_announces_and_shares_its_history() -> None
     assert four.held == pytest.approx(whole.weights + whole.held - 3 / 4 * whole.kv + moment / 4)
     for size in (48, 80, 141):
         assert one.fits(size) == (card(one.held) in [f"{fit} GiB" for fit in (12, 16, 24, 32, 48, 80, 141) if fit <= size])
+
+
+def test_shared_weights_are_on_all_cards_together_once_but_for_a_layer() -> None:
+    """14B, 40 layers: an eighth of them, one layer that is gathered and PyTorch's buffer for it; and they are sent in every evaluation."""
+    film = Production("skyreels-14b", "balanced", GEOMETRIES["skyreels-14b"].frames_of(5))
+    whole, shared = (Worker.of(film, 8, NVLINK, sharded) for sharded in (False, True))
+    layers = work("skyreels-14b").network.stored * 2
+    assert 0.9 * whole.weights < layers < whole.weights
+    assert whole.held - shared.held == pytest.approx(layers * (1 - 1 / 8 - 2 / 40))
+    evaluations = sum(sum(one.values()) for one in film.evaluations)
+    assert sum(shared.chunks) - sum(whole.chunks) == pytest.approx(evaluations * (layers * 7 / 8 / NVLINK.link + 40 * NVLINK.latency), rel=1e-6)
+
+
+def test_weights_are_shared_where_they_do_not_fit_whole() -> None:
+    rows = asked("--films", "9", "--model", "skyreels-14b", "--card", "24")["rows"]
+    assert [(one["cards"], one["weights"], one["fits"]) for one in rows] == [
+        (1, "whole", False), (2, "shared", False), (4, "shared", False), (8, "shared", True)]  # fmt: skip
 
 
 def test_a_state_is_the_history_of_the_next_chunk() -> None:
@@ -132,8 +149,8 @@ def test_the_command_prints_a_row_for_every_way_and_the_price_of_its_hours() -> 
         (("--seconds", "60,0"), "a film of 0 s was asked for: use more than 0 and at most 3600"),
         (("--arm", "motion"), "has no arm 'motion' whose steps are known before the run: choose from uncached; safe; balanced"),
         (
-            ("--model", "skyreels-14b", "--card", "24"),
-            r"takes 37\.\d GiB on each card at the least, and a card has 24: use cards of 48 GiB, or an arm",
+            ("--model", "skyreels-14b", "--card", "12"),
+            r"takes 15\.\d GiB on each card at the least, and a card has 12: use cards of 24 GiB, or an arm",
         ),
     ],
 )

@@ -135,25 +135,37 @@ def _planned(policy: object) -> bool:
 
 @dataclass(frozen=True)
 class Worker:
-    """One of a fleet, of several cards that share each film."""
+    """One of a fleet, of several cards that share each film. `sharded`: and the weights of the network."""
 
     production: Production
     mesh: Mesh
     machine: Machine
+    sharded: bool = False
 
     @classmethod
     @cache
-    def of(cls, production: Production, cards: int, machine: Machine) -> Worker:
-        """With the fastest mesh. Raises ValueError where so many cards cannot share the film."""
-        one = work(production.model)
-        return cls(production, fastest(one, meshes_of(one, cards), machine), machine)
+    def of(cls, production: Production, cards: int, machine: Machine, sharded: bool = False) -> Worker:
+        """With the fastest mesh; where weights are shared, of those in which all cards run in every step (`World.spread`). Raises ValueError where so
+        many cards cannot share the film."""
+        one = replace(work(production.model), sharded=sharded)
+        always = min((step.branches for step in one.steps), default=one.branches) if sharded else one.branches
+        return cls(production, fastest(one, meshes_of(replace(one, branches=always), cards), machine), machine, sharded)
 
     @property
     def held(self) -> float:
-        """Bytes on the card that holds most, while it evaluates: all weights, its share of the KV cache and of an evaluation, and the rest whole."""
+        """Bytes on the card that holds most, while it evaluates: weights, its share of the KV cache and of an evaluation, and the rest whole."""
         one, branches = self.production.footprint, work(self.production.model).branches
         moment = evaluation(self.production.geometry) * _share(branches, self.mesh.branches) / self.mesh.heads
-        return one.weights + one.held - one.kv + one.kv * self.kept + moment
+        return self.weights + one.held - one.kv + one.kv * self.kept + moment
+
+    @property
+    def weights(self) -> float:
+        """Bytes on each card. Where they are shared, its part of all layers, one layer that is gathered, and PyTorch's buffer for that."""
+        whole, network = self.production.footprint.weights, work(self.production.model).network
+        if not self.sharded:
+            return whole
+        layers = network.stored * HALF
+        return whole - layers + layers * (1 / self.mesh.devices + 2 / network.layers)
 
     @property
     def kept(self) -> float:
@@ -167,7 +179,7 @@ class Worker:
     @cached_property
     def chunks(self) -> tuple[float, ...]:
         """Seconds of each in the network."""
-        each = cache(lambda work: sum(seconds(work, self.mesh, self.machine)))
+        each = cache(lambda work: sum(seconds(replace(work, sharded=self.sharded), self.mesh, self.machine)))
         return tuple(sum(times * each(work) for work, times in one.items()) for one in self.production.evaluations)
 
     @property

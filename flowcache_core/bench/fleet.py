@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
 from typing import Any
@@ -31,7 +31,8 @@ LONGEST = 3600.0
 @dataclass(frozen=True)
 class Division:
     """Films on `gpus` cards, `cards` of which make a worker. `productions`: what is made, in turn; `save_every`: finished chunks, 0 never;
-    `lost_after`: hours of work after which a card is lost on average, 0 never; `longest_first`: in which order they are made."""
+    `lost_after`: hours of work after which a card is lost on average, 0 never; `longest_first`: in which order they are made; `sharded`: whether
+    the cards of a worker share the weights too."""
 
     productions: tuple[Production, ...]
     films: int
@@ -42,11 +43,12 @@ class Division:
     lost_after: float = 0.0
     seed: int = 0
     longest_first: bool = False
+    sharded: bool = False
 
     @cached_property
     def workers(self) -> list[Worker]:
         """One for each production. Raises ValueError where so many cards cannot share a film."""
-        return [Worker.of(one, self.cards, self.machine) for one in self.productions]
+        return [Worker.of(one, self.cards, self.machine, self.sharded) for one in self.productions]
 
     @cached_property
     def simulated(self) -> Simulated:
@@ -121,6 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for cards in (one for one in CARDS if one <= args.gpus):
         division = Division(productions, args.films, args.gpus, cards, LINKS[args.link], args.save_every, args.lost_after, args.seed,
                             args.longest_first)  # fmt: skip
+        if cards > 1 and not division.fits(args.card):
+            division = replace(division, sharded=True)
         rows.append(row(division, args.card, args.price))
     if not any(one["fits"] for one in rows):
         raise ValueError(_too_small(args, min(one["gib_a_card"] for one in rows)))
@@ -129,12 +133,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(division: Division, card: float, price: float) -> dict[str, Any]:
-    """`film_minutes`: of the first length, without states; hours but `hours` are GPU hours: `idle_h` of workers without a film, `saving_h` of states,
-    `lost_h` of work lost with workers, and of loading and reading again."""
+    """`weights`: shared where they do not fit whole; `film_minutes`: of the first length, without states; hours but `hours` are of cards: `idle_h` of
+    workers without a film, `saving_h` of states, `lost_h` of work lost with workers, and of loading and reading again."""
     cards, worker = division.cards, division.workers[0]
     values = {
         "cards": cards, "workers": division.gpus // cards, "branches": worker.mesh.branches, "heads": worker.mesh.heads,
-        "gib_a_card": round(division.held, 1), "fits": division.fits(card), "film_minutes": round(worker.seconds / 60, 1),
+        "weights": "shared" if division.sharded else "whole", "gib_a_card": round(division.held, 1), "fits": division.fits(card),
+        "film_minutes": round(worker.seconds / 60, 1),
         "hours": round(division.hours, 2), "gpu_hours": round(division.gpu_hours, 1), "efficiency": round(division.efficiency, 3),
         "idle_h": round(division.idle * division.gpu_hours, 1), "saving_h": round(division.saving_hours, 1),
         "lost_h": round(division.lost_hours, 1), "failed": division.simulated.failed,

@@ -124,7 +124,8 @@ def fitting() -> str:
     lines = []
     for size in (24, 48, CARD):
         for model in MODELS:
-            ways = [worker(model, arm, cards) for arm in (BALANCED, QUARTER) for cards in CARDS]
+            each = [(arm, cards, sharded) for arm in (BALANCED, QUARTER) for cards in CARDS for sharded in (False, True) if cards > 1 or not sharded]
+            ways = [Worker.of(production(model, arm), cards, NVLINK, sharded) for arm, cards, sharded in each]
             cells = []
             for arm in (BALANCED, QUARTER):
                 fits = [one for one in ways if one.production.arm == arm and one.fits(size)]
@@ -135,7 +136,8 @@ def fitting() -> str:
 
 def _cheapest(ways: list[Worker]) -> str:
     one = min(ways, key=lambda one: one.seconds * one.mesh.devices)
-    return f"{one.mesh.devices}, {one.held / GIB:.1f}, {one.seconds * one.mesh.devices * THOUSAND / HOUR:.0f}"
+    weights = ", weights shared" if one.sharded else ""
+    return f"{one.mesh.devices}, {one.held / GIB:.1f}, {one.seconds * one.mesh.devices * THOUSAND / HOUR:.0f}{weights}"
 
 
 FIGURES: dict[str, Callable[[], str]] = {
