@@ -11,6 +11,7 @@ pytestmark = NEEDS_TRITON
 ROTATION = """
 from flowcache_core.kernels import rotation_triton
 from flowcache_core.kernels.rotation import in_pytorch, normed_rotated, write_normed_rotated
+from flowcache_core.kernels.slots_triton import serves_slots
 
 def exactly(x, weight, rope, d):
     x = x.double()
@@ -67,12 +68,13 @@ for films, tokens, heads, d in ((1, 1, 1, 2), (2, 7, 2, 16), (1, 17, 1, 8)):
 
 keys, values = far_apart(2, 8, 16)[:, None], torch.zeros(2, 1, 8, 16).half()
 k, v, weight = torch.randn(2, 3, 16).half(), torch.randn(2, 3, 16).half(), torch.ones(16).half()
-assert rotation_triton.serves_slots(keys, values, None, 5, k, v)
-write_normed_rotated(keys, values, slice(5, 8), k, v, weight, 1e-6, still[:3])
+assert serves_slots(keys, values, None, 5, k, v)
+with torch.inference_mode():
+    write_normed_rotated(keys, values, slice(5, 8), k, v, weight, 1e-6, still[:3])
 assert torch.equal(keys[:, :, 5:], normed_rotated(k, weight, 1e-6, still[:3], 16))
 for index, first, fresh in ((None, 6, v), (torch.arange(4), 0, v), (None, 5, v.float()), (None, 5, v[:, :2])):
-    assert not rotation_triton.serves_slots(keys, values, index, first, k, fresh)
-assert not rotation_triton.serves_slots(keys, values.transpose(2, 3).contiguous().transpose(2, 3), None, 5, k, v)
+    assert not serves_slots(keys, values, index, first, k, fresh)
+assert not serves_slots(keys, values.transpose(2, 3).contiguous().transpose(2, 3), None, 5, k, v)
 x, weight, rope = torch.randn(2, 3, 32), torch.ones(32), still[:3]
 slots = torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
 for index, turns in ((None, rope), (torch.tensor([4, 0, 5]), None)):
@@ -91,7 +93,7 @@ def laid_out(row, x):
 
 for films, rows, frames, tokens, width in ((1, 1, 1, 1, 1), (1, 1, 1, 7, 63), (2, 2, 1, 7, 64), (1, 1, 7, 7, 65), (2, 2, 3, 6, 129),
                                            (1, 1, 3, 129, 16)):
-    for dtype in DTYPES:
+    for dtype in DTYPES if tokens < 64 else DTYPES[2:]:
         x, y = (3 * torch.randn(films, tokens, width + 5).to(dtype)[:, :, :width] for _ in range(2))
         shift, scale = torch.randn(rows, frames, 6, width).to(dtype).unbind(2)[:2]
         assert modulation_triton.serves(x, shift, scale)

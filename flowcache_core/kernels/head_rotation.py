@@ -100,7 +100,7 @@ def _write(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Te
     """`write_heads_normed` as one operation that torch.compile does not look into. `index`: of the slots; None: from `first` on."""
 
     def call(kernels: Any) -> bool | None:
-        serves = kernels.serves(k, weight, bias, rope, keys.shape[3]) and kernels.serves_slots(keys, values, index, first, k, v)
+        serves = kernels.serves_write(keys, values, index, first, k, v, weight, bias, rope)
         return kernels.write_heads_normed(keys, values, index, first, k, v, weight, bias, eps, rope) if serves else None
 
     if by_triton(OPERATION, "head_rotation_triton", k.device, call) is None:

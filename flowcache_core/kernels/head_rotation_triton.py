@@ -18,8 +18,6 @@ from .choice import Capability, interpreted, tile_for
 from .rounding_triton import rounded
 from .slots_triton import serves_slots, slot_of
 
-__all__ = ["heads_normed", "serves", "serves_slots", "write_heads_normed"]
-
 
 class Tile(NamedTuple):
     """Tokens of a program, and warps that share them."""
@@ -39,6 +37,12 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor, rope: Tensor | None, head_di
     width = head_dim >= 2 and head_dim & (head_dim - 1) == 0 and x.stride(2) == 1
     turns = rope is None or (rope.dtype == torch.complex64 and rope.shape[0] == x.shape[1] and 2 * rope.shape[1] <= head_dim)
     return plain and width and turns
+
+
+def serves_write(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
+                 rope: Tensor | None) -> bool:  # fmt: skip
+    """The same of `write_heads_normed`."""
+    return serves(k, weight, bias, rope, keys.shape[3]) and serves_slots(keys, values, index, first, k, v)
 
 
 def heads_normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:

@@ -95,7 +95,7 @@ def _write(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Te
     """`write_normed_rotated` as one operation that torch.compile does not look into. `index`: of the slots; None: from `first` on."""
 
     def call(kernels: Any) -> bool | None:
-        serves = kernels.serves(k, weight, rope, keys.shape[3]) and kernels.serves_slots(keys, values, index, first, k, v)
+        serves = kernels.serves_write(keys, values, index, first, k, v, weight, rope)
         return kernels.write_normed_rotated(keys, values, index, first, k, v, weight, eps, rope) if serves else None
 
     if by_triton(OPERATION, "rotation_triton", k.device, call) is None:

@@ -17,8 +17,6 @@ from .choice import Capability, interpreted, tile_for
 from .rounding_triton import rounded
 from .slots_triton import serves_slots, slot_of
 
-__all__ = ["normed_rotated", "serves", "serves_slots", "write_normed_rotated"]
-
 
 class Tile(NamedTuple):
     """Tokens of a program, and warps that share them."""
@@ -36,6 +34,11 @@ def serves(x: Tensor, weight: Tensor, rope: Tensor | None, head_dim: int) -> boo
     plain = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and weight.dtype == x.dtype and weight.is_contiguous()
     width = head_dim >= 2 and head_dim & (head_dim - 1) == 0 and x.stride(2) == 1
     return plain and width and (rope is None or (rope.dtype == torch.complex64 and rope.shape == (x.shape[1], head_dim // 2)))
+
+
+def serves_write(keys: Tensor, values: Tensor, index: Tensor | None, first: int, k: Tensor, v: Tensor, weight: Tensor, rope: Tensor | None) -> bool:
+    """The same of `write_normed_rotated`."""
+    return serves(k, weight, rope, keys.shape[3]) and serves_slots(keys, values, index, first, k, v)
 
 
 def normed_rotated(x: Tensor, weight: Tensor, eps: float, rope: Tensor | None, head_dim: int) -> Tensor:
