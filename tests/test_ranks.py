@@ -27,7 +27,7 @@ from flowcache_core.models.magi_family import MAGI
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies import Motion
 from flowcache_core.policies.protocol import PartPolicy, PlanPolicy, TokenPolicy
-from flowcache_core.ranks.cost import Machine, Mesh, Network, Step, Work, fastest, kept_bytes, meshes, ratio, seconds, sent_bytes
+from flowcache_core.ranks.cost import Machine, Mesh, Network, Row, Step, Work, fastest, kept_bytes, meshes, ratio, seconds, sent_bytes
 from flowcache_core.ranks.group import shares
 from flowcache_core.ranks.launch import add_arguments, sharded, world
 from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
@@ -272,6 +272,29 @@ def test_steps_that_run_fewer_branches_count_with_their_own_time() -> None:
     assert ratio(steps, Mesh(2, 1), machine) == pytest.approx(13 / 8, rel=1e-3)
     assert ratio(steps, Mesh(3, 1), machine) == pytest.approx(13 / 5, rel=1e-3)
     assert sent_bytes(steps.evaluations[3], Mesh(3, 1), (2, 0)) == sent_bytes(steps.evaluations[4], Mesh(3, 1)) == 0
+
+
+ALIKE = Row((FILM,) * 4, 2 * FILM.tokens)
+KEYS = 2 * 30 * 2 * 12 * 128 * 2
+"""Bytes of the keys and values of a token of `FILM`, both branches."""
+VELOCITIES = 2 * FILM.tokens * 2 * 64 * 2
+"""Of two chunks."""
+
+
+def test_chunks_of_a_row_send_keys_and_values_to_later_ones_alone() -> None:
+    dealt = ALIKE.dealt(2)
+    assert sorted(map(sorted, dealt)) == [[0, 2], [1, 3]]
+    assert ALIKE.chunk_bytes(Mesh(1, 2), whole=True) == 2 * FILM.tokens * KEYS + VELOCITIES
+    assert ALIKE.chunk_bytes(Mesh(1, 2), whole=False) == 3 * FILM.tokens * KEYS + VELOCITIES
+    assert ALIKE.chunk_cache(Mesh(1, 2), whole=True) == 6 * FILM.tokens * KEYS
+    assert ALIKE.chunk_cache(Mesh(1, 2), whole=False) == 5 * FILM.tokens * KEYS
+
+
+def test_more_devices_than_chunks_are_no_faster() -> None:
+    machine = Machine(4e14, 4e14, 3e12, 3e11, 0.0)
+    four, eight = (ALIKE.by_chunks(Mesh(1, devices), machine, whole=True) for devices in (4, 8))
+    assert four == pytest.approx(eight, rel=1e-2)
+    assert 3.5 < ALIKE.by_heads(Mesh(), machine) / four < 4
 
 
 @pytest.mark.parametrize("name", scale.MODELS)

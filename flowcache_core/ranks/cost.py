@@ -208,14 +208,6 @@ class Row:
     each: tuple[Work, ...]
     past: int
 
-    @classmethod
-    def of(cls, work: Work, apart: int, together: int) -> Row:
-        """`together` chunks, `apart` steps from one to the next, of which the newest is at its first step."""
-        by_step = work.evaluations
-        each = tuple(by_step[min(number * apart, len(by_step) - 1)] for number in range(together))[::-1]
-        oldest = min(number - one.seen // one.tokens + 1 for number, one in enumerate(each))
-        return cls(each, max(-oldest, 0) * work.tokens)
-
     @property
     def slots(self) -> int:
         """Of history and active chunks."""
@@ -241,22 +233,30 @@ class Row:
         return mine
 
     def chunk_bytes(self, mesh: Mesh, whole: bool) -> float:
-        """Sent or received, whichever is more, by the device that has most of it: keys and values of its chunks to devices with later ones, and where
-        history is not `whole` everywhere, an even part of it of every device to all others, or queries there and outputs back if that is less."""
+        """Sent or received, whichever is more, by the device that has most of it: keys and values of its chunks to devices with later ones,
+        velocities to all, and where history is not `whole` everywhere, an even part of it of every device to all others, or queries there and
+        outputs back if that is less."""
         network, dealt, branches = self.each[0].network, self.dealt(mesh.heads), max(shares(self.each[0].looking_back, mesh.branches))
         number = network.layers * branches * self.each[0].itemsize * network.head_dim
         keys, queries = 2 * network.heads * number, network.query_heads * number
         tokens, others = [one.tokens for one in self.each], mesh.heads - 1
         sent = [sum(tokens[k] * sum(any(later > k for later in theirs) for theirs in dealt if theirs is not mine) for k in mine) for mine in dealt]
         received = [sum(tokens[k] for k in range(max(mine, default=0)) if k not in mine) for mine in dealt]
-        active = max(map(max, zip(sent, received, strict=True))) * keys
+        most = max(sum(tokens[k] for k in mine) for mine in dealt)
+        velocities = most * (mesh.devices - 1) * branches * network.cells * self.each[0].itemsize
+        active = max(map(max, zip(sent, received, strict=True))) * keys + velocities
         if whole:
             return active
-        asking = (max(sum(tokens[k] for k in mine) for mine in dealt) * others + sum(tokens)) * queries
+        asking = (most * others + sum(tokens)) * queries
         return active + min(self.past * others / mesh.heads * keys, asking)
 
     def chunk_cache(self, mesh: Mesh, whole: bool) -> float:
         """Bytes of keys and values on a device: of all active chunks, and of all of history or an even part."""
-        network, branches = self.each[0].network, max(shares(self.each[0].looking_back, mesh.branches))
         held = self.slots - self.past + self.past / (1 if whole else mesh.heads)
-        return 2 * network.layers * network.heads * network.head_dim * branches * held * self.each[0].itemsize
+        return self.cache(mesh.branches) * held / self.slots
+
+    def cache(self, devices: int) -> float:
+        """Bytes of all keys and values, of the branches of one of so many devices."""
+        one = self.each[0]
+        network, branches = one.network, max(shares(one.looking_back, devices))
+        return 2 * network.layers * network.heads * network.head_dim * branches * self.slots * one.itemsize

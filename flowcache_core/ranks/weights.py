@@ -40,7 +40,7 @@ def shard_weights(network: nn.Module, layers: str, devices: int) -> Group:
 
     if not hasattr(getattr(fsdp, "FSDPModule", None), "set_custom_all_gather"):
         raise ValueError(
-            f"weights are shared by FSDP2 with set_custom_all_gather, which PyTorch {torch.__version__} does not have: use PyTorch 2.13, or --fsdp off"
+            f"weights are shared by FSDP2 with set_custom_all_gather, which PyTorch {torch.__version__} lacks: use PyTorch 2.13, or --fsdp off"
         )
     place = next(network.parameters()).device.type
     mesh, parts = init_device_mesh(place, (devices,)), list(parts_of(network, layers))
