@@ -37,6 +37,7 @@ from flowcache_core.run.generate import NOTHING, Given, Job, generate
 from flowcache_core.run.report import RunReport
 from tests.forked import forked
 from tests.rank_ends import ended, free_port, scaled
+from tests.rank_states import Film, resumed
 from tests.rank_weights import Watched
 from tests.tiny_magi import tiny_magi
 from tests.toy_family import no_vae, words
@@ -174,6 +175,17 @@ def device(rank: int, devices: int, folder: Path, cases: dict[str, Case], refere
     dist.destroy_process_group()
 
 
+def to_resume(references: dict[str, tuple[Tensor, RunReport]]) -> dict[str, tuple[Film, World]]:
+    """By way of `rank_states.WAYS`: which film, and how it is shared."""
+
+    def one(name: str, stop: int) -> tuple[Film, World]:
+        case = CASES[name]
+        film = Film(bundle_of(case.family, case.dtype), case.job, case.policy, case.compressor, stop, references[name][0])
+        return film, World(2, 0, MACHINE, case.branches)
+
+    return {"as it was": one("magi kv", 10), "other mesh": one("kv int8", 5), "lost": one("kv int8", 5), "full disk": one("uncached", 0)}
+
+
 def with_head(folder: Path) -> dict[str, Case]:
     """The cases, and one with a salience head of random weights."""
     torch.manual_seed(0)
@@ -193,7 +205,7 @@ def main(folder: Path) -> None:
     films = {n: [json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in SIZES}
     assert forked(2, partial(scaled, port=free_port(), folder=folder)) == [0, 0]
     scale = {"rows": json.loads((folder / "scale.json").read_text())["rows"], "others": (folder / "scale-1.txt").read_text()}
-    print(json.dumps({"films": films, "ends": ended(folder), "scale": scale}))
+    print(json.dumps({"states": resumed(to_resume(references), folder), "films": films, "ends": ended(folder), "scale": scale}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from flowcache_core.ranks.group import shares
 from flowcache_core.ranks.launch import add_arguments, sharded, world
 from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
 from flowcache_core.run.generate import generate
-from flowcache_core.run.states import States
 from tests.rank_cases import CASES, JOB, MACHINE, SOME, TOKENS, Case, bundle_of
 from tests.test_kv_scores import random_view
 
@@ -162,6 +161,36 @@ def test_all_devices_end_with_a_sentence_when_one_ends(came: dict[str, Any], nam
         assert "Traceback" not in text
 
 
+def test_a_film_that_devices_share_goes_on_from_the_state_of_each(came: dict[str, Any]) -> None:
+    for one in (each["as it was"] for each in came["states"]):
+        assert len({name.split(".")[0] for name in one["files"]}) == 1
+        assert [name.split(".")[1:] for name in one["files"]] == [["0", "safetensors"], ["1", "safetensors"]]
+        assert any("goes on from a saved state: 1 of 3 chunks" in note for note in one["notes"])
+        assert one["deviation"] == 0
+        assert not one["left"]
+
+
+def test_a_state_of_another_mesh_is_named_and_stays(came: dict[str, Any]) -> None:
+    for one in (each["other mesh"] for each in came["states"]):
+        assert any('devices: "2 x 1" there, "1 x 2" here' in note for note in one["notes"])
+        assert one["deviation"] == pytest.approx(0, abs=1e-12)
+        assert one["left"]
+
+
+def test_a_film_begins_anew_where_one_device_has_lost_its_state(came: dict[str, Any]) -> None:
+    for one in (each["lost"] for each in came["states"]):
+        assert any("not by all of its devices, or not at the same row: the film begins anew" in note for note in one["notes"])
+        assert one["deviation"] == 0
+
+
+def test_no_device_keeps_a_state_that_another_cannot_write(came: dict[str, Any]) -> None:
+    whys = "another device of this film cannot write its part", "No space left on device"
+    for why, one in zip(whys, (each["full disk"] for each in came["states"]), strict=True):
+        assert any(f"cannot be saved ({why})" in note for note in one["notes"])
+        assert one["saves"] == 0
+        assert one["deviation"] == 0
+
+
 def test_the_bench_has_a_row_for_one_device_and_for_every_way_of_all(came: dict[str, Any]) -> None:
     rows = came["scale"]["rows"]
     assert [(row["devices"], row["branches"], row["heads"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (2, 2, 1)]
@@ -214,11 +243,6 @@ def test_a_chunk_with_fewer_tokens_than_devices_is_refused() -> None:
     bundle, job = bundle_of(SKYREELS.name, "float32"), replace(JOB, size=16, width=16, cfg=1.0)
     with pytest.raises(ValueError, match="the shortest chunk has 5 tokens, which run at least 1 at a time, and 4 devices"):
         generate(bundle, job, Motion(), world=World(4, 0, MACHINE))
-
-
-def test_a_film_that_devices_share_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be saved on its way"):
-        generate(bundle_of(SKYREELS.name, "float32"), JOB, states=States(tmp_path, 1), world=World(2, 0, MACHINE))
 
 
 def test_a_budget_in_bytes_is_as_many_slots_on_devices_with_more_and_fewer_heads() -> None:

@@ -65,10 +65,10 @@ def chunks() -> str:
         row, alone = film.fullest, {link: film.by_heads(1, machine)[0] for link, machine in LINKS.items()}
         for count in COUNTS:
             heads = {link: film.by_heads(count, machine) for link, machine in LINKS.items()}
-            apart = {(link, whole): film.by_chunks(count, LINKS[link], whole) for link in LINKS for whole in (True, False)}
+            by_chunk = {(link, whole): film.by_chunks(count, LINKS[link], whole) for link in LINKS for whole in (True, False)}
             speeds = [f"{alone[link] / seconds:.2f}x" for link, (seconds, _) in heads.items()]
-            speeds += [f"{alone[link] / apart[link, whole][0]:.2f}x" for whole in (True, False) for link in LINKS]
-            mesh, others = heads["PCIe"][1], [(apart["PCIe", whole][1], whole) for whole in (True, False)]
+            speeds += [f"{alone[link] / by_chunk[link, whole][0]:.2f}x" for whole in (True, False) for link in LINKS]
+            mesh, others = heads["PCIe"][1], [(by_chunk["PCIe", whole][1], whole) for whole in (True, False)]
             sent = [sum(sent_bytes(one, mesh) for one in row.each), *(row.chunk_bytes(one, whole) for one, whole in others)]
             kept = [row.cache(mesh.branches) / mesh.heads, *(row.chunk_cache(one, whole) for one, whole in others)]
             size, memory = (", ".join(f"{value / unit:.{digits}f}" for value in values) for values, unit, digits in ((sent, MIB, 0), (kept, GIB, 1)))

@@ -85,7 +85,7 @@ def cards() -> str:
 def cache_bytes(work: Work, mesh: Mesh) -> int:
     """Keys and values of all that a chunk sees, on the device that holds most of them."""
     network = work.network
-    heads, branches = max(shares(network.heads, mesh.heads)), max(shares(work.looking_back, mesh.branches))
+    heads, branches = max(shares(network.heads, mesh.heads)), max(shares(work.with_history, mesh.branches))
     return 2 * network.layers * heads * network.head_dim * work.seen * branches * work.itemsize
 
 

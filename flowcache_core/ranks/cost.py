@@ -80,7 +80,7 @@ class Work:
         return [replace(self, branches=one.branches, seen=one.seen, committing=one.committing, steps=()) for one in self.steps] or [self]
 
     @property
-    def looking_back(self) -> int:
+    def with_history(self) -> int:
         """Branches that see history."""
         return self.branches if self.remembered is None else min(self.remembered, self.branches)
 
@@ -109,12 +109,12 @@ def meshes(devices: int, branches: int, heads: int) -> list[Mesh]:
     return found
 
 
-def operations(work: Work, branches: int, looking_back: int, tokens: int, heads: float) -> float:
-    """Of the layers for `tokens` of the tokens of so many branches, with attention of all tokens for `heads` of the query heads. The branches
-    that are not `looking_back` see their chunk alone."""
+def operations(work: Work, branches: int, with_history: int, tokens: int, heads: float) -> float:
+    """Of the layers for `tokens` of the tokens of so many branches, with attention of all tokens for `heads` of the query heads. So many of
+    them `with_history`; the others see their chunk alone."""
     network = work.network
     linear = 2 * network.weights * tokens + 4 * network.layers * tokens * work.words * network.query_heads * network.head_dim
-    seen = looking_back * work.seen + (branches - looking_back) * _chunk(work)
+    seen = with_history * work.seen + (branches - with_history) * _chunk(work)
     return branches * linear + 4 * network.layers * work.tokens * seen * heads * network.head_dim
 
 
@@ -127,7 +127,7 @@ def sent_bytes(work: Work, mesh: Mesh, place: tuple[int, int] = (0, 0)) -> int:
 def kept_bytes(work: Work, mesh: Mesh, place: tuple[int, int], slots: int, hidden: bool = False) -> int:
     """On top, where a finished chunk joins a history under a budget: scores of so many slots, or, where the KV policy scores each token by
     what the layers are given (`hidden`), that."""
-    branches, network = shares(work.looking_back, mesh.branches)[place[0]], work.network
+    branches, network = shares(work.with_history, mesh.branches)[place[0]], work.network
     tokens = shares(work.tokens, mesh.heads)[place[1]] * network.width * work.itemsize
     scores = shares(network.heads, mesh.heads)[place[1]] * slots * SCORE
     return (mesh.heads - 1) * network.layers * branches * (tokens if hidden else scores)
@@ -171,11 +171,11 @@ def mean(work: Work, of: Callable[[Work], float]) -> float:
 
 def _computing(work: Work, mesh: Mesh, machine: Machine) -> float:
     branches, network = max(shares(work.branches, mesh.branches)), work.network
-    looking_back = max(shares(work.looking_back, mesh.branches))
+    with_history = max(shares(work.with_history, mesh.branches))
     tokens = max(shares(work.tokens, mesh.heads))
     heads = max(shares(network.heads, mesh.heads)) * network.query_heads / network.heads
     rate = machine.alone if mesh.devices == 1 else machine.rate
-    return max(operations(work, branches, looking_back, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
+    return max(operations(work, branches, with_history, tokens, heads) / rate, network.weights * work.itemsize / machine.memory)
 
 
 def _sending(work: Work, mesh: Mesh, machine: Machine) -> float:
@@ -236,7 +236,7 @@ class Row:
         """Sent or received, whichever is more, by the device that has most of it: keys and values of its chunks to devices with later ones,
         velocities to all, and where history is not `whole` everywhere, an even part of it of every device to all others, or queries there and
         outputs back if that is less."""
-        network, dealt, branches = self.each[0].network, self.dealt(mesh.heads), max(shares(self.each[0].looking_back, mesh.branches))
+        network, dealt, branches = self.each[0].network, self.dealt(mesh.heads), max(shares(self.each[0].with_history, mesh.branches))
         number = network.layers * branches * self.each[0].itemsize * network.head_dim
         keys, queries = 2 * network.heads * number, network.query_heads * number
         tokens, others = [one.tokens for one in self.each], mesh.heads - 1
@@ -258,5 +258,5 @@ class Row:
     def cache(self, devices: int) -> float:
         """Bytes of all keys and values, of the branches of one of so many devices."""
         one = self.each[0]
-        network, branches = one.network, max(shares(one.looking_back, devices))
+        network, branches = one.network, max(shares(one.with_history, devices))
         return 2 * network.layers * network.heads * network.head_dim * branches * self.slots * one.itemsize

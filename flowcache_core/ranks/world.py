@@ -51,6 +51,11 @@ class Spread:
     def mesh(self) -> Mesh:
         return Mesh(self.branches.size, self.heads.size)
 
+    @property
+    def place(self) -> int | None:
+        """Of this device in the mesh; None for a device alone."""
+        return None if self.mesh.devices == 1 else self.branches.rank * self.heads.size + self.heads.rank
+
     def adapter(self, adapter: ModelAdapter, policy: CachePolicy | None, compressor: Compressor | None) -> ModelAdapter:
         """For this device's share of tokens and heads. Raises ValueError."""
         learnt = compressor is not None and isinstance(compressor.policy, LearntKVPolicy)

@@ -149,8 +149,6 @@ def generate(bundle: Bundle, job: Job, policy: CachePolicy | None = None, on_ste
     `world`: the devices that share the film; each of them calls this with the same arguments, and gets the film.
     """
     film = job.schedule(bundle, given.prefix, given.suffix)
-    if states and world.devices > 1:
-        raise ValueError("a film that several devices share cannot be saved on its way: leave the states out, or use one device")
     spread = _spread(bundle, job, film, policy, world)
     guided = Guided(bundle, job, spread=spread)
     latents, report = _made(bundle, job, film, guided, on_step, given, adapter, policy, compressor, integrator, states)

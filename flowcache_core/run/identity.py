@@ -44,6 +44,7 @@ def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, st
         "cache": run.policy,
         "history": run.compressor,
         "branches": place.branches,
+        **({"devices": f"{run.spread.mesh.branches} x {run.spread.mesh.heads}"} if run.spread.mesh.devices > 1 else {}),
         "device": place.device.type,
         "bytes of a number": place.itemsize,
         "adapter": type(run.adapter).__qualname__,
@@ -139,7 +140,7 @@ def plain(value: object, depth: int = DEPTH) -> Any:
         case MethodType():
             return [value.__qualname__, plain(value.__self__, depth - 1)]
         case nn.Module():
-            return [type(value).__qualname__, plain(dict(value.state_dict()), depth - 1)]
+            return [type(value).__qualname__, plain(dict(value.state_dict(keep_vars=True)), depth - 1)]
     named = {field.name: getattr(value, field.name) for field in fields(value)} if is_dataclass(value) else getattr(value, "__dict__", {})
     return [type(value).__qualname__, plain(dict(named), depth - 1)]
 
@@ -154,6 +155,8 @@ def _is_filled(cell: Any) -> bool:
 def _digest_of_tensor(value: Tensor) -> str:
     if value.is_meta:
         return "meta"
+    if hasattr(value, "full_tensor"):  # of weights that devices share: all of them ask for the same digests
+        value = value.full_tensor()
     out, flat = hashlib.sha256(), value.detach().contiguous().view(-1)
     for part in flat.split(PIECE) if flat.numel() else ():
         out.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))

@@ -6,6 +6,7 @@ What a run remembers is listed in `remembered.py`, what a film depends on in `id
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..memory import Remembers
 from ..models.numbers import finite
+from ..ranks.world import Spread
 from ..sampling.loop import Checkpoints, LoopState, NoCheckpoints
 from ..untrusted import short
 from .identity import film_of
@@ -79,12 +81,12 @@ class FileCheckpoints:
     """Of one run. `noise`: the latents that it is handed."""
 
     def __init__(self, states: States, run: Run, noise: Tensor) -> None:
-        self.states, self.run, self.film = states, run, film_of(run, noise, states.film)
+        self.states, self.run, self.film = replace(states, part=run.spread.place), run, film_of(run, noise, states.film)
         self.section: int | None = None
         self._kinds = kinds_of(run.policy, run.compressor.policy if run.compressor else None, run.solver, run.solver.skipping)
         self._finished_since, self._failed, self._resumed = 0, False, False
         self._notes: list[str] = []
-        self._found = self._look()
+        self._found = self._agreed(self._look())
         self._reader: Reader | None = None
         self._session: Session | SectionSession | None = None
         self._observer: Observer | None = None
@@ -97,6 +99,14 @@ class FileCheckpoints:
             return None
         self._notes = [] if found else [line for line in [self.states.nearest(self.film)] if line]
         return found
+
+    def _agreed(self, found: StateFile | None) -> StateFile | None:
+        """None where the devices of the film have not all found a state, or not of the same row."""
+        spread, row = self.run.spread, _row(found)
+        if -spread.agreed(-row) == spread.agreed(row):
+            return found
+        self._notes = ["states of this film were saved, but not by all of its devices, or not at the same row: the film begins anew"]
+        return None
 
     def attach(self, session: Session | SectionSession, observer: Observer) -> tuple[str, ...]:
         self._session, self._observer = session, observer
@@ -132,6 +142,12 @@ class FileCheckpoints:
             self._save(loop)
 
     def refuse(self, why: Unreadable) -> None:
+        if self.states.part is not None:
+            path = self.states.path(self.film)
+            raise ValueError(
+                f"the saved state {path.name} cannot be used ({why}), and other devices of the film go on from theirs: remove the states of the film "
+                f"from {short(path.parent.name)}, and it begins anew"
+            ) from why
         self._found = self._reader = self.section = None
         self._notes = [not_used(why)]
 
@@ -189,12 +205,13 @@ class FileCheckpoints:
 
     def _save(self, loop: LoopState) -> None:
         assert self._session is not None
-        report, began = self._session.report, time.perf_counter()
+        report, began, parts = self._session.report, time.perf_counter(), Parts(self.run.spread)
         try:
             writer = Writer(self._kinds)
             tree = {name: writer.write(one, name) for name, one in {"session": self._session, "loop": loop, **self._observed()}.items()}
-            size = write_state(self.states.path(self.film), self._metadata(), tree, writer.tensors)
+            size = write_state(self.states.path(self.film), self._metadata(loop), tree, writer.tensors, parts.written)
         except (OSError, TypeError) as error:
+            parts.failed()
             self._fail(error)
             return
         report.saves.add(time.perf_counter() - began, size)
@@ -204,12 +221,13 @@ class FileCheckpoints:
         """The observer, where it remembers something."""
         return {"observer": self._observer} if isinstance(self._observer, Remembers) else {}
 
-    def _metadata(self) -> dict[str, object]:
+    def _metadata(self, loop: LoopState) -> dict[str, object]:
         assert self._session is not None
         done = sum(bool((row != 0).all()) for row in self._session.report.map)
         return {
             "film": self.film,
             "chunks": [done, self.run.chunks - self.run.schedule.given],
+            "row": loop.row,
             "made with": made_with(self.run.place.device),
             "at": f"{datetime.now():%Y-%m-%d %H:%M}",
         }
@@ -223,6 +241,31 @@ class FileCheckpoints:
         self._failed, notes = True, (not_saved(error),)
         self._session.report.notes += notes
         self._observer.begin(self._session.report, notes)
+
+
+class Parts:
+    """One state, of which every device of the film has written a part: all of the parts come in place, or none."""
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread, self._asked = spread, False
+
+    def written(self) -> None:
+        """Raises OSError where another device has failed."""
+        self._asked = True
+        if self.spread.agreed(0.0):
+            raise OSError("another device of this film cannot write its part")
+
+    def failed(self) -> None:
+        if not self._asked:
+            self.spread.agreed(1.0)
+
+
+def _row(found: StateFile | None) -> float:
+    """Where it stands; less than any row where nothing was found."""
+    match found.metadata.get("row") if found else None:
+        case int(row):
+            return row
+    return -1.0
 
 
 def made_with(device: torch.device) -> str:

@@ -58,8 +58,9 @@ def _tensor(file: Any, place: int) -> Tensor:
         raise ValueError(short(error)) from None
 
 
-def write_state(path: Path, metadata: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor]) -> int:
-    """-> bytes. Raises OSError where the system does not write it; what lay at `path` is then still there."""
+def write_state(path: Path, metadata: Mapping[str, Any], tree: Any, tensors: Sequence[Tensor], written: Callable[[], None] = lambda: None) -> int:
+    """-> bytes. Raises OSError where the system does not write it; what lay at `path` is then still there. `written`: called when the file is on
+    the disk and not yet in its place; where it raises, it does not come there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}")
     try:
@@ -68,6 +69,7 @@ def write_state(path: Path, metadata: Mapping[str, Any], tree: Any, tensors: Seq
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+        written()
         partial.replace(path)
     except BaseException:
         with suppress(OSError):

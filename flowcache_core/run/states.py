@@ -19,8 +19,8 @@ from .identity import Film, differences, key_of
 from .state_file import PARTIAL, StateFile, metadata_of, read_state
 
 SUFFIX = ".safetensors"
-STATE = re.compile(r"[0-9a-f]{16}\.safetensors")
-LEFT = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{8}\.partial")
+STATE = re.compile(r"([0-9a-f]{16})(\.\d+)?\.safetensors")
+LEFT = re.compile(r"\.[0-9a-f]{16}(\.\d+)?\.[0-9a-f]{8}\.partial")
 KEPT = 4
 """States of unfinished films in a folder."""
 ABANDONED_S = 900.0
@@ -37,13 +37,16 @@ class States:
     folder: Path
     every: int = 1
     film: Mapping[str, object] = field(default_factory=dict)
+    part: int | None = None
+    """Which of the devices that share the film writes here; None where one makes it."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"the state of a run was to be saved every {self.every} chunks: use 1 or more, or leave it out")
 
     def path(self, film: Film) -> Path:
-        return self.folder / f"{key_of(film)}{SUFFIX}"
+        part = "" if self.part is None else f".{self.part}"
+        return self.folder / f"{key_of(film)}{part}{SUFFIX}"
 
     def find(self, film: Film) -> StateFile | None:
         """None where nothing was saved of this film. Raises ValueError, or OSError, for a state that cannot be used."""
@@ -57,7 +60,7 @@ class States:
 
     def nearest(self, film: Film) -> str:
         """In a sentence, which of the films that were saved is nearest to this one, and how it differs; "" where there is none."""
-        others = [(differences(there, film), size_of(metadata)) for metadata, there in self._others()]
+        others = [(differences(there, film), size_of(metadata)) for metadata, there in self._others() if there != film]
         if not others:
             return ""
         named, size = min(others, key=lambda other: len(other[0]))
@@ -81,8 +84,11 @@ class States:
     def tidy(self) -> None:
         """The oldest states go, and what killed runs left half written."""
         with suppress(OSError):
-            for path in sorted(self._all(), key=_changed, reverse=True)[KEPT:]:
-                path.unlink(missing_ok=True)
+            paths = sorted(self._all(), key=_changed, reverse=True)
+            latest = list(dict.fromkeys(map(_key, paths)))[:KEPT]
+            for path in paths:
+                if _key(path) not in latest:
+                    path.unlink(missing_ok=True)
             for path in self.folder.iterdir():
                 if LEFT.fullmatch(path.name) and _changed(path) < time.time() - ABANDONED_S:
                     path.unlink(missing_ok=True)
@@ -120,6 +126,11 @@ def not_used(error: Exception) -> str:
 def not_saved(error: Exception) -> str:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"the state of this run cannot be saved ({short(why)}): the run goes on, and a state that was saved before stays"
+
+
+def _key(path: Path) -> str:
+    """Of the film: the same for the parts of all devices."""
+    return path.name.split(".")[0]
 
 
 def _changed(path: Path) -> float:
