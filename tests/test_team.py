@@ -57,9 +57,12 @@ def team() -> Iterator[Team]:
 
 
 def film(team: Team, bundle: Bundle, source: Source, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None,
-         apart: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
+         split_branches: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
     guided = Guided(bundle, job)
-    with torch.inference_mode(), team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, apart, lambda: None) as leader:
+    with (
+        torch.inference_mode(),
+        team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, split_branches, lambda: None) as leader,
+    ):
         return leader.sample(job.noise(bundle), around(leader, guided))
 
 
@@ -74,11 +77,11 @@ def pids(team: Team) -> list[int]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "uncached, texts apart": {"apart": True},
-    "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "apart": False},
-    "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "apart": False},
-    "kv, texts apart": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "apart": True},
-    "one text": {"job": replace(JOB, cfg=1.0), "apart": True},
+    "uncached, branches split": {"split_branches": True},
+    "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "split_branches": False},
+    "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "split_branches": False},
+    "kv, branches split": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "split_branches": True},
+    "one text": {"job": replace(JOB, cfg=1.0), "split_branches": True},
 }
 
 
@@ -87,10 +90,10 @@ def test_a_film_is_that_of_one_device(team: Team, bundle: Bundle, source: Source
     case = CASES[name]
     known = pids(team) if team.workers else None
     latents, report = film(team, bundle, source, **case)
-    assert deviation(latents, bundle, **{key: value for key, value in case.items() if key != "apart"}) <= 1e-12
+    assert deviation(latents, bundle, **{key: value for key, value in case.items() if key != "split_branches"}) <= 1e-12
     mesh = report.devices
     assert mesh["branches"] * mesh["heads"] == 2
-    assert mesh["branches"] == 1 or case["apart"]
+    assert mesh["branches"] == 1 or case["split_branches"]
     assert mesh["bytes"] > 0
     assert report.notes[-2].startswith("2 devices, ")
     assert known in (None, pids(team)), "another process"
@@ -119,10 +122,10 @@ def test_a_film_that_was_stopped_leaves_the_worker_and_the_next_film_right(team:
     for inside in (False, True):
         calls, hook = 0, bundle.network.blocks[1].register_forward_pre_hook(interrupted) if inside else None
         with pytest.raises(Interrupted):
-            film(team, bundle, source, apart=False, **({} if inside else {"around": between}))
+            film(team, bundle, source, split_branches=False, **({} if inside else {"around": between}))
         if hook is not None:
             hook.remove()
-        torch.testing.assert_close(film(team, bundle, source, apart=False)[0], reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(film(team, bundle, source, split_branches=False)[0], reference, rtol=0, atol=1e-12)
         assert pids(team) == before
         assert team.loaded == [0.0]
 
