@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores.importance import ImportanceRedundancy
-from flowcache_core.models.bundle import NETWORK, Bundle, load_bundle
+from flowcache_core.models.adapter import DurationTexts, ModelAdapter
+from flowcache_core.models.bundle import NETWORK, Bundle, files_of, load_bundle
+from flowcache_core.models.magi_family import MAGI
 from flowcache_core.policies import Motion, Planned
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.ranks.workers import IDLE, WorkerLost
@@ -128,6 +130,25 @@ def test_a_film_that_was_stopped_leaves_the_worker_and_the_next_film_right(team:
         torch.testing.assert_close(film(team, bundle, source, split_branches=False)[0], reference, rtol=0, atol=1e-12)
         assert pids(team) == before
         assert team.loaded == [0.0]
+
+
+def test_branches_that_the_run_itself_makes_are_shared_under_any_guider(team: Team) -> None:
+    """And what hangs on a text without being in the checkpoint goes along: how many chunks are to come."""
+    magi, path = load_bundle(torch.float64, family=MAGI), files_of(MAGI)[0]
+    job = Job.usual(MAGI, "red circle moves right", frames=48, steps=4, size=32)
+    durations = torch.randn(4, magi.network.config.text_dim, dtype=torch.float64)
+
+    def with_durations(adapter: ModelAdapter, sigmas: Sequence[float]) -> ModelAdapter:
+        return cast(DurationTexts, adapter).with_durations(durations)
+
+    run, guided, source = run_of(magi, job), Guided(magi, job), Source(path, (path,), MAGI.name, torch.float64)
+    timed = replace(run, adapter=with_durations(run.adapter, ()))
+    with torch.inference_mode(), team.sharing(timed, source, guided.branches, False, lambda: None) as leader:
+        latents, report = leader.sample(job.noise(magi), guided)
+    reference, _ = generate(magi, job, adapter=with_durations)
+    torch.testing.assert_close(latents, reference, rtol=0, atol=1e-12)
+    assert not torch.allclose(reference, generate(magi, job)[0], atol=1e-6), "durations change nothing"
+    assert (report.devices["branches"], report.devices["heads"]) == (2, 1)
 
 
 def listening() -> set[str]:
