@@ -226,6 +226,22 @@ def test_where_another_pack_uses_several_devices_a_sentence_names_it(bundle: Bun
     assert none.workers is None
 
 
+def test_an_interrupt_while_a_worker_starts_ends_it(bundle: Bundle, source: Source) -> None:
+    started: list[int] = []
+
+    def interrupted() -> None:
+        assert none.workers is not None
+        started.extend(pids(none))
+        raise Interrupted
+
+    none, guided = Team(DEVICES), Guided(bundle, JOB)
+    with pytest.raises(Interrupted), none.sharing(run_of(bundle, JOB), source, guided.branches, True, interrupted):
+        pass
+    assert (none.workers, none.busy) == (None, False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
 def test_settings_of_a_film_are_the_same_on_the_other_side(bundle: Bundle) -> None:
     for case in CASES.values():
         run = run_of(bundle, case.get("job", JOB), case.get("policy"), case.get("compressor"))
