@@ -291,8 +291,8 @@ def film_of(seed: int, nodes: Iterable[Node], number: int) -> Graph:
     """A small film that is sampled, with random nodes of this pack on its MODEL and random settings."""
     rng, prompt = Random(f"{seed} film {number}"), Prompt()
     model = prompt.link("loader", 0)
-    apart = ("FlowCacheLatent", "FlowCachePolicy", "FlowCacheScheduler", "FlowCacheDevices")  # the last would start processes for every film
-    chain = [one for one in nodes if {"MODEL"} == {i.kind for i in one.inputs if i.linked} and one.name not in apart]
+    left_out = ("FlowCacheLatent", "FlowCachePolicy", "FlowCacheScheduler", "FlowCacheDevices")  # the last would start processes for every film
+    chain = [one for one in nodes if {"MODEL"} == {i.kind for i in one.inputs if i.linked} and one.name not in left_out]
     for place, node in enumerate(rng.sample(chain, rng.randrange(len(chain) + 1))):
         inputs = {one.name: valid(rng, one, prompt) for one in node.inputs if one.required or rng.random() < 0.7}
         prompt.graph[f"on model {place}"] = {"class_type": node.name, "inputs": {**inputs, "model": model}}

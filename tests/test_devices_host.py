@@ -145,6 +145,13 @@ def test_a_causal_film_whose_prompt_changes_is_that_of_one_device(host: Host) ->
     assert deviation(host.latents(on_two(graph)), host.latents(graph)) <= NEAR
 
 
+def test_a_film_of_magi_is_that_of_one_device(host: Host) -> None:
+    """Its devices share the branches that the run makes itself."""
+    whole = json.loads((PACK / "workflows" / "api" / "magi_text_to_video.json").read_text())
+    graph = put(quick(whole), "FlowCacheLatent", width=64, height=64)
+    assert deviation(host.latents(on_two(graph)), host.latents(graph)) <= NEAR
+
+
 def test_the_report_names_the_mesh_and_what_came(host: Host, graph: Graph) -> None:
     mine = put(on_two(graph), "RandomNoise", noise_seed=10)
     devices = report_of(host, mine)["devices"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores.importance import ImportanceRedundancy
-from flowcache_core.models.bundle import NETWORK, Bundle, load_bundle
+from flowcache_core.models.adapter import DurationTexts, ModelAdapter
+from flowcache_core.models.bundle import NETWORK, Bundle, files_of, load_bundle
+from flowcache_core.models.magi_family import MAGI
 from flowcache_core.policies import Motion, Planned
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.ranks.workers import IDLE, WorkerLost
@@ -57,9 +59,12 @@ def team() -> Iterator[Team]:
 
 
 def film(team: Team, bundle: Bundle, source: Source, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None,
-         apart: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
+         split_branches: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
     guided = Guided(bundle, job)
-    with torch.inference_mode(), team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, apart, lambda: None) as leader:
+    with (
+        torch.inference_mode(),
+        team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, split_branches, lambda: None) as leader,
+    ):
         return leader.sample(job.noise(bundle), around(leader, guided))
 
 
@@ -74,11 +79,11 @@ def pids(team: Team) -> list[int]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "uncached, texts apart": {"apart": True},
-    "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "apart": False},
-    "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "apart": False},
-    "kv, texts apart": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "apart": True},
-    "one text": {"job": replace(JOB, cfg=1.0), "apart": True},
+    "uncached, branches split": {"split_branches": True},
+    "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "split_branches": False},
+    "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "split_branches": False},
+    "kv, branches split": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "split_branches": True},
+    "one text": {"job": replace(JOB, cfg=1.0), "split_branches": True},
 }
 
 
@@ -87,10 +92,10 @@ def test_a_film_is_that_of_one_device(team: Team, bundle: Bundle, source: Source
     case = CASES[name]
     known = pids(team) if team.workers else None
     latents, report = film(team, bundle, source, **case)
-    assert deviation(latents, bundle, **{key: value for key, value in case.items() if key != "apart"}) <= 1e-12
+    assert deviation(latents, bundle, **{key: value for key, value in case.items() if key != "split_branches"}) <= 1e-12
     mesh = report.devices
     assert mesh["branches"] * mesh["heads"] == 2
-    assert mesh["branches"] == 1 or case["apart"]
+    assert mesh["branches"] == 1 or case["split_branches"]
     assert mesh["bytes"] > 0
     assert report.notes[-2].startswith("2 devices, ")
     assert known in (None, pids(team)), "another process"
@@ -119,12 +124,31 @@ def test_a_film_that_was_stopped_leaves_the_worker_and_the_next_film_right(team:
     for inside in (False, True):
         calls, hook = 0, bundle.network.blocks[1].register_forward_pre_hook(interrupted) if inside else None
         with pytest.raises(Interrupted):
-            film(team, bundle, source, apart=False, **({} if inside else {"around": between}))
+            film(team, bundle, source, split_branches=False, **({} if inside else {"around": between}))
         if hook is not None:
             hook.remove()
-        torch.testing.assert_close(film(team, bundle, source, apart=False)[0], reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(film(team, bundle, source, split_branches=False)[0], reference, rtol=0, atol=1e-12)
         assert pids(team) == before
         assert team.loaded == [0.0]
+
+
+def test_branches_that_the_run_itself_makes_are_shared_under_any_guider(team: Team) -> None:
+    """And what hangs on a text without being in the checkpoint goes along: how many chunks are to come."""
+    magi, path = load_bundle(torch.float64, family=MAGI), files_of(MAGI)[0]
+    job = Job.usual(MAGI, "red circle moves right", frames=48, steps=4, size=32)
+    durations = torch.randn(4, magi.network.config.text_dim, dtype=torch.float64)
+
+    def with_durations(adapter: ModelAdapter, sigmas: Sequence[float]) -> ModelAdapter:
+        return cast(DurationTexts, adapter).with_durations(durations)
+
+    run, guided, source = run_of(magi, job), Guided(magi, job), Source(path, (path,), MAGI.name, torch.float64)
+    timed = replace(run, adapter=with_durations(run.adapter, ()))
+    with torch.inference_mode(), team.sharing(timed, source, guided.branches, False, lambda: None) as leader:
+        latents, report = leader.sample(job.noise(magi), guided)
+    reference, _ = generate(magi, job, adapter=with_durations)
+    torch.testing.assert_close(latents, reference, rtol=0, atol=1e-12)
+    assert not torch.allclose(reference, generate(magi, job)[0], atol=1e-6), "durations change nothing"
+    assert (report.devices["branches"], report.devices["heads"]) == (2, 1)
 
 
 def listening() -> set[str]:
@@ -200,6 +224,22 @@ def test_where_another_pack_uses_several_devices_a_sentence_names_it(bundle: Bun
     with pytest.raises(ValueError, match=r"torch.distributed is in use in this process, by another node pack"):
         film(none, bundle, source)
     assert none.workers is None
+
+
+def test_an_interrupt_while_a_worker_starts_ends_it(bundle: Bundle, source: Source) -> None:
+    started: list[int] = []
+
+    def interrupted() -> None:
+        assert none.workers is not None
+        started.extend(pids(none))
+        raise Interrupted
+
+    none, guided = Team(DEVICES), Guided(bundle, JOB)
+    with pytest.raises(Interrupted), none.sharing(run_of(bundle, JOB), source, guided.branches, True, interrupted):
+        pass
+    assert (none.workers, none.busy) == (None, False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 def test_settings_of_a_film_are_the_same_on_the_other_side(bundle: Bundle) -> None:

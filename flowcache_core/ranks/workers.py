@@ -44,12 +44,10 @@ class Worker:
 
     def __init__(self, rank: int, command: Sequence[str]) -> None:
         self.rank, self.answers = rank, SimpleQueue[Message]()
-        self._command, self._started, self._process = command, Event(), None
-        self._over = Event()
+        self._command, self._started, self._over = command, Event(), Event()
+        self._process: subprocess.Popen[str] | None = None
         Thread(target=self._attend, name=f"FlowCache worker {rank}", daemon=True).start()
         self._started.wait()
-
-    _process: subprocess.Popen[str] | None
 
     def _attend(self) -> None:
         """Linux signals the end of a parent at the end of the thread that has started the child: this one lasts as long as the worker."""

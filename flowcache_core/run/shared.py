@@ -100,19 +100,19 @@ def family_named(name: str) -> Family:
     return next(family for family in (*models.FAMILIES, *BUNDLED.values()) if family.name == name)
 
 
-def shared(run: Run, world: World, apart: bool = True) -> Run:
-    """A run of the whole film -> this device's part of it. `apart`: whether devices may evaluate branches of their own, as they may where every
-    branch is evaluated at every step. Raises ValueError, with the way out, for a film that these devices cannot share."""
+def shared(run: Run, world: World, split_branches: bool = True) -> Run:
+    """A run of the whole film -> this device's part of it. `split_branches`: whether devices may evaluate branches of their own, as they may where
+    every branch is evaluated at every step. Raises ValueError, with the way out, for a film that these devices cannot share."""
     if run.sections:
         raise ValueError(
             "where every frame of a section sees every other the film is made on one device: set attention to block-causal, or use one device"
         )
     place, guidance = run.place, run.family.guidance
     texts = place.branches * place.films
-    world = world if apart or guidance.inside else replace(world, branches=1)
+    world = world if split_branches or guidance.inside else replace(world, branches=1)
     spread = world.spread(run.family, run.adapter, run.schedule, run.latent[1:], run.branches, place.text_tokens // max(texts, 1), place.itemsize,
                           run.policy, run.scale, run.sigmas)  # fmt: skip
-    if not apart and spread.mesh.branches > 1:
+    if not (split_branches or guidance.inside) and spread.mesh.branches > 1:
         raise ValueError(
             f"{world.devices} devices cannot share this film: it has {run.adapter.heads} heads of keys, of which every device needs one, and its "
             "guider does not evaluate every text at every step, as CFGGuider does, so texts cannot be shared: use fewer devices"

@@ -48,34 +48,35 @@ class Team:
     """`devices`: by rank, as torch names them; this process is the first of them."""
 
     def __init__(self, devices: Sequence[str]) -> None:
-        self.devices, self.machine = tuple(devices), None
+        self.devices = tuple(devices)
+        self.machine: Machine | None = None
+        """As timed with the first film."""
         self.workers: Workers | None = None
         self.loaded: list[float] = []
         """Seconds that the workers took for the network of the latest film; 0 where they had it."""
         self.busy = False
         """Whether a film is being made."""
 
-    machine: Machine | None
-
-    def plan(self, run: Run, apart: bool) -> Run:
+    def plan(self, run: Run, split_branches: bool) -> Run:
         """The run of this device. Raises ValueError, before a process is started, for a film that the devices cannot share."""
-        return shared(run, planned(len(self.devices), self.machine), apart)
+        return shared(run, planned(len(self.devices), self.machine), split_branches)
 
     @contextmanager
-    def sharing(self, run: Run, source: Source, branches: Sequence[str], apart: bool, check: Check) -> Iterator[Leader]:
-        """Until the block ends all devices make this film. `run`: of the whole film; `branches`, in order: its texts, which devices may have apart.
+    def sharing(self, run: Run, source: Source, branches: Sequence[str], split_branches: bool, check: Check) -> Iterator[Leader]:
+        """Until the block ends all devices make this film. `run`: of the whole film; `branches`: its texts, in order; `split_branches`: as in
+        `shared`.
 
         Raises WorkerLost, with a sentence, where a worker fails or ends; then all are ended, and the next film starts others.
         """
         require_unused()
-        self.plan(run, apart)
+        self.plan(run, split_branches)
         settings = FilmSettings.of(run, branches)
         written, wanted, self.busy = settings.as_json(), source.as_json(), True
         try:
             workers = self._ready(wanted, check)
             try:
                 with self._met(workers) as world:
-                    mine = self._part(workers, world, run, apart, written)
+                    mine = self._part(workers, world, run, split_branches, written)
                     yield Leader(mine, settings.branches, world.everyone(mine.spread.heads.traffic), workers.send)
             except BaseException as error:
                 self._failed(error)
@@ -108,9 +109,9 @@ class Team:
             self.machine = self.machine or timed_machine(self.devices[0])
             yield world
 
-    def _part(self, workers: Workers, world: LateWorld, run: Run, apart: bool, settings: Any) -> Run:
+    def _part(self, workers: Workers, world: LateWorld, run: Run, split_branches: bool, settings: Any) -> Run:
         """The run of this device, of which the others now have theirs."""
-        branches, durations = self.plan(run, apart).spread.mesh.branches, _durations(run)
+        branches, durations = self.plan(run, split_branches).spread.mesh.branches, _durations(run)
         workers.send(do="film", settings=settings, branches=branches, tensors={name: described(one) for name, one in durations.items()})
         everyone = world.everyone(Traffic())
         for one in durations.values():
