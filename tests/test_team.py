@@ -29,7 +29,7 @@ from flowcache_core.run.run import Evaluate, Turn
 from flowcache_core.run.shared import FilmSettings
 from flowcache_core.run.team import Source, Team
 
-JOB = Job("red circle moves right", frames=33, steps=3, size=32, seed=2, ar_step=2, cfg=3.0)
+JOB = Job("red circle moves right", frames=21, steps=3, size=32, seed=2, ar_step=2, cfg=3.0)
 DEVICES = ("cpu", "cpu")
 Around = Callable[[Leader, Evaluate], Evaluate]
 
@@ -82,7 +82,11 @@ CASES: dict[str, dict[str, Any]] = {
     "uncached, branches split": {"split_branches": True},
     "planned, another size": {"policy": Planned(share=0.5), "job": replace(JOB, size=48, width=32, seed=5), "split_branches": False},
     "motion": {"policy": Motion(1.6), "job": replace(JOB, size=48, steps=4), "split_branches": False},
-    "kv, branches split": {"compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"), "split_branches": True},
+    "kv, branches split": {
+        "job": replace(JOB, frames=33),
+        "compressor": Compressor(ImportanceRedundancy(), 2.0, dtype="int8"),
+        "split_branches": True,
+    },
     "one text": {"job": replace(JOB, cfg=1.0), "split_branches": True},
 }
 
