@@ -26,13 +26,19 @@ COMMANDS = {
 """What makes the files that pages show of the first bundled model; `make measure` runs them all, so that they are of one commit."""
 SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
 SCALE = {f"scale-{devices}": f"torchrun --nproc-per-node {devices} -m flowcache_core bench scale" for devices in (2, 4)}
+STEP = {
+    "step": f"{BENCH} step --steps 4",
+    "step-2": f"{BENCH} step --steps 4 --threads 2",
+    "step-magi": f"{BENCH} step --steps 4 --model tiny-magi --frames 96",
+}
 OTHERS = {
     "magi": f"{BENCH} magi --prompts 4 --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
     "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
     **SCALE,
+    **STEP,
 }
-"""The same of other models and of several devices, each at a commit of its own."""
+"""The same of other models, of several devices and of the processor alone, each at a commit of its own."""
 
 
 def data(name: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..network import Attend
 from ..run.generate import Job, generate
 from ..show.metrics import mean_and_error
 from .around import Around
+from .measured import STEP, data, origin, table
 from .model import counter
 from .prompts import PROMPTS
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     named = {"model": args.model, "threads": args.threads, "dtype": str(dtype).removeprefix("torch.")}
-    return {"weights": weights_id(family), "torch": torch.__version__, "rows": [{**named, **values} for values in rows]}
+    return {"model": args.model, "weights": weights_id(family), "torch": torch.__version__, "rows": [{**named, **values} for values in rows]}
 
 
 def measured(bundle: Bundle, job: Job, turns: int, dtype: torch.dtype, clock: Callable[[], float]) -> list[dict[str, Any]]:
@@ -163,7 +164,7 @@ def row(operations: list[float], seconds: list[Span]) -> dict[str, Any]:
     """`of_product`: the rate of an evaluation over that of the product beside it, median and tenths; rates in 10^9 operations a second."""
     product = 2.0 * SIDE**3
     shares = [count / mine * beside / product for count, (mine, beside) in zip(operations, seconds, strict=True)]
-    tenths = statistics.quantiles(shares, n=10)
+    tenths = statistics.quantiles(shares, n=10, method="inclusive")
     return {
         "evaluations": len(shares), "gflop": round(statistics.median(operations) / 1e9, 3),
         "ms": round(statistics.median(mine for mine, _ in seconds) * 1000, 2),
@@ -191,3 +192,18 @@ def _noted(bundle: Bundle, job: Job, before: Callable[[], float], after: Callabl
 
     generate(bundle, job, adapter=make)
     return [pair for one in around for pair in one.noted]
+
+
+def shown() -> str:
+    """What was found on the processor of the bundled models' figures."""
+    lines = []
+    for name in STEP:
+        for one in data(name)["rows"]:
+            share = f"{one['of_product']:.2f} ({one['of_product_p10']:.2f} to {one['of_product_p90']:.2f})"
+            near = "{:.3f} ± {:.3f}".format(*one["to_float32"])
+            lines.append((one["model"], one["threads"], one["arm"], f"{one['ms']:.1f} ms", share, f"{one['products']:.0%}", near))
+    head = ["model", "threads", "layers", "an evaluation", "of the product's rate (tenths)", "of its time in products", "distance to float32"]
+    return table(head, lines) + "\n" + "\n".join(map(origin, STEP))
+
+
+FIGURES: dict[str, Callable[[], str]] = {"step": shown}
