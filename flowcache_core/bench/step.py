@@ -200,7 +200,7 @@ def shown() -> str:
     for name in STEP:
         for one in data(name)["rows"]:
             share = f"{one['of_product']:.2f} ({one['of_product_p10']:.2f} to {one['of_product_p90']:.2f})"
-            near = "{:.3f} ± {:.3f}".format(*one["to_float32"])
+            near = "{:.2f} ± {:.2f}".format(*one["to_float32"])
             lines.append((one["model"], one["threads"], one["arm"], f"{one['ms']:.1f} ms", share, f"{one['products']:.0%}", near))
     head = ["model", "threads", "layers", "an evaluation", "of the product's rate (tenths)", "of its time in products", "distance to float32"]
     return table(head, lines) + "\n" + "\n".join(map(origin, STEP))
