@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,8 +37,10 @@ def memory(device: torch.device, processes: int = 1) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
 
 
+@cache
 def commit() -> str:
-    """The checkout's commit, with + when files are changed; unknown outside a checkout."""
+    """The checkout's commit, with + when files are changed; unknown outside a checkout. As it was when this process asked first: in a fresh
+    checkout git reads every file to answer."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
