@@ -16,8 +16,9 @@ from ..flowcache_core.models.family import Family
 from ..flowcache_core.policies.presets import PLANS
 from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.lead import Leader
-from ..flowcache_core.run.run import Film, Place, Run, Turn
+from ..flowcache_core.run.run import Film, Place, Run
 from ..flowcache_core.run.states import States
+from ..flowcache_core.run.turn import Turn
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
 from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..flowcache_core.kernels.attention import attending
 from ..flowcache_core.models.adapter import require_bidirectional
 from ..flowcache_core.models.family import Family, OpenBlocks
-from ..flowcache_core.run.run import Turn
+from ..flowcache_core.run.turn import Turn
 from .host_attention import kernel_on
 from .other_nodes import BASE, Replace, blocks_of, name_of, require_served_now
 from .settings_on_model import nodes_of, wrong_sampler

@@ -12,8 +12,8 @@ import torch
 
 from ..flowcache_core.kv.cache import Branches
 from ..flowcache_core.run.identity import digest
-from ..flowcache_core.run.run import Turn
 from ..flowcache_core.run.states import States
+from ..flowcache_core.run.turn import WrappedTurn
 from .host_model import HostModel
 from .settings_on_model import OPTIONS
 from .texts import named_branches
@@ -48,27 +48,10 @@ def _others(model_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class NamedTurn:
+class NamedTurn(WrappedTurn):
     """A turn whose branches the host calls by UUIDs, which are others in every process. `names`: of the texts that count in this turn."""
 
-    turn: Turn
     names: Mapping[Hashable, str]
-
-    @property
-    def index(self) -> int:
-        return self.turn.index
-
-    @property
-    def step(self) -> int:
-        return self.turn.step
-
-    @property
-    def committing(self) -> bool:
-        return self.turn.committing
-
-    @property
-    def reads(self) -> int:
-        return self.turn.reads
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         uuids = {name: branch for branch, name in self.names.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowcache_core.kernels.transfer import Inbox
 from flowcache_core.policies.protocol import CachePolicy, Decision
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.sections import SectionSession
@@ -23,7 +24,7 @@ from flowcache_core.sampling.solvers import Solver
 
 def decided(policy: CachePolicy, chunk: Chunk, signals: Any, state: ChunkState) -> Decision:
     """What a policy decides for a chunk that is alone in its row."""
-    return RowDecisions({chunk: policy.decide(chunk, signals, state)}).take(chunk)
+    return RowDecisions({chunk: policy.decide(chunk, signals, state)}, Inbox()).take(chunk)
 
 
 @dataclass(frozen=True)

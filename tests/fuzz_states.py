@@ -25,9 +25,10 @@ from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Film, NoObserver, Observer, Run, Turn
+from flowcache_core.run.run import Film, NoObserver, Observer, Run
 from flowcache_core.run.state_file import SUM_BYTES, metadata_of, read_state
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from flowcache_core.sampling.solvers import Multistep, UniPC

@@ -20,8 +20,9 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Film, Run, Turn
+from flowcache_core.run.run import Film, Run
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
 

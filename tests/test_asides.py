@@ -21,7 +21,8 @@ from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.protocol import CachePolicy
-from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.run import Run
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler

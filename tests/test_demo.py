@@ -15,7 +15,8 @@ from flowcache_core.models.bundle import BUNDLED, NETWORK, VAE, Bundle, files_of
 from flowcache_core.policies import Chunkwise, Planned
 from flowcache_core.run.generate import Given, Job, decode, generate, generate_upstream
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.run import Run
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule, Section, sections_of
 from flowcache_core.show.metrics import psnr

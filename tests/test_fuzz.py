@@ -16,8 +16,8 @@ from flowcache_core.bench.frontier import Kept
 from flowcache_core.models.magi_text import ROWS, read_special_tokens
 from flowcache_core.policies.named import policy_named
 from flowcache_core.run.remembered import fits
-from flowcache_core.run.run import Evaluate
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Evaluate
 from flowcache_core.sampling.loop import LoopState
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.schedule import ChunkSchedule

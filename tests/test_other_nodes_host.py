@@ -15,7 +15,7 @@ from flowcache_core.models.bundle import Bundle, load_bundle
 from flowcache_core.models.wan_vae import normalise
 from flowcache_core.ranks.world import Spread
 from flowcache_core.run import generate as core
-from flowcache_core.run.run import Turn
+from flowcache_core.run.turn import Turn
 from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, report_of, small, without_cache
 
 pytestmark = NEEDS_HOST

@@ -16,9 +16,10 @@ from flowcache_core.models.causal_wan_family import FOUR
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
-from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.run import Run
 from flowcache_core.run.session import Session
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas

@@ -18,7 +18,8 @@ from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.planned import Planned
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Evaluate, Run
+from flowcache_core.run.run import Run
+from flowcache_core.run.turn import Evaluate
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from flowcache_core.show.plot import chunk_map

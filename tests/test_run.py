@@ -16,8 +16,9 @@ from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import Motion
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.protocol import CachePolicy
-from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.run import Run
 from flowcache_core.run.session import Session
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 

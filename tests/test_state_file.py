@@ -24,9 +24,10 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.run.generate import Job, generate
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Run, Turn
+from flowcache_core.run.run import Run
 from flowcache_core.run.state_file import FORMAT, SUM_BYTES, metadata_of, read_state, write_state
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.schedule import ChunkSchedule
 

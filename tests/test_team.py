@@ -25,9 +25,9 @@ from flowcache_core.run.follow import FilmWorker
 from flowcache_core.run.generate import Guided, Job, generate, run_of
 from flowcache_core.run.lead import Leader
 from flowcache_core.run.report import RunReport
-from flowcache_core.run.run import Evaluate, Turn
 from flowcache_core.run.shared import FilmSettings
 from flowcache_core.run.team import Source, Team
+from flowcache_core.run.turn import Evaluate, Turn
 
 JOB = Job("red circle moves right", frames=21, steps=3, size=32, seed=2, ar_step=2, cfg=3.0)
 DEVICES = ("cpu", "cpu")

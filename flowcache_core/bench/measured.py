@@ -35,6 +35,7 @@ OTHERS = {
     "magi": f"{BENCH} magi --prompts 4 --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
     "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
+    "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
     **STEP,
 }

@@ -20,8 +20,9 @@ from ..ranks.group import DeviceLost, Traffic
 from ..ranks.rendezvous import LateGroup, LateWorld, met
 from ..ranks.workers import FAILED, IDLE, Commands, Message
 from ..ranks.world import timed_machine
-from .run import Run, Turn
+from .run import Run
 from .shared import Evaluation, FilmSettings, family_named, shared
+from .turn import Turn
 
 STOPPING = 10.0
 """Seconds in which the order to stop has to follow the loss of a connection."""

@@ -22,8 +22,9 @@ from ..sampling.schedule import ChunkSchedule, Section, sections_of
 from ..sampling.solvers import Solver, solver
 from .identity import digest
 from .report import RunReport
-from .run import Place, Run, Turn
+from .run import Place, Run
 from .states import States
+from .turn import Turn
 
 Progress = Callable[[Chunk], None]
 MakeAdapter = Callable[[ModelAdapter, Sequence[float]], ModelAdapter]

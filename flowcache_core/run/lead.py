@@ -11,9 +11,10 @@ from torch import Tensor
 from ..kv.cache import Branches
 from ..ranks.rendezvous import LateGroup
 from .report import RunReport
-from .run import Evaluate, Observer, Run, Turn
+from .run import Observer, Run
 from .shared import Evaluation, own_branches
 from .states import States
+from .turn import Evaluate, Turn, WrappedTurn
 
 Send = Callable[..., None]
 """A message to all others."""
@@ -65,27 +66,10 @@ class Leader:
 
 
 @dataclass(frozen=True)
-class LedTurn:
+class LedTurn(WrappedTurn):
     """A turn that all devices evaluate."""
 
-    turn: Turn
     leader: Leader
-
-    @property
-    def index(self) -> int:
-        return self.turn.index
-
-    @property
-    def step(self) -> int:
-        return self.turn.step
-
-    @property
-    def committing(self) -> bool:
-        return self.turn.committing
-
-    @property
-    def reads(self) -> int:
-        return self.turn.reads
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         return self.turn.unwritten(own_branches(branches, self.leader.run.spread, self.leader.branches))

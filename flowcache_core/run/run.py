@@ -38,45 +38,10 @@ from .sections import SectionSession, require_whole_rows
 from .session import Session, plan_of
 from .sink import beyond, returned
 from .states import States
+from .turn import Evaluate
 
 Film = ChunkSchedule | tuple[Section, ...]
 """Chunk by chunk against a KV cache, or bidirectional sections."""
-
-
-class Turn(Protocol):
-    """One evaluation of the network."""
-
-    @property
-    def index(self) -> int:
-        """Of the chunk; in a section, of the first that moves."""
-        ...
-
-    @property
-    def step(self) -> int:
-        """Of the chunk; in a section, of the one that is least far. The number of steps in the pass over a finished chunk."""
-        ...
-
-    @property
-    def committing(self) -> bool:
-        """Whether it is the pass over a finished chunk, which writes history."""
-        ...
-
-    @property
-    def reads(self) -> int:
-        """The chunk whose texts count: its own, or where history is made anew for a later one, that one."""
-        ...
-
-    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
-        """Of these branches and all that have run before, those that a committing turn has not run yet: later chunks would lack their keys."""
-        ...
-
-    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
-        """Velocity. x: [branches * films, C, F, h, w]; context: the branches' text embeddings; `blocks` and `texts`: as in `Session.denoise`."""
-        ...
-
-
-Evaluate = Callable[[Turn, Tensor], Tensor]
-"""(turn, latents [films, C, F, h, w]) -> guided velocity of the same shape."""
 
 
 class Observer(Protocol):

@@ -123,7 +123,7 @@ class Session:
         self._time_changes: list[float] | None = None
         self._row: tuple[Sequence[Chunk], Tensor | None] = (), None
         """The chunks of the row that has begun, and the film."""
-        self._decisions = RowDecisions({})
+        self._decisions = RowDecisions({}, self._inbox)
 
     def _store(self, budget: Budget | None, room: Capacity | None) -> KVStore:
         adapter, layout = self.adapter, Layout(self.schedule, self._frame_tokens, budget.slots if budget else None, reach_of(self.adapter))
@@ -173,7 +173,7 @@ class Session:
         self._text.clear()
         self._last.clear()
         self._chunk_text.clear()
-        self._row, self._decisions, self._settled = ((), None), RowDecisions({}), None
+        self._row, self._decisions, self._settled = ((), None), RowDecisions({}, self._inbox), None
         self.state.clear()
 
     def forecast(self, device: torch.device) -> tuple[str, ...]:

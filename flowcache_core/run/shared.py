@@ -25,7 +25,8 @@ from ..sampling.profile import Profile
 from ..sampling.schedule import ChunkSchedule
 from ..sampling.solvers import SOLVERS, Solver
 from .remembered import KINDS, Reader, Writer
-from .run import Place, Run, Turn
+from .run import Place, Run
+from .turn import Turn
 
 
 @dataclass(frozen=True)

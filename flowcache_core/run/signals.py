@@ -92,8 +92,8 @@ class RowDecisions:
     """What was decided for the chunks of a row at its beginning, or deferred. `inbox`: by which the run's numbers come to the host, in one wait at
     most."""
 
-    def __init__(self, made: Mapping[Chunk, Decision | Deferred], inbox: Inbox | None = None) -> None:
-        self._made, self._inbox = dict(made), inbox or Inbox()
+    def __init__(self, made: Mapping[Chunk, Decision | Deferred], inbox: Inbox) -> None:
+        self._made, self._inbox = dict(made), inbox
         asked = [number for one in made.values() if isinstance(one, Deferred) for number in one.numbers if isinstance(number, Tensor)]
         self._places = {id(number): place for place, number in enumerate(asked)}
         self._fetched = self._inbox.fetch(side_by_side(asked)) if asked else None
