@@ -19,7 +19,7 @@ from flowcache_core.bench.geometries import GEOMETRIES
 from flowcache_core.bench.model import arms_of, counter
 from flowcache_core.bench.rendered import one_killed
 from flowcache_core.bench.scale import LINKS
-from flowcache_core.fleet.simulation import Film
+from flowcache_core.fleet.simulation import FilmTime
 from flowcache_core.models.magi_family import MAGI_DISTILLED
 from flowcache_core.models.magi_vae import MagiVAE
 from flowcache_core.models.skyreels_family import SKYREELS
@@ -166,6 +166,6 @@ def test_arms_are_those_whose_steps_are_known() -> None:
 def test_one_killed_worker_costs_its_part_and_its_loading() -> None:
     """Two films of 4 + 1 seconds by two workers; the first is lost after 2.5, with two states saved. The other one takes its film when its own is
     done, at 5, and the new worker at 2.5 + 1: it goes on for 2 + 1 seconds."""
-    films = [Film((1.0,) * 4, 1.0)] * 2
+    films = [FilmTime((1.0,) * 4, 1.0)] * 2
     assert one_killed(films, 2.5, 1.0) == pytest.approx(6.5)
     assert one_killed(films, 2.5, 4.0) == pytest.approx(8.0)

@@ -20,14 +20,14 @@ COUNTS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Film:
+class FilmRows:
     """The rows of a film, and how often each is run; clean passes are left out. `fullest`: one with as many chunks and slots as any."""
 
     work: Work
     rows: dict[Row, int]
 
     @classmethod
-    def of(cls, geometry: Geometry) -> Film:
+    def of(cls, geometry: Geometry) -> FilmRows:
         """A minute, with chunks as closely behind each other as the model allows."""
         work, job = work_of(geometry), replace(geometry.job, frames=geometry.frames_of(SECONDS), ar_step=next(iter(ways(geometry))))
         schedule, by_step = job.schedule(Sized.of(geometry)), work.evaluations
@@ -61,7 +61,7 @@ def chunks() -> str:
     """How many times as fast as one card a film is, and what each card sends in a full row and keeps, over PCIe."""
     lines = []
     for name in MODELS:
-        film = Film.of(GEOMETRIES[name])
+        film = FilmRows.of(GEOMETRIES[name])
         row, alone = film.fullest, {link: film.by_heads(1, machine)[0] for link, machine in LINKS.items()}
         for count in COUNTS:
             heads = {link: film.by_heads(count, machine) for link, machine in LINKS.items()}

@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from ..fleet.simulation import Film
+from ..fleet.simulation import FilmTime
 from ..models.adapter import Ranged
 from ..models.magi_family import MAGI_DISTILLED
 from ..models.skyreels_family import SKYREELS
@@ -187,13 +187,13 @@ class Worker:
         """Of a film, without states."""
         return sum(self.chunks) + self.production.decoding
 
-    def film(self, save_every: int) -> Film:
+    def film(self, save_every: int) -> FilmTime:
         """With a state after so many chunks, 0 none, of which every card writes its share. The decoder runs on one card."""
         chunks, production = self.chunks, self.production
         every = save_every or len(chunks)
         parts = [sum(islice(chunks, first, first + every)) for first in range(0, len(chunks), every)]
         saves = [size * self.kept / DISK for size in production.states[every - 1 :: every]]
-        return Film(tuple(part + save for part, save in zip(parts, [*saves, 0.0], strict=True)), production.decoding)
+        return FilmTime(tuple(part + save for part, save in zip(parts, [*saves, 0.0], strict=True)), production.decoding)
 
     @property
     def load(self) -> float:

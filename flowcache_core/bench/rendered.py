@@ -27,7 +27,7 @@ from ..fleet.estimate import estimate, kinds_of
 from ..fleet.film_line import FilmLines
 from ..fleet.ray_fleet import ray_fleet
 from ..fleet.renderer import Renderer
-from ..fleet.simulation import Film, Fleet, Simulation, simulate
+from ..fleet.simulation import FilmTime, Fleet, Simulation, simulate
 from ..fleet.tasks import FilmTask, Made
 from .measured import data, origin, table
 
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     film, sampling = fmean(one.films), fmean(one.sampling)
     two, killed = made(lines, tasks, 2), made(lines, tasks, 2, kill_after=PART * sampling)
     chunks = tasks[0].job.schedule(lines.bundle_of(tasks[0].model)).chunks
-    whole = [Film((film,))] * len(tasks)
-    saved = [Film((sampling / chunks,) * chunks, film - sampling)] * len(tasks)
+    whole = [FilmTime((film,))] * len(tasks)
+    saved = [FilmTime((sampling / chunks,) * chunks, film - sampling)] * len(tasks)
     return {"rows": [
         row("1 worker", one, simulate(whole, Fleet(1)).seconds),
         row("2 workers", two, simulate(whole, Fleet(2)).seconds),
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]}  # fmt: skip
 
 
-def one_killed(films: Sequence[Film], after: float, load: float) -> float:
+def one_killed(films: Sequence[FilmTime], after: float, load: float) -> float:
     """Seconds of the films by two workers. The first is lost so many seconds after it was given its first film; another one can be used `load`
     seconds later."""
     lives = chain((math.inf, math.inf, after), repeat(math.inf))

@@ -12,7 +12,7 @@ from ..policies.protocol import PlanPolicy
 from ..run.generate import run_of
 from ..sampling.plan import Plan
 from .renderer import Pace
-from .simulation import Film, Fleet, simulate
+from .simulation import FilmTime, Fleet, simulate
 from .tasks import FilmTask
 
 
@@ -41,7 +41,7 @@ class Estimate:
     @property
     def hours(self) -> float:
         """Until the last film is there, where whoever is free takes the next one."""
-        return simulate([Film((one,)) for one in self.seconds], Fleet(self.workers)).seconds / 3600
+        return simulate([FilmTime((one,)) for one in self.seconds], Fleet(self.workers)).seconds / 3600
 
     def text(self) -> str:
         workers = f"{self.workers} worker{'s' * (self.workers > 1)}"

@@ -18,7 +18,7 @@ from random import Random
 
 
 @dataclass(frozen=True)
-class Film:
+class FilmTime:
     """`parts`: seconds from the beginning to the first saved state, from each to the next, and from the last one to the end of sampling; `decoding`:
     seconds after that. A film that is lost then begins anew: a run that is finished removes its state."""
 
@@ -91,7 +91,7 @@ class Simulated:
 class Attempt:
     """`done`: parts of the film that are saved; `number`: of this worker with it, from 1."""
 
-    film: Film
+    film: FilmTime
     done: int = 0
     number: int = 1
 
@@ -116,7 +116,7 @@ class Simulation:
     """Of one fleet and its films. Workers are alike, so only those are counted that are free. `lives`: seconds until the worker is lost, of each
     loading and each film that is begun, in their order."""
 
-    def __init__(self, films: Sequence[Film], fleet: Fleet, lives: Iterator[float]) -> None:
+    def __init__(self, films: Sequence[FilmTime], fleet: Fleet, lives: Iterator[float]) -> None:
         self.fleet, self._lives, self._order = fleet, lives, count()
         self._waiting, self._events = deque(Attempt(film) for film in films), list[Event]()
         self._free, self._left, self._made, self._spent = 0, len(films), 0, Spent()
@@ -167,7 +167,7 @@ class Simulation:
         heapq.heappush(self._events, Event(at, next(self._order), lost, spent, attempt))
 
 
-def simulate(films: Sequence[Film], fleet: Fleet, seed: int = 0) -> Simulated:
+def simulate(films: Sequence[FilmTime], fleet: Fleet, seed: int = 0) -> Simulated:
     """`films`: in the order in which they are given out. The same `seed` loses the same workers."""
     return Simulation(films, fleet, repeat(math.inf) if math.isinf(fleet.lifetime) else _lives(fleet.lifetime, Random(seed))).run()
 
