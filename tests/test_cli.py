@@ -126,7 +126,7 @@ def test_an_interrupted_demo_says_so(cli: Cli, tmp_path: Path, capsys: pytest.Ca
 def test_bench_reuse_writes_its_rows_and_a_plot(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reuse, "THRESHOLDS", (0.1,))
     out = tmp_path / "new" / "reuse.json"
-    assert cli("bench", "reuse", "--prompts", 1, "--steps", 6, "--rules", "default", "--json", out) == 0
+    assert cli("bench", "reuse", "--prompts", 1, "--steps", 6, "--frames", 21, "--rules", "default", "--json", out) == 0
     result = json.loads(out.read_text())
     (row,) = result["rows"]
     assert {"rule", "setting", "share", "psnr", "ssim", "wall_ratio"} <= row.keys()
