@@ -19,6 +19,7 @@ from flowcache_core.fleet import renderer
 from flowcache_core.fleet.estimate import cost_of, kinds_of
 from flowcache_core.fleet.film_line import KNOWN, FilmLines
 from flowcache_core.fleet.jobs_file import read_tasks
+from flowcache_core.fleet.tasks import Failed, Made
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores import Even
 from flowcache_core.models.bundle import NETWORK, VAE, Bundle
@@ -176,6 +177,21 @@ REFUSED: dict[str, str] = {
     '{"workflow": "text_to_video"}': "line 2: it names a workflow, and those are run by ComfyUI servers: add --host URL",
     json.dumps(FILMS[0]): "line 2: it makes the same film as line 1",
 }
+
+
+def test_a_film_that_is_lost_in_decoding_goes_on_from_its_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = FilmLines(torch.float32).task(1, FILMS[0])
+    one, whole = renderer.Renderer("float32", states=f"{tmp_path}"), renderer.Renderer("float32").render(task)
+    assert isinstance(whole, Made)
+    with monkeypatch.context() as lost:
+        lost.setattr(renderer, "decode", lambda bundle, latents: 1 // 0)
+        assert isinstance(one.render(task), Failed)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
+    again = one.render(task)
+    assert isinstance(again, Made)
+    assert any("goes on from a saved state: 1 of 2 chunks" in note for note in again.report["run"]["notes"])
+    assert again.report["latents"] == whole.report["latents"]
+    assert not list(tmp_path.iterdir())
 
 
 VALUES: tuple[Any, ...] = (

@@ -69,10 +69,11 @@ def test_a_film_that_is_lost_while_it_is_read_keeps_what_it_had() -> None:
     assert came.seconds == 13 + 0.5 + 1 + 10
 
 
-def test_a_film_that_is_lost_in_decoding_begins_anew() -> None:
-    """A finished run removes its state."""
+def test_a_film_that_is_lost_in_decoding_goes_on_from_its_last_state() -> None:
+    """None is saved when sampling ends."""
     came = lost([FilmTime((5.0, 5.0), 4.0)], Fleet(1), math.inf, 12.0)
-    assert (came.seconds, came.spent.lost) == (12 + 14, 12)
+    assert (came.seconds, came.spent.lost) == (12 + 9, 7)
+    assert lost([FilmTime((10.0,), 4.0)], Fleet(1), math.inf, 12.0).seconds == 12 + 14, "without states"
 
 
 def test_a_film_fails_with_the_last_worker_that_may_try_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -57,12 +58,15 @@ class Renderer:
 
     def _made(self, task: FilmTask) -> tuple[dict[str, bytes], dict[str, Any]]:
         bundle = bundle_of(task.model, self.dtype)
-        states = States(Path(self.states) / task.key, self.save_every) if self.states else None
+        states = States(Path(self.states) / task.key, self.save_every, keep=True) if self.states else None
         latents, report = generate(bundle, task.job, task.policy, compressor=task.compressor, states=states)
         frames = frames_of(decode(bundle, latents))
         made_with = {"device": device_name(), "dtype": self.dtype, "commit": commit(), "model": task.model, "weights": weights_id(bundle.family)}
         same = {"latents": digest(latents), "frames": digest(torch.from_numpy(frames))}
-        return {FILM: film_bytes(frames, task.job.fps)}, {**made_with, "job": asdict(task.job), **same, "run": report.as_dict()}
+        film = film_bytes(frames, task.job.fps)
+        if states:
+            shutil.rmtree(states.folder, ignore_errors=True)
+        return {FILM: film}, {**made_with, "job": asdict(task.job), **same, "run": report.as_dict()}
 
     def time(self, tasks: Sequence[FilmTask]) -> list[Pace]:
         """How fast films of these settings are here. No film is made."""

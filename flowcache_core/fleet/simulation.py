@@ -20,7 +20,7 @@ from random import Random
 @dataclass(frozen=True)
 class FilmTime:
     """`parts`: seconds from the beginning to the first saved state, from each to the next, and from the last one to the end of sampling; `decoding`:
-    seconds after that. A film that is lost then begins anew: a run that is finished removes its state."""
+    seconds after that."""
 
     parts: tuple[float, ...]
     decoding: float = 0.0
@@ -36,7 +36,7 @@ class FilmTime:
 
     def saved(self, work: float) -> int:
         """Parts that a worker leaves which is lost after so many seconds of work."""
-        return 0 if work >= self.ends[-1] else bisect_right(self.ends, work)
+        return min(bisect_right(self.ends, work), len(self.parts) - 1)
 
 
 @dataclass(frozen=True)

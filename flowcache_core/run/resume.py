@@ -165,7 +165,8 @@ class FileCheckpoints:
         ) from error
 
     def finish(self) -> None:
-        self.states.drop(self.film)
+        if not self.states.keep:
+            self.states.drop(self.film)
 
     def _put(self, found: StateFile, **what: object) -> None:
         """Each thing where the earlier run had it."""

@@ -39,6 +39,8 @@ class States:
     film: Mapping[str, object] = field(default_factory=dict)
     part: int | None = None
     """Which of the devices that share the film writes here; None where one makes it."""
+    keep: bool = False
+    """Whether the last state stays when the latents are there, for whoever has not done with them yet."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
