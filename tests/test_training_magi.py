@@ -27,7 +27,7 @@ from flowcache_core.training.basis import Basis, fit
 from flowcache_core.training.clips import Clips
 from flowcache_core.training.magi import Part, RangedAttention, draw_batch, draw_row, halves, initialise, run, scene, without_padding
 from flowcache_core.training.recipes import RECIPES
-from flowcache_core.training.scenes import HELD_OUT, SHAPES, Scene, _distance, _reached, make_scene, render
+from flowcache_core.training.scenes import HELD_OUT, SHAPES, Scene, _reached, make_scene, outline, render
 from flowcache_core.training.vae import reconstruction
 from tests.tiny_magi import PLAIN, tiny_magi
 from tests.toy_family import no_vae, words
@@ -241,7 +241,7 @@ def test_a_sprite_is_drawn_wherever_it_may_reach() -> None:
         for radius in (5.0, 17.9):
             rows, columns = _reached(torch.tensor([40.0, 50.0]), radius, 128), _reached(torch.tensor([-4.0, 20.0]), radius, 128)
             for y, x in ((40.0, -4.0), (50.0, 20.0)):
-                cover = 0.5 - _distance(shape, xs - x, ys - y, radius) > 0
+                cover = 0.5 - outline(shape, xs - x, ys - y, radius) > 0
                 outside = torch.ones(128, 128, dtype=torch.bool)
                 outside[rows, columns] = False
                 assert not (cover & outside).any()

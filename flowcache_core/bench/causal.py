@@ -31,8 +31,9 @@ from ..models.causal_wan_family import SELF_FORCING
 from ..run.generate import Job, decode, generate
 from ..run.sink import returns
 from ..show.metrics import mean_and_error, psnr
-from ..training.evaluate import ENOUGH, Tally, colour_masks, held_out, score
+from ..training.evaluate import held_out
 from ..training.scenes import Scene, make_scene
+from ..training.seen import ENOUGH, Tally, colour_masks, score
 from .sweep import over
 
 NAME = "causal"

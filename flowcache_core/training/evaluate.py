@@ -1,7 +1,7 @@
 """The figures of the model card: does the film show what the prompt says, and does it hold still where it should?
 
-Held-out scenes give prompts; films come from noise. A sprite is found by its colour. Each measure is also taken of the
-true clips of the same scenes, which is the ceiling of the measure, and, for colours, with the prompts of other scenes.
+Held-out scenes give prompts; films come from noise. Each measure (`seen.py`) is also taken of the true clips of the same scenes, which is its
+ceiling, and with the prompts of other scenes, which is chance.
 """
 
 from __future__ import annotations
@@ -21,71 +21,12 @@ from ..models.checkpoint import read
 from ..models.family import Family
 from ..run.generate import Job, decode, generate
 from ..show.metrics import mean_and_error, psnr
-from .scenes import COLOURS, DIRECTIONS, HELD_OUT, Scene, Sprite, make_scene, render
+from .scenes import HELD_OUT, Scene, make_scene, render
+from .seen import Tally, score
 from .vae import reconstruction
 
-NEAR, ENOUGH = 0.2, 40
-"""A pixel shows a colour within this distance (RGB in 0..1); this many pixels show a sprite."""
-
-
-@dataclass
-class Tally:
-    """Sprites seen with their colour, movers seen going the right way, and grey levels of background drift."""
-
-    sprites: int = 0
-    colour_present: int = 0
-    movers: int = 0
-    direction_right: int = 0
-    drift: float = 0.0
-    drift_clips: int = 0
-
-    def figures(self) -> dict[str, float | int]:
-        return {
-            "sprites": self.sprites,
-            "colour_present": round(self.colour_present / max(self.sprites, 1), 3),
-            "movers": self.movers,
-            "direction_right": round(self.direction_right / max(self.movers, 1), 3),
-            "background_drift_levels": round(self.drift / max(self.drift_clips, 1), 2),
-        }
-
-
-def colour_masks(film: Tensor) -> dict[str, Tensor]:
-    """[T, 3, H, W] in 0..1 -> per colour a bool mask [T, H, W]: the nearest palette colour, if it is near."""
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
-    distance = torch.cdist(film.permute(0, 2, 3, 1).flatten(0, 2), palette)
-    near, which = distance.min(1)
-    which = torch.where(near < NEAR, which, -1).view(film.shape[0], *film.shape[2:])
-    return {name: which == i for i, name in enumerate(COLOURS)}
-
-
-def went(mask: Tensor, sprite: Sprite) -> str:
-    """The direction in which the centre of a mask [T, H, W] moved: over all its visible frames, or before the bounce."""
-    until = len(mask) // 3 if sprite.verb == "bounces" else len(mask)
-    area = mask[:until].sum((1, 2))
-    seen = (area >= ENOUGH).nonzero().flatten()
-    if len(seen) < 2:
-        return ""
-    ys, xs = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in mask.shape[1:]), indexing="ij")
-    first, last = (torch.stack([(xs * mask[i]).sum() / area[i], (ys * mask[i]).sum() / area[i]]) for i in (int(seen[0]), int(seen[-1])))
-    moved = last - first
-    return max(DIRECTIONS, key=lambda d: float(moved @ torch.tensor(DIRECTIONS[d], dtype=torch.float32)))
-
-
-def score(film: Tensor, scene: Scene, chunk_pixels: int, tally: Tally) -> None:
-    masks = colour_masks(film)
-    for sprite in scene.sprites:
-        mask = masks[sprite.colour]
-        tally.sprites += 1
-        tally.colour_present += int((mask.sum((1, 2)) >= ENOUGH).sum() >= 5)
-        if sprite.direction:
-            tally.movers += 1
-            tally.direction_right += went(mask, sprite) == sprite.direction
-    if scene.pan_word == "":
-        anything = torch.stack(list(masks.values())).any(0)
-        still = ~(anything[:chunk_pixels].any(0) | anything[-chunk_pixels:].any(0))
-        change = (film[-chunk_pixels:].mean(0) - film[:chunk_pixels].mean(0)).abs().mean(0)
-        tally.drift += float(change[still].mean()) * 255
-        tally.drift_clips += 1
+BY_CHANCE = ("colour_present", "direction_right", "shape_right", "number_right")
+"""What a film may show of a prompt that it was not made of."""
 
 
 @dataclass
@@ -142,7 +83,7 @@ def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scen
     return {
         "prompts": prompts, "steps": job.steps, "job": {k: v for k, v in asdict(job).items() if k in ("cfg", "shift", "ar_step", "solver", "frames")},
         "vae_psnr_db": round(vae_psnr, 2), "films": film_of.figures(), "true_clips": truth.figures(),
-        "films_against_other_prompts": {"colour_present": other.figures()["colour_present"], "direction_right": other.figures()["direction_right"]},
+        "films_against_other_prompts": {name: value for name, value in other.figures().items() if name in BY_CHANCE},
         **({"teacher": likeness.figures()} if likeness else {}),
     }  # fmt: skip
 

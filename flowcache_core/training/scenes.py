@@ -133,7 +133,7 @@ def make_scene(seed: int, frames: int = 57, size: int = 128, fps: int = 24) -> S
     return Scene(size, frames, seed, sprites, pan, word, occluder)
 
 
-def _distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
+def outline(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
     """Signed distance (approximate for the star) to the outline, negative inside. Same shape as `dx`."""
     if shape == "circle":
         return (dx * dx + dy * dy).sqrt() - radius
@@ -191,7 +191,7 @@ def render(scene: Scene, start: int = 0, frames: int | None = None) -> Tensor:
         px = _path(s.x, s.vx, s.radius, size, s.walls, time)[:, None, None]
         py = _path(s.y, s.vy, s.radius, size, s.walls, time)[:, None, None]
         rows, columns = _reached(py, s.radius, size), _reached(px, s.radius, size)
-        cover = (0.5 - _distance(s.shape, xs[rows, columns] - px, ys[rows, columns] - py, s.radius)).clamp(0, 1)[:, None]
+        cover = (0.5 - outline(s.shape, xs[rows, columns] - px, ys[rows, columns] - py, s.radius)).clamp(0, 1)[:, None]
         colour = torch.tensor(COLOURS[s.colour], dtype=torch.float32).view(1, 3, 1, 1) / 255
         film[:, :, rows, columns] = film[:, :, rows, columns] * (1 - cover) + colour * cover
     if scene.occluder:
