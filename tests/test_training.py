@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowcache_core.models.skyreels import SkyReelsConfig
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
+from flowcache_core.training import dit, loop
+from flowcache_core.training.basis import fit
+from flowcache_core.training.clips import FIRST, POOL, Clips
 from flowcache_core.training.dit import CHUNKS, draw_levels
 from flowcache_core.training.evaluate import vae_of
-from flowcache_core.training.loop import Loop, cosine, optimisers
+from flowcache_core.training.loop import WHOLE, Loop, Sitting, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
 from flowcache_core.training.recipes import RECIPES
-from flowcache_core.training.scenes import HELD_OUT
+from flowcache_core.training.scenes import HELD_OUT, make_scene
 from flowcache_core.training.vae import crops, initialise
 
 
@@ -31,10 +38,10 @@ class Tiny(nn.Module):
         return out
 
 
-def train(path: Path, total: int, stop_at: int = -1) -> Loop[Tiny]:
+def train(path: Path, total: int, stop_at: int = -1, sitting: Sitting = WHOLE) -> Loop[Tiny]:
     torch.manual_seed(0)
     net = Tiny()
-    loop = Loop(net, path, total, optimisers(net, 1e-2, 1e-2), decay=0.9, save_every=3)
+    trained = Loop(net, path, total, optimisers(net, 1e-2, 1e-2), decay=0.9, save_every=3)
 
     def loss_of(step: int) -> Tensor:
         if step == stop_at:
@@ -43,8 +50,8 @@ def train(path: Path, total: int, stop_at: int = -1) -> Loop[Tiny]:
         return (net(x) - x[:, :1]).square().mean()
 
     with torch.enable_grad():
-        loop.run(loss_of, net.parameters())
-    return loop
+        trained.run(loss_of, net.parameters(), sitting=sitting)
+    return trained
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -56,6 +63,48 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
         assert torch.equal(straight.average[name], resumed.average[name]), name
+
+
+def test_a_run_ends_at_a_step_or_with_its_time_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = train(tmp_path / "straight.pt", 6)
+    assert train(tmp_path / "run.pt", 6, sitting=Sitting(until=2)).step == 2
+    clock = iter((0.0, 100.0, 119.0, 120.0))
+    with monkeypatch.context() as minutes:
+        minutes.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        assert train(tmp_path / "run.pt", 6, sitting=Sitting(minutes=2)).step == 4
+    whole = train(tmp_path / "run.pt", 6)
+    assert all(torch.equal(value, whole.average[name]) for name, value in straight.average.items())
+
+
+@pytest.mark.parametrize(("made", "said"), [(lambda: Sitting(minutes=0), "0 minutes were asked for"), (lambda: Sitting(clips=9), "9 clips were")])
+def test_what_is_no_training_is_refused(made: Callable[[], Sitting], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        made()
+
+
+def test_a_larger_pool_grows_faster_from_the_same_start() -> None:
+    basis = fit(1, lambda seed: make_scene(seed, 5, 16))
+    usual, large = (Clips(basis, lambda seed: make_scene(seed, 5, 16), 2, every=2, most=most) for most in (POOL, 4 * POOL))
+    assert [usual.pool(step) for step in (0, 1, 2, 3, 10**6)] == [FIRST, FIRST, FIRST + 1, FIRST + 1, POOL]
+    assert [large.pool(step) for step in (0, 1, 2, 3, 10**6)] == [FIRST, FIRST + 2, FIRST + 4, FIRST + 6, 4 * POOL]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))])
+def test_the_network_learns_where_it_is_put_and_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    basis = fit(3, lambda seed: make_scene(seed, 9, 64))
+    monkeypatch.setattr(dit, "CONFIG", SkyReelsConfig(128, 128, 1, text_dim=16, fps=True))
+    monkeypatch.setattr(dit, "load_or_fit", lambda out: basis)
+    monkeypatch.setattr(dit, "place", lambda: torch.device(device))
+    with torch.enable_grad():
+        dit.train(tmp_path / "whole", 3, batch=2)
+        dit.train(tmp_path / "parts", 3, 2, Sitting(until=1, clips=POOL))
+        dit.train(tmp_path / "parts", 3, 2)
+        dit.train(tmp_path / "on", 1, 2, Sitting(start=tmp_path / "whole" / "dit.safetensors"))
+    whole, parts, on = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "parts", "on"))
+    assert device != "cpu" or all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+    assert all(torch.allclose(weight, on[name], atol=0.05) for name, weight in whole.items())
+    assert any(not torch.equal(weight, on[name]) for name, weight in whole.items())
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:

@@ -130,14 +130,14 @@ def ceiling(dtype: torch.dtype, device: torch.device, side: int, repeats: int = 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     began = time.perf_counter()
     call()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - began
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

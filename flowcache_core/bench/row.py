@@ -31,6 +31,7 @@ from ..show.metrics import mean_and_error
 from .around import Around
 from .geometries import GEOMETRIES, Sized, sized
 from .measured import data, origin, table
+from .model import wait_for
 from .prompts import PROMPTS
 
 NAME = "row"
@@ -90,11 +91,10 @@ class Rows(Around):
 
 def clocked(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds until the device is through, and what came."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    wait_for(device)
     began = time.perf_counter()
     out = call()
-    wait()
+    wait_for(device)
     return time.perf_counter() - began, out
 
 

@@ -15,7 +15,9 @@ from ..models import bundle
 from ..run.generate import decode, generate
 from ..show.film import write_picture
 from . import preview
+from .clips import POOL
 from .evaluate import contact_sheet, evaluate, vae_of
+from .loop import Sitting
 from .recipes import RECIPES, Recipe
 from .vae import reconstruction
 
@@ -32,7 +34,9 @@ def main() -> None:
     two = stages.add_parser("dit", help="the network")
     two.add_argument("--steps", type=int, help="over which the learning rate falls")
     two.add_argument("--until", type=int, help="stop after so many of the steps")
+    two.add_argument("--minutes", type=float, help="stop after so long")
     two.add_argument("--batch", type=int)
+    two.add_argument("--clips", type=int, help=f"that are drawn by the end (default {POOL}); use more for more steps or larger batches")
     two.add_argument("--start", type=Path, help="weights of an earlier training to begin with, such as the bundled ones")
     stages.add_parser("install", help="copy the averaged weights into the package")
     four = stages.add_parser("evaluate", help="the figures of the model card")
@@ -58,7 +62,13 @@ def main() -> None:
             parser.error(f"{args.model} uses {bundle.files_of(recipe.family)[1].name}: train that with the model that it was made for")
         _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps})
     elif args.stage == "dit":
-        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, args.until, args.start)
+        if args.clips and recipe.teacher:
+            parser.error(f"{args.model} learns from films that it makes: leave --clips out")
+        try:
+            sitting = Sitting(args.until, args.minutes, args.start, args.clips)
+        except ValueError as why:
+            parser.error(str(why))
+        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, sitting)
     elif args.stage == "install":
         _install(recipe, out)
     elif args.stage == "evaluate":

@@ -32,6 +32,9 @@ class Basis:
     def __init__(self, mean: Tensor, to: Tensor, back: Tensor) -> None:
         self.mean, self.to, self.back = mean, to, back
 
+    def at(self, device: torch.device) -> Basis:
+        return Basis(self.mean.to(device), self.to.to(device), self.back.to(device))
+
     def encode(self, film: Tensor) -> Tensor:
         """[3, 4n+1 or 4n+4, H, W] in -1..1 -> [16, n+1, H/8, W/8]. Of 4n+1 frames the first counts as four equal ones."""
         _, frames, h, w = film.shape

@@ -31,7 +31,7 @@ from ..models.skyreels import FPS as RATES
 from ..models.skyreels import SkyReelsV2
 from . import dit
 from .clips import moving
-from .loop import Loop, export, optimisers, side_by_side, threads
+from .loop import WHOLE, Loop, Sitting, export, optimisers, side_by_side, threads
 from .scenes import make_scene
 from .trajectories import CHUNK, FILMS, FPS, LEVELS, Branch, Piece, corrected, load, own_films, save, text_of
 
@@ -177,15 +177,13 @@ class Rounds:
         return self.out / f"round-{number}" / f"{place}.safetensors"
 
 
-def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
-    """Writes trajectories, `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
-
-    `until`: stops after so many of the steps; 0 makes the teacher's films alone. `start`: weights of an earlier training to begin with.
-    """
+def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+    """Writes trajectories, `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. No step at all makes the teacher's
+    films alone. Its clips are films of its own: how many there are follows from the steps."""
     teacher, net = load_bundle(fast_dtype()).network, SkyReelsV2(CONFIG)
-    net.load_state_dict(load_file(start) if start else folded(teacher))
+    net.load_state_dict(load_file(sitting.start) if sitting.start else folded(teacher))
     parameters, rounds = list(net.parameters()), Rounds(out, teacher)
-    end = steps if until is None else min(until, steps)
+    end = sitting.end(steps)
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 5e-4, 5e-3, pool=pool), AVERAGE, SAVE_EVERY)
 
@@ -199,8 +197,10 @@ def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, s
             return found
 
         for number in range(-(-max(end, 1) // ROUND)):
+            if sitting.over:
+                break
             if loop.step <= number * ROUND:
                 rounds.make(number, working_copy(loop.average), pool)
-            loop.run(loss, parameters, until=min(end, (number + 1) * ROUND))
+            loop.run(loss, parameters, sitting=replace(sitting, until=min(end, (number + 1) * ROUND)))
         loop.save()
     export(out, SELF_FORCING.name, CHUNK, CHUNKS, **{HOST_CONFIG: json.dumps({"transformer": {HOST_KEY: True}})})

@@ -12,7 +12,7 @@ from .basis import Basis
 from .scenes import Scene, render
 
 POOL, FIRST = 4096, 256
-"""Clips at the end of a training, and at its first step."""
+"""Clips at the end of a training, unless it is told otherwise, and at its first step."""
 MOVED = 0.05
 """The mean square change of a unit-variance latent from which a cell moves."""
 
@@ -21,30 +21,37 @@ class Clips:
     """Latents of the training clips, drawn when first asked for and kept. The pool grows with the step, so a resumed run sees the same.
 
     They lie in one tensor: small lasting pieces between large passing ones would tear the heap apart.
-    `scene`: index -> what is drawn; `latents`: frames of its latents; `every`: steps after which the pool has one clip more.
+    `scene`: index -> what is drawn; `latents`: frames of its latents; `every`: steps after which a pool of `POOL` clips has one more;
+    `most`: clips at the end, if not so many; `device`: where they are drawn and lie.
     """
 
-    def __init__(self, basis: Basis, scene: Callable[[int], Scene], latents: int, every: int = 1) -> None:
-        self.basis, self.scene, self.every = basis, scene, every
+    def __init__(self, basis: Basis, scene: Callable[[int], Scene], latents: int, every: int = 1, most: int = POOL,
+                 device: torch.device | None = None) -> None:  # fmt: skip
+        self.device = device or torch.device("cpu")
+        self.basis, self.scene, self.every, self.most = basis.at(self.device), scene, every, most
         side = scene(0).size // SPATIAL
-        self.latents = torch.empty(POOL, LATENT_CHANNELS, latents, side, side, dtype=torch.float16)
+        self.latents = torch.empty(most, LATENT_CHANNELS, latents, side, side, dtype=torch.float16, device=self.device)
         self.captions: dict[int, str] = {}
 
     def pool(self, step: int) -> int:
         """How many clips may be picked at `step`."""
-        return min(FIRST + step // self.every, POOL)
+        return min(FIRST + step * self.most // (POOL * self.every), self.most)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         """-> latents [16, frames, h, w] in half precision, caption."""
         if index not in self.captions:
             scene = self.scene(index)
-            self.latents[index] = self.basis.encode(render(scene).transpose(0, 1) * 2 - 1)
+            self.latents[index] = self._encoded(scene)
             self.captions[index] = scene.caption
         return self.latents[index], self.captions[index]
 
     def still(self, index: int) -> Tensor:
         """The first picture of a clip as a film that stands still: [16, 1, h, w]."""
-        return self.basis.encode(render(self.scene(index), frames=1).transpose(0, 1) * 2 - 1)
+        return self._encoded(self.scene(index), frames=1)
+
+    def _encoded(self, scene: Scene, frames: int | None = None) -> Tensor:
+        with self.device:
+            return self.basis.encode(render(scene, frames=frames).transpose(0, 1) * 2 - 1)
 
 
 def moving(clean: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
-from .clips import Clips, moving, velocity_loss
-from .loop import Loop, export, optimisers
+from .clips import POOL, Clips, moving, velocity_loss
+from .loop import WHOLE, Loop, Sitting, export, optimisers, place
 from .scenes import Scene, make_scene
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
@@ -77,14 +77,14 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     latents, captions = zip(*(clips[i] for i in picked), strict=True)
     clean = torch.stack(latents).float()
     prompts = ["" if rng.random() < 0.1 else c for c in captions]
-    text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts])
+    text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts]).to(clean)
     drawn = [draw_levels(rng) for _ in range(batch)]
     spans = torch.full((CHUNKS,), CHUNK)
     if rng.random() < 0.15:
         drawn = [([rng.choice([0.0, 0.02]), *levels], [False, *counts]) for levels, counts in drawn]
         spans = torch.tensor([1, *[CHUNK] * (CHUNKS - 1), CHUNK - 1])
-    sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(spans, 1)
-    counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(spans, 1)[:, None, :, None, None]
+    sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(spans, 1).to(clean)
+    counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(spans, 1)[:, None, :, None, None].to(clean)
     noise = torch.randn_like(clean)
     s = sigma[:, None, :, None, None]
     noisy = (1 - s) * clean + s * noise
@@ -94,26 +94,24 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     window = rng.choice([2, 3, 4]) if rng.random() < 0.25 else None
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
     times = (sigma * TRAIN_STEPS).floor()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(clean.device.type, torch.bfloat16):
         v = net(noisy, times, net.text_kv(text), attend, fps=fps(picked[0]))
     return velocity_loss(v, noise, clean, counts, moving(clean), emphasis)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
-
-    `until`: stops after so many of the steps. `start`: weights of an earlier training to begin with.
-    """
-    clips = Clips(load_or_fit(out), scene, LATENTS)
+def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
+    clips = Clips(load_or_fit(out), scene, LATENTS, most=sitting.clips or POOL, device=place())
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
-    if start:
-        net.load_state_dict(load_file(start))
+    if sitting.start:
+        net.load_state_dict(load_file(sitting.start))
+    net.to(place())
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
 
     def loss(step: int) -> Tensor:
         return loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps))
 
-    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", until)
+    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", sitting)
     export(out, "skyreels-v2-df", CHUNK, CHUNKS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,9 +16,45 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import whole
+from .clips import FIRST
 from .muon import Muon
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """What is done of a training at one go; what is left is for the next. `until`: stops after so many of the steps; `minutes`: or after so long,
+    from now on; `start`: weights of an earlier training to begin with; `clips`: how many there are at the end, None as the recipe has it.
+    Raises ValueError for what is no training."""
+
+    until: int | None = None
+    minutes: float | None = None
+    start: Path | None = None
+    clips: int | None = None
+    began: float = field(default_factory=lambda: time.monotonic())
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"{self.minutes:g} minutes were asked for: use more than 0, or leave them out")
+        if self.clips is not None and self.clips < FIRST:
+            raise ValueError(f"{self.clips} clips were asked for: use {FIRST} or more, of which a training begins with {FIRST}")
+
+    def end(self, total: int) -> int:
+        return total if self.until is None else min(self.until, total)
+
+    @property
+    def over(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes
+
+
+WHOLE = Sitting()
+"""All of it."""
+
+
+def place() -> torch.device:
+    """Where networks are trained."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cosine(step: int, total: int, warmup: int = 100, floor: float = 0.03) -> float:
@@ -64,7 +102,7 @@ def side_by_side(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[nn
 def load_saved(path: Path) -> dict[str, Any]:
     """What `Loop.save` wrote. Raises ValueError for anything else; no code in a file is run."""
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of which kind, only the unpickler knows
@@ -98,7 +136,8 @@ class Loop(Generic[Model]):
             model.load_state_dict(saved["model"])
             for opt, state in zip(opts, saved["optimisers"], strict=True):
                 opt.load_state_dict(state)
-            self.average, self.step = saved["average"], saved["step"]
+            self.average = {name: saved["average"][name].to(mine) for name, mine in self.average.items()}
+            self.step = saved["step"]
 
     def save(self) -> None:
         optimisers = [o.state_dict() for o in self.opts]
@@ -106,12 +145,11 @@ class Loop(Generic[Model]):
             torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step, "optimisers": optimisers}, partial)
 
     def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str,
-            until: int | None = None) -> None:  # fmt: skip
-        """`until`: stops after so many of the steps, for a later run to go on."""
+            sitting: Sitting = WHOLE) -> None:  # fmt: skip
         parameters = list(parameters)
-        smooth, end = 0.0, self.total if until is None else min(until, self.total)
+        smooth, end, saved = 0.0, sitting.end(self.total), self.step
         with tqdm(total=self.total, initial=self.step, desc=self.path.stem, mininterval=5) as bar:
-            while self.step < end:
+            while self.step < end and not sitting.over:
                 torch.manual_seed(self.step)
                 factor, at = cosine(self.step, self.total), 0
                 for opt in self.opts:
@@ -131,8 +169,11 @@ class Loop(Generic[Model]):
                 smooth = loss.item() if smooth == 0.0 else 0.98 * smooth + 0.02 * loss.item()
                 bar.update()
                 bar.set_postfix_str(f"loss {smooth:.4f} {describe()}", refresh=False)
-                if self.step % self.save_every == 0 or self.step == end:
+                if self.step % self.save_every == 0:
                     self.save()
+                    saved = self.step
+        if self.step != saved:
+            self.save()
 
     @torch.no_grad()
     def _blend(self) -> None:

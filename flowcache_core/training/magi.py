@@ -26,8 +26,8 @@ from ..models.magi_adapter import NULL_WORDS, RANGES
 from ..models.magi_family import CHUNK_FRAMES, COMMIT, MAGI, STAGES
 from ..models.word_text import encode_prompt
 from .basis import load_or_fit
-from .clips import Clips, moving, velocity_loss
-from .loop import Loop, export, optimisers, side_by_side, threads
+from .clips import POOL, Clips, moving, velocity_loss
+from .loop import WHOLE, Loop, Sitting, export, optimisers, place, side_by_side, threads
 from .scenes import Scene, make_scene
 
 CONFIG = MagiConfig(dim=256, ffn_dim=1024, layers=6, kv_heads=1, head_dim=128, text_dim=256, caption=64)
@@ -248,11 +248,11 @@ def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float) -> 
     texts = {part.text: words_of(part.text) for part in parts if part.text is not None}
     texts = {text: without_padding(rows) if rng.random() < 0.5 else rows for text, rows in texts.items()}
     clean, moves = _drawn(clips, rows)
-    noise, like = torch.randn(clean.shape, generator=generator), next(net.parameters())
-    level = torch.tensor([part.level if part.active else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1)
-    given = torch.tensor([[frame < part.given for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1)
+    noise, like = torch.randn(clean.shape, generator=generator).to(clean), next(net.parameters())
+    level = torch.tensor([part.level if part.active else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1).to(clean)
+    given = torch.tensor([[frame < part.given for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1).to(clean.device)
     noisy = torch.where(given, clean, (1 - level) * clean + level * noise)
-    counts = torch.tensor([part.active for part in parts]).view(-1, 1, 1, 1, 1) & ~given
+    counts = torch.tensor([part.active for part in parts], device=clean.device).view(-1, 1, 1, 1, 1) & ~given
     with torch.autocast(like.device.type, torch.bfloat16, cache_enabled=False):
         velocity = run(net, noisy.to(like), parts, {text: rows.to(like) for text, rows in texts.items()})
     noise, clean, weight, moves = (each.to(like) for each in (noise, clean, counts, moves))
@@ -291,19 +291,17 @@ def initialise(net: Magi) -> None:
     net.rope.bands.requires_grad_(False)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, start: Path | None = None) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`.
-
-    `until`: stops after so many of the steps. `start`: weights of an earlier training to begin with, which has been through small pictures.
-    """
-    basis = load_or_fit(out, BASIS_CLIPS, scene)
-    small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, every=2) for size in (SMALL, SIZE))
+def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. Weights to start with have been through small
+    pictures."""
+    basis, start, most = load_or_fit(out, BASIS_CLIPS, scene), sitting.start, sitting.clips or POOL
+    small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, place()) for size in (SMALL, SIZE))
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
     if start:
         net.load_state_dict(load_file(start))
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(place())
     parameters = [p for p in net.parameters() if p.requires_grad]
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, OUTER, pool), decay=0.998)
@@ -315,5 +313,5 @@ def train(out: Path, steps: int, batch: int = BATCH, until: int | None = None, s
             losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis) for k, share in enumerate(shares)]
             return side_by_side(losses, parameters, pool)
 
-        loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", until)
+        loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", sitting)
     export(out, MAGI.name, CHUNK_FRAMES, CHUNKS)
