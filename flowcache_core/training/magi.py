@@ -37,8 +37,11 @@ PACE = 40
 """Frames per second at which sprites are drawn up: on the way through a film of 96 frames they go as far as in 57 at 24."""
 STEPS, BATCH = 4000, 12
 """`BATCH`: chunks of a batch, at least."""
-SMALL, SMALL_SHARE, SMALL_BATCH = 64, 0.4, 2
-"""The first share of the steps has pictures of `SMALL` pixels a side, and `SMALL_BATCH` times as many chunks. Places span the same range."""
+SMALL, SMALL_SHARE, SMALL_BATCH = 64, 0.6, 4
+"""In the first share of the steps every other batch has pictures of `SMALL` pixels a side, and `SMALL_BATCH` times as many chunks, which take less
+time than those of a large batch. Places span the same range."""
+ALONE, HISTORY = 0.1, 0.17
+"""Shares of rows that are evaluated as the branches of guidance without text are: a chunk alone, and chunks with their history."""
 EMPHASIS = 6.0
 SLOWEST = 0.03
 """The lowest of the rotary bands, in radians per latent frame; the highest is 1."""
@@ -73,10 +76,10 @@ def draw_row(rng: random.Random, caption: str) -> list[Part]:
     """The chunks of one film that one evaluation of one branch of guidance takes in, finished ones first."""
     steps = STAGES * rng.randint(4, 16)
     levels = MAGI.noise.levels(steps, MAGI.noise.shift)
-    if (branch := rng.random()) < 0.15:
+    if (branch := rng.random()) < ALONE:
         chunk = rng.randrange(CHUNKS)
         return [Part(chunk, levels[rng.randrange(steps * (STAGES - 1) // STAGES)], 1, None, True, _draw_given(rng, 0.1) if chunk == 0 else 0)]
-    text, dropped = (None, True) if branch < 0.42 else ("" if rng.random() < 0.03 else caption, False)
+    text, dropped = (None, True) if branch < ALONE + HISTORY else ("" if rng.random() < 0.03 else caption, False)
     at, before, starts = _draw_active(rng, steps)
     seen = [RANGES[step * STAGES // steps] for step in at]
     before = max(0, min(before, max(count - 1 - place for place, count in enumerate(seen))))
@@ -292,22 +295,21 @@ def initialise(net: Magi) -> None:
 
 
 def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
-    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. Weights to start with have been through small
-    pictures."""
-    basis, start, most = load_or_fit(out, BASIS_CLIPS, scene), sitting.start, sitting.clips or POOL
+    """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
+    basis, most = load_or_fit(out, BASIS_CLIPS, scene), sitting.clips or POOL
     small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, place()) for size in (SMALL, SIZE))
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
-    if start:
-        net.load_state_dict(load_file(start))
+    if sitting.start:
+        net.load_state_dict(load_file(sitting.start))
     net.to(place())
     parameters = [p for p in net.parameters() if p.requires_grad]
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, OUTER, pool), decay=0.998)
 
         def loss(step: int) -> Tensor:
-            clips, chunks = (small, SMALL_BATCH * batch) if step < SMALL_SHARE * steps and not start else (large, batch)
+            clips, chunks = (small, SMALL_BATCH * batch) if step < SMALL_SHARE * steps and step % 2 else (large, batch)
             emphasis = EMPHASIS * (1 - step / steps)
             shares = [share for share in halves(batch_of(clips, step, chunks)) if share]
             losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis) for k, share in enumerate(shares)]
