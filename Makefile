@@ -43,6 +43,8 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) step --steps 4 --json docs/bench/step.json
 	$(BENCH) step --steps 4 --threads 2 --json docs/bench/step-2.json
 	$(BENCH) step --steps 4 --model tiny-magi --frames 96 --json docs/bench/step-magi.json
+	$(BENCH) row --json docs/bench/row.json
+	$(BENCH) row --model skyreels-1.3b --layers 1 --size 256 --rows 3 --json docs/bench/row-wide.json
 	$(BIN)/torchrun --nproc-per-node 2 -m flowcache_core bench scale --json docs/bench/scale-2.json
 	$(BIN)/torchrun --nproc-per-node 4 -m flowcache_core bench scale --json docs/bench/scale-4.json
 

@@ -31,6 +31,7 @@ STEP = {
     "step-2": f"{BENCH} step --steps 4 --threads 2",
     "step-magi": f"{BENCH} step --steps 4 --model tiny-magi --frames 96",
 }
+ROW = {"row": f"{BENCH} row", "row-wide": f"{BENCH} row --model skyreels-1.3b --layers 1 --size 256 --rows 3"}
 OTHERS = {
     "magi": f"{BENCH} magi --prompts 4 --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
@@ -38,6 +39,7 @@ OTHERS = {
     "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
     **STEP,
+    **ROW,
 }
 """The same of other models, of several devices and of the processor alone, each at a commit of its own."""
 

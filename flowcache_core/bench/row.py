@@ -30,7 +30,7 @@ from ..run.generate import Job, generate
 from ..show.metrics import mean_and_error
 from .around import Around
 from .geometries import GEOMETRIES, Sized, sized
-from .measured import data, origin, table
+from .measured import ROW, data, origin, table
 from .model import wait_for
 from .prompts import PROMPTS
 
@@ -158,13 +158,13 @@ def row(bundle: Bundle, job: Job, timed: list[Timed]) -> dict[str, Any]:
 def shown() -> str:
     """What was found on a processor."""
     lines = []
-    for name in ("row", "row-wide"):
+    for name in ROW:
         for one in data(name)["rows"]:
             ratio = "{:.2f} ± {:.2f}".format(*one["ratio"])
             lines.append((one["model"], one["layers"], one["picture"], f"{one['chunks']} x {one['tokens']}", f"{one['apart_s']:.3f} s",
                           f"{one['together_s']:.3f} s", ratio, f"{one['distance']:.0e}"))  # fmt: skip
     head = ["sizes of", "layers", "picture", "tokens of a row", "chunk by chunk", "in one pass", "ratio", "distance"]
-    return table(head, lines) + "\n" + "\n".join(map(origin, ("row", "row-wide")))
+    return table(head, lines) + "\n" + "\n".join(map(origin, ROW))
 
 
 FIGURES: dict[str, Callable[[], str]] = {"row": shown}
