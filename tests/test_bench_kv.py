@@ -16,8 +16,8 @@ from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import TEMPORAL
 from flowcache_core.run.generate import Job
 from flowcache_core.show.metrics import mean_and_error
+from flowcache_core.training.measures import colour_masks
 from flowcache_core.training.scenes import render
-from flowcache_core.training.seen import colour_masks
 
 CHUNK = 3 * TEMPORAL
 

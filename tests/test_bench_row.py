@@ -32,7 +32,7 @@ def test_the_bundled_model_and_a_released_size_with_fewer_layers_are_measured() 
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--rows", "0"), "0 rows on"), (("--threads", "0"), "on 0 threads"), (("--layers", "2"), "has its layers"),
+    (("--rows", "0"), "0 rows on"), (("--threads", "0"), "on 0 threads"), (("--layers", "2"), "has a fixed number of layers"),
     (("--model", "skyreels-1.3b", "--layers", "31"), "31 layers were asked for: skyreels-1.3b has 30"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused(words: tuple[str, ...], said: str) -> None:

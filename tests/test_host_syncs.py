@@ -52,12 +52,6 @@ ASKING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_se
 SIDE = 8
 
 
-@pytest.fixture(scope="module")
-def net(make_net: Callable[..., SkyReelsV2]) -> SkyReelsV2:
-    """One layer: every operation is watched, which takes its time."""
-    return make_net(layers=1)
-
-
 class Far(Tensor):
     """A tensor of the pretended device."""
 

@@ -90,8 +90,8 @@ def needed_by(module: str) -> set[str]:
     return {name for name in names if name in MODULES}
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
-    """So each of them can be the first to be imported; `prepare` raises an error that names the circle."""
+def test_there_is_no_import_cycle() -> None:
+    """So each of them can be the first to be imported; `prepare` raises an error that names the cycle."""
     graphlib.TopologicalSorter({module: needed_by(module) for module in MODULES}).prepare()
 
 

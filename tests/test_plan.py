@@ -109,7 +109,7 @@ def test_a_plan_survives_json(case: tuple[ChunkSchedule, bool], share: float) ->
     assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 16, 20, 24, 50, 100, 300])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 16, 20, 24, 50, 100, 300, 1000])
 @pytest.mark.parametrize("share", [0.04, 0.13, 0.3, 0.4, 0.55])
 def test_no_number_of_steps_is_refused(steps: int, share: float) -> None:
     schedule = ChunkSchedule(9, 3, steps, min(5, steps))

@@ -20,7 +20,7 @@ from flowcache_core.training.basis import fit
 from flowcache_core.training.clips import FIRST, POOL, Clips
 from flowcache_core.training.dit import CHUNKS, draw_levels
 from flowcache_core.training.evaluate import vae_of
-from flowcache_core.training.loop import WHOLE, Loop, Sitting, cosine, optimisers
+from flowcache_core.training.loop import USUAL, Loop, TrainOptions, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
 from flowcache_core.training.recipes import RECIPES
@@ -38,7 +38,7 @@ class Tiny(nn.Module):
         return out
 
 
-def train(path: Path, total: int, stop_at: int = -1, sitting: Sitting = WHOLE) -> Loop[Tiny]:
+def train(path: Path, total: int, stop_at: int = -1, options: TrainOptions = USUAL) -> Loop[Tiny]:
     torch.manual_seed(0)
     net = Tiny()
     trained = Loop(net, path, total, optimisers(net, 1e-2, 1e-2), decay=0.9, save_every=3)
@@ -50,7 +50,7 @@ def train(path: Path, total: int, stop_at: int = -1, sitting: Sitting = WHOLE) -
         return (net(x) - x[:, :1]).square().mean()
 
     with torch.enable_grad():
-        trained.run(loss_of, net.parameters(), sitting=sitting)
+        trained.run(loss_of, net.parameters(), options=options)
     return trained
 
 
@@ -67,17 +67,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_run_ends_at_a_step_or_with_its_time_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = train(tmp_path / "straight.pt", 6)
-    assert train(tmp_path / "run.pt", 6, sitting=Sitting(until=2)).step == 2
-    clock = iter((0.0, 100.0, 119.0, 120.0))
+    assert train(tmp_path / "run.pt", 6, options=TrainOptions(until=2)).step == 2
+    clock = iter((100.0, 119.0, 120.0))
     with monkeypatch.context() as minutes:
         minutes.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        assert train(tmp_path / "run.pt", 6, sitting=Sitting(minutes=2)).step == 4
+        assert train(tmp_path / "run.pt", 6, options=TrainOptions(minutes=2, began=0.0)).step == 4
     whole = train(tmp_path / "run.pt", 6)
     assert all(torch.equal(value, whole.average[name]) for name, value in straight.average.items())
 
 
-@pytest.mark.parametrize(("made", "said"), [(lambda: Sitting(minutes=0), "0 minutes were asked for"), (lambda: Sitting(clips=9), "9 clips were")])
-def test_what_is_no_training_is_refused(made: Callable[[], Sitting], said: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "said"), [(lambda: TrainOptions(minutes=0), "0 minutes were asked for"), (lambda: TrainOptions(clips=9), "9 clips were")]
+)
+def test_what_is_no_training_is_refused(made: Callable[[], TrainOptions], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         made()
 
@@ -95,12 +97,12 @@ def test_the_network_learns_where_it_is_put_and_goes_on_there(tmp_path: Path, mo
     basis = fit(3, lambda seed: make_scene(seed, 9, 64))
     monkeypatch.setattr(dit, "CONFIG", SkyReelsConfig(128, 128, 1, text_dim=16, fps=True))
     monkeypatch.setattr(dit, "load_or_fit", lambda out: basis)
-    monkeypatch.setattr(dit, "place", lambda: torch.device(device))
+    monkeypatch.setattr(dit, "training_device", lambda: torch.device(device))
     with torch.enable_grad():
         dit.train(tmp_path / "whole", 3, batch=2)
-        dit.train(tmp_path / "parts", 3, 2, Sitting(until=1, clips=POOL))
+        dit.train(tmp_path / "parts", 3, 2, TrainOptions(until=1, clips=POOL))
         dit.train(tmp_path / "parts", 3, 2)
-        dit.train(tmp_path / "on", 1, 2, Sitting(start=tmp_path / "whole" / "dit.safetensors"))
+        dit.train(tmp_path / "on", 1, 2, TrainOptions(start=tmp_path / "whole" / "dit.safetensors"))
     whole, parts, on = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "parts", "on"))
     assert device != "cpu" or all(torch.equal(weight, parts[name]) for name, weight in whole.items())
     assert all(torch.allclose(weight, on[name], atol=0.05) for name, weight in whole.items())

@@ -24,7 +24,7 @@ from flowcache_core.run.generate import Job, generate
 from flowcache_core.training import causal, dit
 from flowcache_core.training.causal import batch_of, drawn, folded, regression, rollout
 from flowcache_core.training.evaluate import evaluate
-from flowcache_core.training.loop import Sitting
+from flowcache_core.training.loop import TrainOptions
 from flowcache_core.training.scenes import make_scene
 from flowcache_core.training.trajectories import CHUNK, LEVELS, Branch, Piece, Teacher, corrected, own_films, teacher_levels, text_of
 from tests.toy_family import no_vae, words
@@ -208,7 +208,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, small: None) -> None:
     with torch.enable_grad():
         causal.train(tmp_path / "whole", 3, batch=2)
         for until in (0, 1, 2, None):
-            causal.train(tmp_path / "parts", 3, batch=2, sitting=Sitting(until))
+            causal.train(tmp_path / "parts", 3, batch=2, options=TrainOptions(until))
     whole, parts = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
     begun = folded(network(True))

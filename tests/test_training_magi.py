@@ -25,7 +25,7 @@ from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.training import magi, magi_vae
 from flowcache_core.training.basis import Basis, fit
 from flowcache_core.training.clips import Clips
-from flowcache_core.training.loop import Sitting
+from flowcache_core.training.loop import TrainOptions
 from flowcache_core.training.magi import Part, RangedAttention, draw_batch, draw_row, halves, initialise, run, scene, without_padding
 from flowcache_core.training.recipes import RECIPES
 from flowcache_core.training.scenes import HELD_OUT, SHAPES, Scene, _reached, make_scene, outline, render
@@ -165,9 +165,9 @@ def test_a_few_steps_of_training_go_on_where_they_stopped(tmp_path: Path, basis:
     magi.words_of.cache_clear()
     with torch.enable_grad():
         magi.train(tmp_path / "whole", 3, batch=5)
-        magi.train(tmp_path / "pieces", 3, batch=5, sitting=Sitting(2))
+        magi.train(tmp_path / "pieces", 3, batch=5, options=TrainOptions(2))
         magi.train(tmp_path / "pieces", 3, batch=5)
-        magi.train(tmp_path / "on", 1, batch=5, sitting=Sitting(start=tmp_path / "whole" / "dit.safetensors"))
+        magi.train(tmp_path / "on", 1, batch=5, options=TrainOptions(start=tmp_path / "whole" / "dit.safetensors"))
     magi.words_of.cache_clear()
     whole, pieces, on = (load_file(tmp_path / name / "dit.safetensors") for name in ("whole", "pieces", "on"))
     assert all(torch.equal(weight, pieces[name]) for name, weight in whole.items())

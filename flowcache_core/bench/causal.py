@@ -32,8 +32,8 @@ from ..run.generate import Job, decode, generate
 from ..run.sink import returns
 from ..show.metrics import mean_and_error, psnr
 from ..training.evaluate import held_out
+from ..training.measures import ENOUGH, Tally, colour_masks, score
 from ..training.scenes import Scene, make_scene
-from ..training.seen import ENOUGH, Tally, colour_masks, score
 from .sweep import over
 
 NAME = "causal"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ MIB = 2**20
 FIDELITY = "none: the weights are random; closeness is measured on the bundled models, by bench frontier and bench magi"
 NEVER = 2**30
 """Rows apart of which only those remain that are run in any case."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,18 +129,19 @@ def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
 def ceiling(dtype: torch.dtype, device: torch.device, side: int, repeats: int = 20) -> float:
     """Operations per second of one square product of random matrices, the best of `repeats`."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+    return 2 * side**3 / min(clocked(lambda: a @ b, device)[0] for _ in range(repeats))
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    wait_for(device)
+def clocked(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds until the device is through, and what came."""
+    _wait(device)
     began = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - began
+    out = call()
+    _wait(device)
+    return time.perf_counter() - began, out
 
 
-def wait_for(device: torch.device) -> None:
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

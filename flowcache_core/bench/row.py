@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -31,7 +30,7 @@ from ..show.metrics import mean_and_error
 from .around import Around
 from .geometries import GEOMETRIES, Sized, sized
 from .measured import ROW, data, origin, table
-from .model import wait_for
+from .model import clocked
 from .prompts import PROMPTS
 
 NAME = "row"
@@ -89,15 +88,6 @@ class Rows(Around):
         return Timed(sum(spent), took, float((out.float() - other).norm() / other.norm()))
 
 
-def clocked(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds until the device is through, and what came."""
-    wait_for(device)
-    began = time.perf_counter()
-    out = call()
-    wait_for(device)
-    return time.perf_counter() - began, out
-
-
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows"}: one. Raises ValueError for what cannot work."""
@@ -120,7 +110,7 @@ def asked(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Bundle, Job]:
     steps, changes = args.rows + 2, {"size": args.size, "width": args.size} if args.size else {}
     if args.model == BUNDLED_NAME:
         if args.layers:
-            raise ValueError(f"{BUNDLED_NAME} has its layers: leave --layers out")
+            raise ValueError(f"{BUNDLED_NAME} has a fixed number of layers: leave --layers out")
         bundle = load_bundle(dtype, args.device, SKYREELS)
         return bundle, _window(bundle, replace(Job.usual(SKYREELS, PROMPTS[0], steps=steps), **changes))
     geometry = GEOMETRIES[args.model]
@@ -161,9 +151,9 @@ def shown() -> str:
     for name in ROW:
         for one in data(name)["rows"]:
             ratio = "{:.2f} ± {:.2f}".format(*one["ratio"])
-            lines.append((one["model"], one["layers"], one["picture"], f"{one['chunks']} x {one['tokens']}", f"{one['apart_s']:.3f} s",
+            lines.append((one["model"], one["layers"], one["dtype"], one["picture"], f"{one['chunks']} x {one['tokens']}", f"{one['apart_s']:.3f} s",
                           f"{one['together_s']:.3f} s", ratio, f"{one['distance']:.0e}"))  # fmt: skip
-    head = ["sizes of", "layers", "picture", "tokens of a row", "chunk by chunk", "in one pass", "ratio", "distance"]
+    head = ["sizes of", "layers", "dtype", "picture", "tokens of a row", "chunk by chunk", "in one pass", "ratio", "distance"]
     return table(head, lines) + "\n" + "\n".join(map(origin, ROW))
 
 

@@ -35,7 +35,7 @@ class FilmTime:
         return self.ends[-1] + self.decoding
 
     def saved(self, work: float) -> int:
-        """Parts that a worker leaves which is lost after so many seconds of work."""
+        """Parts that a worker leaves which is lost after so many seconds of work. Behind the last part no state is saved."""
         return min(bisect_right(self.ends, work), len(self.parts) - 1)
 
 

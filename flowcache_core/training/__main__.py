@@ -17,7 +17,7 @@ from ..show.film import write_picture
 from . import preview
 from .clips import POOL
 from .evaluate import contact_sheet, evaluate, vae_of
-from .loop import Sitting
+from .loop import TrainOptions
 from .recipes import RECIPES, Recipe
 from .vae import reconstruction
 
@@ -36,7 +36,9 @@ def main() -> None:
     two.add_argument("--until", type=int, help="stop after so many of the steps")
     two.add_argument("--minutes", type=float, help="stop after so long")
     two.add_argument("--batch", type=int)
-    two.add_argument("--clips", type=int, help=f"that are drawn by the end (default {POOL}); use more for more steps or larger batches")
+    two.add_argument(
+        "--clips", type=int, help=f"that are drawn by the end (default {POOL}); the same in every call; use more for more steps or larger batches"
+    )
     two.add_argument("--start", type=Path, help="weights of an earlier training to begin with, such as the bundled ones")
     stages.add_parser("install", help="copy the averaged weights into the package")
     four = stages.add_parser("evaluate", help="the figures of the model card")
@@ -65,10 +67,10 @@ def main() -> None:
         if args.clips and recipe.teacher:
             parser.error(f"{args.model} learns from films that it makes: leave --clips out")
         try:
-            sitting = Sitting(args.until, args.minutes, args.start, args.clips)
+            options = TrainOptions(args.until, args.minutes, args.start, args.clips)
         except ValueError as why:
             parser.error(str(why))
-        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, sitting)
+        recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, options)
     elif args.stage == "install":
         _install(recipe, out)
     elif args.stage == "evaluate":

@@ -31,7 +31,7 @@ from ..models.skyreels import FPS as RATES
 from ..models.skyreels import SkyReelsV2
 from . import dit
 from .clips import moving
-from .loop import WHOLE, Loop, Sitting, export, optimisers, side_by_side, threads
+from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads
 from .scenes import make_scene
 from .trajectories import CHUNK, FILMS, FPS, LEVELS, Branch, Piece, corrected, load, own_films, save, text_of
 
@@ -177,13 +177,13 @@ class Rounds:
         return self.out / f"round-{number}" / f"{place}.safetensors"
 
 
-def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USUAL) -> None:
     """Writes trajectories, `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`. No step at all makes the teacher's
     films alone. Its clips are films of its own: how many there are follows from the steps."""
     teacher, net = load_bundle(fast_dtype()).network, SkyReelsV2(CONFIG)
-    net.load_state_dict(load_file(sitting.start) if sitting.start else folded(teacher))
+    net.load_state_dict(load_file(options.start) if options.start else folded(teacher))
     parameters, rounds = list(net.parameters()), Rounds(out, teacher)
-    end = sitting.end(steps)
+    end = options.end(steps)
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 5e-4, 5e-3, pool=pool), AVERAGE, SAVE_EVERY)
 
@@ -197,10 +197,10 @@ def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -
             return found
 
         for number in range(-(-max(end, 1) // ROUND)):
-            if sitting.over:
+            if options.over:
                 break
             if loop.step <= number * ROUND:
                 rounds.make(number, working_copy(loop.average), pool)
-            loop.run(loss, parameters, sitting=replace(sitting, until=min(end, (number + 1) * ROUND)))
+            loop.run(loss, parameters, options=replace(options, until=min(end, (number + 1) * ROUND)))
         loop.save()
     export(out, SELF_FORCING.name, CHUNK, CHUNKS, **{HOST_CONFIG: json.dumps({"transformer": {HOST_KEY: True}})})

@@ -24,7 +24,7 @@ from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
 from .clips import POOL, Clips, moving, velocity_loss
-from .loop import WHOLE, Loop, Sitting, export, optimisers, place
+from .loop import USUAL, Loop, TrainOptions, export, optimisers, training_device
 from .scenes import Scene, make_scene
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
@@ -99,19 +99,19 @@ def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: floa
     return velocity_loss(v, noise, clean, counts, moving(clean), emphasis)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USUAL) -> None:
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
-    clips = Clips(load_or_fit(out), scene, LATENTS, most=sitting.clips or POOL, device=place())
+    clips = Clips(load_or_fit(out), scene, LATENTS, most=options.clips or POOL, device=training_device())
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
-    if sitting.start:
-        net.load_state_dict(load_file(sitting.start))
-    net.to(place())
+    if options.start:
+        net.load_state_dict(load_file(options.start))
+    net.to(training_device())
     loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
 
     def loss(step: int) -> Tensor:
         return loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps))
 
-    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", sitting)
+    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", options)
     export(out, "skyreels-v2-df", CHUNK, CHUNKS)

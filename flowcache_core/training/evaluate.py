@@ -1,6 +1,6 @@
 """The figures of the model card: does the film show what the prompt says, and does it hold still where it should?
 
-Held-out scenes give prompts; films come from noise. Each measure (`seen.py`) is also taken of the true clips of the same scenes, which is its
+Held-out scenes give prompts; films come from noise. Each measure (`measures.py`) is also taken of the true clips of the same scenes, which is its
 ceiling, and with the prompts of other scenes, which is chance.
 """
 
@@ -21,8 +21,8 @@ from ..models.checkpoint import read
 from ..models.family import Family
 from ..run.generate import Job, decode, generate
 from ..show.metrics import mean_and_error, psnr
+from .measures import Tally, score
 from .scenes import HELD_OUT, Scene, make_scene, render
-from .seen import Tally, score
 from .vae import reconstruction
 
 BY_CHANCE = ("colour_present", "direction_right", "shape_right", "number_right")

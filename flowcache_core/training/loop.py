@@ -23,16 +23,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """What is done of a training at one go; what is left is for the next. `until`: stops after so many of the steps; `minutes`: or after so long,
-    from now on; `start`: weights of an earlier training to begin with; `clips`: how many there are at the end, None as the recipe has it.
-    Raises ValueError for what is no training."""
+class TrainOptions:
+    """Of one call. `until`: stops after so many of the steps; `minutes`: or after so long, from now on; the next call goes on. `start`: weights of
+    an earlier training to begin with; `clips`: drawn by the end, the same in every call, None as the recipe has it. Raises ValueError."""
 
     until: int | None = None
     minutes: float | None = None
     start: Path | None = None
     clips: int | None = None
-    began: float = field(default_factory=lambda: time.monotonic())
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
@@ -48,11 +47,11 @@ class Sitting:
         return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes
 
 
-WHOLE = Sitting()
-"""All of it."""
+USUAL = TrainOptions()
+"""To the end, from fresh weights or where the last call stopped."""
 
 
-def place() -> torch.device:
+def training_device() -> torch.device:
     """Where networks are trained."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -145,11 +144,11 @@ class Loop(Generic[Model]):
             torch.save({"model": self.model.state_dict(), "average": self.average, "step": self.step, "optimisers": optimisers}, partial)
 
     def run(self, loss_of: Callable[[int], Tensor], parameters: Iterable[nn.Parameter], describe: Callable[[], str] = str,
-            sitting: Sitting = WHOLE) -> None:  # fmt: skip
+            options: TrainOptions = USUAL) -> None:  # fmt: skip
         parameters = list(parameters)
-        smooth, end, saved = 0.0, sitting.end(self.total), self.step
+        smooth, end, saved = 0.0, options.end(self.total), self.step
         with tqdm(total=self.total, initial=self.step, desc=self.path.stem, mininterval=5) as bar:
-            while self.step < end and not sitting.over:
+            while self.step < end and not options.over:
                 torch.manual_seed(self.step)
                 factor, at = cosine(self.step, self.total), 0
                 for opt in self.opts:

@@ -27,7 +27,7 @@ from ..models.magi_family import CHUNK_FRAMES, COMMIT, MAGI, STAGES
 from ..models.word_text import encode_prompt
 from .basis import load_or_fit
 from .clips import POOL, Clips, moving, velocity_loss
-from .loop import WHOLE, Loop, Sitting, export, optimisers, place, side_by_side, threads
+from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
 CONFIG = MagiConfig(dim=256, ffn_dim=1024, layers=6, kv_heads=1, head_dim=128, text_dim=256, caption=64)
@@ -294,16 +294,16 @@ def initialise(net: Magi) -> None:
     net.rope.bands.requires_grad_(False)
 
 
-def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -> None:
+def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USUAL) -> None:
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
-    basis, most = load_or_fit(out, BASIS_CLIPS, scene), sitting.clips or POOL
-    small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, place()) for size in (SMALL, SIZE))
+    basis, most = load_or_fit(out, BASIS_CLIPS, scene), options.clips or POOL
+    small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, training_device()) for size in (SMALL, SIZE))
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
-    if sitting.start:
-        net.load_state_dict(load_file(sitting.start))
-    net.to(place())
+    if options.start:
+        net.load_state_dict(load_file(options.start))
+    net.to(training_device())
     parameters = [p for p in net.parameters() if p.requires_grad]
     with threads(THREADS) as pool:
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, OUTER, pool), decay=0.998)
@@ -315,5 +315,5 @@ def train(out: Path, steps: int, batch: int = BATCH, sitting: Sitting = WHOLE) -
             losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis) for k, share in enumerate(shares)]
             return side_by_side(losses, parameters, pool)
 
-        loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", sitting)
+        loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", options)
     export(out, MAGI.name, CHUNK_FRAMES, CHUNKS)

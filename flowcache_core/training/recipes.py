@@ -13,12 +13,12 @@ from ..models.magi_family import MAGI
 from ..models.skyreels_family import SKYREELS
 from ..run.generate import Job
 from . import causal, dit, magi, magi_vae, vae
-from .loop import WHOLE, Sitting
+from .loop import USUAL, TrainOptions
 from .scenes import Scene, make_scene
 
 
 class TrainNetwork(Protocol):
-    def __call__(self, out: Path, steps: int, batch: int, sitting: Sitting = WHOLE) -> None: ...
+    def __call__(self, out: Path, steps: int, batch: int, options: TrainOptions = USUAL) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ LOOKED_AT = 8
 
 @dataclass
 class Tally:
-    """Sprites seen with their colour, movers seen going the right way, sprites in sight whole and those of the right shape, films with as many
-    sprites as were asked for, and grey levels of background drift."""
+    """Sprites seen with their colour, movers seen going the right way, sprites of the right shape, films with as many sprites as were asked for, and
+    grey levels of background drift."""
 
     sprites: int = 0
     colour_present: int = 0

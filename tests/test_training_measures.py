@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flowcache_core.training.measures import Tally, blobs, colour_masks, number_of, score, shape_of, unit_area
 from flowcache_core.training.scenes import SHAPES, Scene, Sprite, make_scene, render
-from flowcache_core.training.seen import Tally, blobs, colour_masks, number_of, score, shape_of, unit_area
 
 FRAMES = 21
 
