@@ -10,6 +10,7 @@ import pytest
 
 from flowcache_core.bench import figures, measured
 from flowcache_core.bench.figures import FIGURES, PAGES, PLACE, figure
+from flowcache_core.bench.frontier_tables import rival
 from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, OTHERS, ROOT, data, table
 
 
@@ -44,6 +45,11 @@ def test_a_file_that_is_missing_or_of_other_weights_is_refused(tmp_path: Path, m
 def test_an_unknown_figure_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no figure 'x'"):
         figure("x")
+
+
+def test_fewer_steps_are_a_mean_over_the_films_of_ours() -> None:
+    arms = {"default": {"prompts": 16, "psnr": 30.0}, "steps": {"prompts": 16, "psnr": 28.0}, "steps-euler": {"prompts": 2, "psnr": 29.0}}
+    assert rival(arms, "psnr") == 28.0
 
 
 def test_a_table_is_markdown() -> None:

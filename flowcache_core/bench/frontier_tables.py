@@ -43,8 +43,8 @@ def arms_at(rows: Rows) -> dict[float, dict[str, dict[str, Any]]]:
 
 
 def rival(arms: dict[str, dict[str, Any]], key: str) -> float:
-    """The best arm of fewer steps."""
-    return max(row[key] for arm, row in arms.items() if arm.startswith("steps"))
+    """The best arm of fewer steps, of those through which all films of ours went."""
+    return max(row[key] for arm, row in arms.items() if arm.startswith("steps") and row["prompts"] == arms["default"]["prompts"])
 
 
 def signed(row: dict[str, Any], key: str) -> str:
