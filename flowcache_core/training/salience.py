@@ -41,7 +41,7 @@ from ..models import bundle
 from ..models.adapter import Bidirectional
 from ..models.bundle import Bundle
 from ..models.causal_wan_family import SELF_FORCING
-from ..models.checkpoint import load_network_file, recognise, titles
+from ..models.checkpoint import load_network_file, recognise
 from ..models.shards import open_checkpoint
 from ..models.skyreels_family import SKYREELS
 from ..run.generate import Job
@@ -320,7 +320,7 @@ def run(args: argparse.Namespace) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND.removeprefix("python -m "), description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", default="bundled", help=f"{', '.join(OURS)}, or a checkpoint of {titles()}: a file or a folder")
+    parser.add_argument("--model", default="bundled", help=f"{', '.join(OURS)}, or a checkpoint of {SKYREELS.title}: a file or a folder")
     parser.add_argument("--prompts", type=Path, help="one prompt a line; the bundled model has captions of its own")
     parser.add_argument("--embeddings", type=Path, help="safetensors file with the text embedding of every prompt, where the model reads umT5")
     parser.add_argument("--out", type=Path, help="the head; for the bundled model by default in its own place")
