@@ -101,7 +101,9 @@ def test_a_bidirectional_checkpoint_is_refused_or_asked_about() -> None:
     with pytest.raises(ValueError, match=r"wan2.1_t2v_1.3B.safetensors has the sizes of SkyReels-V2-DF 1.3B but not its frame-rate tensors"):
         recognise(on_meta(SMALL), "wan2.1_t2v_1.3B.safetensors")
     large = on_meta(LARGE)
-    for name, word in (("wan2.1_t2v_14B.safetensors", "wan2"), ("krea-realtime-video-14b.safetensors", "krea-realtime")):
+    text_to_video = "Skyreels/Wan2_1-SkyReels-V2-T2V-14B-720P_fp16.safetensors"
+    words = {"wan2.1_t2v_14B.safetensors": "wan2", "krea-realtime-video-14b.safetensors": "krea-realtime", text_to_video: "skyreels-v2-t2v"}
+    for name, word in words.items():
         with pytest.raises(ValueError, match=f"has the shapes of SkyReels-V2 .* its name speaks of '{word}': choose what it is in the input family"):
             recognise(large, name)
         assert recognise(large, name, family="krea-realtime").family is KREA_REALTIME

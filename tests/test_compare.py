@@ -55,6 +55,15 @@ def test_equal_films_are_said_to_be_equal(films: tuple[Tensor, Tensor]) -> None:
     assert close.text("cached", None, None).startswith("cached is equal to the reference in every pixel of 5 frames of 24 x 16.")
 
 
+def test_no_frame_is_nearer_than_one_that_is_equal(films: tuple[Tensor, Tensor]) -> None:
+    reference = films[1]
+    close = closeness(reference + torch.tensor([1e-6, 0, 1e-6, 1e-6, 1e-3]).view(5, 1, 1, 1), reference)
+    assert close.psnr_of_frames == pytest.approx([100, 100, 100, 100, 60], abs=0.01)
+    rounded = closeness(reference + 1e-6, reference)
+    assert (rounded.psnr, rounded.equal) == (100, False)
+    assert rounded.text("film", None, None).startswith("film against the reference: PSNR 100.0 dB")
+
+
 def test_the_json_has_every_frame_and_both_runs(films: tuple[Tensor, Tensor]) -> None:
     said = json.loads(closeness(*films).as_json("cached", CACHED, UNCACHED))
     assert said["name"] == "cached"

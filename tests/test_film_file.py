@@ -48,6 +48,15 @@ def test_a_film_in_pieces_comes_back_whole(tmp_path: Path) -> None:
     assert b"moof" not in raw
 
 
+def test_a_whole_film_begins_at_once_and_its_frames_are_evenly_apart(tmp_path: Path) -> None:
+    """Also where the encoder reorders frames."""
+    with FilmFile(tmp_path / "film.mp4", SIZE, 23.976) as film:
+        film.add(noise(40))
+    with av.open(str(tmp_path / "film.mp4")) as whole:
+        assert whole.streams.video[0].start_time == 0
+        assert [frame.time for frame in whole.decode(video=0)] == pytest.approx([k / 23.976 for k in range(40)], abs=1e-4)
+
+
 def test_a_lower_crf_keeps_more(tmp_path: Path) -> None:
     for crf in (10, 40):
         with FilmFile(tmp_path / f"{crf}.mp4", SIZE, 24, crf) as film:

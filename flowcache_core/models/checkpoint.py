@@ -95,11 +95,12 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
 
 def _require_no_other_name(found: Family, families: Sequence[Family], name: str) -> None:
     """Raises ValueError for a file that does not say what it is, under the name of a model with the same shapes."""
-    plain = name.lower().replace("_", "-")
-    others = [word for one in families if not one.known_by_shapes for word in one.file_names]
-    if not found.known_by_shapes or any(word in plain for word in found.file_names):
+    if not found.known_by_shapes:
         return
-    if other := next((word for word in (*others, *found.other_names) if word in plain), None):
+    plain = name.lower().replace("_", "-")
+    own = [word for word in found.file_names if word in plain]
+    others = [word for one in families if not one.known_by_shapes for word in one.file_names] + [*found.other_names]
+    if other := next((word for word in others if word in plain and (not own or any(mine in word for mine in own))), None):
         raise ValueError(
             f"{name} has the shapes of {found.title}, and of other models; its name speaks of {other!r}: choose what it is in the input family"
         )

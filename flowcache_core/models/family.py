@@ -188,7 +188,7 @@ class Family:
     file_names: tuple[str, ...] = ()
     """Words in the names of its published files, in lower case with hyphens. Under such a name a silent file is no other family's."""
     other_names: tuple[str, ...] = ()
-    """The same of models that are no family here and have the same shapes."""
+    """The same of models that are no family here and have the same shapes. One with a word of `file_names` in it says more than that word."""
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""

@@ -53,7 +53,7 @@ SKYREELS = Family(
     rates=FPS,
     takes_rate=lambda config: config.fps,
     file_names=("skyreels",),
-    other_names=("wan2", "wan-2"),
+    other_names=("wan2", "wan-2", "skyreels-v2-t2v"),
     loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
     bundled=Bundled("tiny-skyreels", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
 )

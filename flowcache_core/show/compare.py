@@ -56,8 +56,10 @@ class Closeness:
     frames: int
     height: int
     width: int
+    equal: bool
+    """In every pixel."""
     psnr: float
-    """Of the whole film, in dB; 100 where the films are equal."""
+    """Of the whole film, in dB; 100 at most."""
     ssim: float
     lpips: float | None
     psnr_of_frames: tuple[float, ...]
@@ -74,7 +76,7 @@ class Closeness:
 
     def _closeness(self, name: str) -> list[str]:
         size = f"{self.frames} frames of {self.width} x {self.height}"
-        if self.psnr == 100:
+        if self.equal:
             return [f"{name} is equal to the reference in every pixel of {size}."]
         lpips = "" if self.lpips is None else f", LPIPS {self.lpips:.4f}"
         near, far = (pick(range(self.frames), key=self.psnr_of_frames.__getitem__) for pick in (max, min))
@@ -121,7 +123,7 @@ def closeness(film: Tensor, reference: Tensor) -> Closeness:
     if wrong := [t + 1 for t, error in enumerate(errors) if not math.isfinite(error)]:
         raise ValueError(f"{len(wrong)} of {frames} frames, frame {wrong[0]} first, have values that are no numbers in the film or the reference")
     lpips = [d for d in distances if d is not None]
-    return Closeness(frames, height, width, decibels(_mean(errors)), _mean(likeness), _mean(lpips) if lpips else None,
+    return Closeness(frames, height, width, not any(errors), decibels(_mean(errors)), _mean(likeness), _mean(lpips) if lpips else None,
                      tuple(map(decibels, errors)), tuple(likeness))  # fmt: skip
 
 

@@ -74,17 +74,21 @@ class FilmFile:
         self._file.close()
 
     def _whole(self) -> None:
-        """The same packets in an ordinary mp4: its index in front, so that it can be wound to any place while it loads."""
+        """The same packets in an ordinary mp4: its index in front, so that it can be wound to any place while it loads.
+
+        Its first frame stands at time 0. In fragments, where no packet has a time below 0, it stands as late as the encoder reorders frames.
+        """
         copy = self.path.with_name(f"{self.path.stem}.mp4.unfinished")
         try:
             with av.open(str(self.partial)) as source, av.open(
                 str(copy), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}
             ) as whole:  # fmt: skip
                 whole.metadata.update(self.metadata)
-                stream = whole.add_stream_from_template(source.streams.video[0])
+                stream, late = whole.add_stream_from_template(source.streams.video[0]), None
                 for packet in source.demux(source.streams.video[0]):
-                    if packet.dts is not None:
-                        packet.stream = stream
+                    if packet.pts is not None and packet.dts is not None:
+                        late = packet.pts if late is None else late
+                        packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, stream
                         whole.mux(packet)
             copy.replace(self.path)
         finally:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def psnr(film: Tensor, reference: Tensor) -> float:
-    """Two films [T, 3, H, W] in 0..1 -> dB, from the mean squared error of all pixels; 100 when they are equal."""
+    """Two films [T, 3, H, W] in 0..1 -> dB, from the mean squared error of all pixels; 100 at most, which equal films have."""
     return decibels(squared_error(film, reference))
 
 
@@ -24,8 +24,8 @@ def squared_error(film: Tensor, reference: Tensor) -> float:
 
 
 def decibels(error: float) -> float:
-    """Mean squared error of values in 0..1 -> PSNR in dB; 100 where there is none."""
-    return 100.0 if error == 0 else float(-10 * torch.tensor(error).log10())
+    """Mean squared error of values in 0..1 -> PSNR in dB; 100 at most, as where there is none: nothing is nearer than what is equal."""
+    return 100.0 if error == 0 else min(float(-10 * torch.tensor(error).log10()), 100.0)
 
 
 def ssim(film: Tensor, reference: Tensor) -> float:
