@@ -1,0 +1,32 @@
+"""What the page knows of runs, whatever comes late, twice or of another workflow, in the code of the page: it needs node alone, no browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host import PACK
+from tests.test_saved_workflows import page_without_browser
+
+pytestmark = pytest.mark.skipif(not shutil.which("node"), reason="the code of the page is run by node")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = page_without_browser(tmp_path_factory.mktemp("page"))
+    done = subprocess.run(["node", str(PACK / "tests" / "web" / "runs.mjs"), str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_a_page_that_was_loaded_in_mid_run_has_what_came_before(found: dict[str, Any]) -> None:
+    """Though what the server answers is no newer than what the page was told of already."""
+    shown = found["filled"]
+    assert shown["answered"] == [["2112", "0210"], ["1001", "0100"]]
+    assert shown["later"] == [["2112", "0211"], 8]
+    assert shown["again"]
