@@ -30,3 +30,8 @@ def test_a_page_that_was_loaded_in_mid_run_has_what_came_before(found: dict[str,
     assert shown["answered"] == [["2112", "0210"], ["1001", "0100"]]
     assert shown["later"] == [["2112", "0211"], 8]
     assert shown["again"]
+
+
+def test_a_run_stays_with_its_workflow_when_another_is_open_at_its_end(found: dict[str, Any]) -> None:
+    """A sampler of the same id in the other one shows nothing; a copy whose run the host kept shows that run."""
+    assert found["tabs"] == [["a", False], [None, False], ["b", False]]

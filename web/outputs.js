@@ -8,7 +8,7 @@ import { nodeAt, nodeNamed, rootGraph } from "./graph.js";
 const LOOKED_THROUGH = 20; // of the host's latest runs
 
 /** @typedef {{text?: string[], flowcache?: string[], fps?: number[]}} Output */
-/** @typedef {(node: any, output: Output) => void} Listener */
+/** @typedef {(node: any, output: Output, workflow?: string) => void} Listener `workflow`: of the prompt, where it is known */
 
 /** @type {Listener[]} */
 const listeners = [];
@@ -27,11 +27,11 @@ export function onRestored(listener) {
   afterwards.push(listener);
 }
 
-/** @param {any} node @param {Output | null | undefined} output */
-function handOn(node, output) {
+/** @param {any} node @param {Output | null | undefined} output @param {string} [workflow] */
+function handOn(node, output, workflow) {
   if (!node?.comfyClass?.startsWith("FlowCache") || !output) return;
   shown.add(node);
-  for (const listener of listeners) listener(node, output);
+  for (const listener of listeners) listener(node, output, workflow);
 }
 
 /**
@@ -56,7 +56,7 @@ async function restore() {
     for (const [id, output] of Object.entries(outputs ?? {})) {
       const node = nodeAt(id);
       const ran = prompt[2][id];
-      if (node && ran?.class_type === node.comfyClass && !shown.has(node) && unchanged(node, ran.inputs)) handOn(node, output);
+      if (node && ran?.class_type === node.comfyClass && !shown.has(node) && unchanged(node, ran.inputs)) handOn(node, output, workflow);
     }
   }
 }

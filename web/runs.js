@@ -39,6 +39,14 @@ const runs = new Map();
 /** @type {Set<(path: string, run: Run) => void>} */
 const watchers = new Set();
 
+/**
+ * What the host runs. `kept`: the ids of the nodes whose results it kept; `workflow`: the one that was open when it said so; `sampled`: the run that
+ * it announced, by sampler.
+ * @typedef {{kept: string[], workflow?: string, sampled: Map<string, string>}} Prompt
+ * @type {Prompt}
+ */
+let prompt = { kept: [], sampled: new Map() };
+
 /** @param {string} path @param {string | null | undefined} workflow of the open one where it is not given */
 const key = (path, workflow) => `${workflow ?? rootGraph()?.id} ${path}`;
 
@@ -143,9 +151,10 @@ async function ask(route) {
   }
 }
 
-/** @param {string[]} ids whose results the host kept: it sampled nothing */
-async function nothingSampled(ids) {
-  const mine = ids.filter((id) => nodeAt(id)?.comfyClass === NODE && !runAt(id)?.state);
+/** Says so on samplers that sampled nothing, since the host kept their results. @param {Prompt} ended */
+async function nothingSampled({ kept, workflow, sampled }) {
+  if (rootGraph()?.id !== workflow) return;
+  const mine = kept.filter((id) => !sampled.has(id) && nodeAt(id)?.comfyClass === NODE && !runAt(id)?.state);
   if (!mine.length) return;
   await restore();
   for (const id of mine) {
@@ -156,12 +165,18 @@ async function nothingSampled(ids) {
   }
 }
 
-// Cache Report brings the last message of its run
-onOutput((_node, output) => {
+/** Of a message that Cache Report sent: that of its run, or, where the host kept the run, the one that is queued. @param {Message} message */
+function workflowOf({ node, run, workflow }) {
+  return prompt.kept.includes(node) && prompt.sampled.get(node) !== run ? prompt.workflow : workflow;
+}
+
+// Cache Report brings the last message of its run; by then another workflow may be open, with a node of the same id
+onOutput((_node, output, workflow) => {
   for (const written of output.flowcache ?? []) {
     const message = JSON.parse(written);
+    if (!message || (workflow ?? workflowOf(message) ?? rootGraph()?.id) !== rootGraph()?.id) continue;
     show(message, null);
-    restoreFilm(String(message?.node));
+    restoreFilm(String(message.node));
   }
 });
 onRestored(restore); // the server knows of later runs than the history, which has only those that ended well
@@ -169,13 +184,20 @@ onRestored(restore); // the server knows of later runs than the history, which h
 app.registerExtension({
   name: "flowcache.runs",
   setup() {
-    api.addEventListener(EVENT, (/** @type {any} */ { detail }) => show(detail, detail?.workflow));
+    api.addEventListener("execution_start", () => (prompt = { kept: [], sampled: new Map() }));
+    api.addEventListener(EVENT, (/** @type {any} */ { detail }) => {
+      prompt.sampled.set(String(detail?.node), detail?.run);
+      show(detail, detail?.workflow);
+    });
     api.addEventListener(FILM, (/** @type {any} */ { detail }) => showFilm([detail]));
     for (const end of ["execution_start", "execution_interrupted", "execution_error"]) api.addEventListener(end, stop);
-    /** @type {string[]} */
-    let kept = [];
-    api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => (kept = detail?.nodes ?? []));
-    api.addEventListener("execution_success", () => nothingSampled(kept));
+    api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => {
+      Object.assign(prompt, { kept: detail?.nodes ?? [], workflow: rootGraph()?.id });
+    });
+    api.addEventListener("execution_success", () => {
+      nothingSampled(prompt);
+      prompt = { kept: [], sampled: new Map() };
+    });
   },
   afterConfigureGraph() {
     for (const { path } of samplers()) {

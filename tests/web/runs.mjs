@@ -8,6 +8,25 @@ const load = (name) => import(pathToFileURL(path.join(folder, name)).href);
 const found = {};
 
 const { next } = await load("run_state.js");
+const { app, extensions } = await load("../../scripts/app.js");
+const { api } = await load("../../scripts/api.js");
+
+/** The host's page as far as runs need it: events, what the server answers by route, and the workflow that is open. */
+const events = new EventTarget();
+const answers = new Map();
+api.addEventListener = events.addEventListener.bind(events);
+api.fetchApi = async (route) => ({ ok: answers.has(route.split("?")[0]), json: async () => answers.get(route.split("?")[0])(route) });
+const tell = (name, detail) => events.dispatchEvent(Object.assign(new Event(name), { detail }));
+const settled = () => new Promise((done) => setTimeout(done, 5));
+
+const { runAt } = await load("runs.js");
+for (const one of extensions) one.setup?.();
+
+/** Opens a workflow with a sampler and a report, whose ids are those of any other. */
+function openWorkflow(id) {
+  const nodes = [["FlowCacheSampler", 9], ["FlowCacheReport", 14]].map(([comfyClass, id]) => ({ comfyClass, id, type: comfyClass }));
+  app.rootGraph = { id, nodes, getNodeById: (id) => nodes.find((node) => node.id === id) };
+}
 
 /** A message of a run of two chunks of four steps. */
 function message(number, map, more = {}) {
@@ -20,5 +39,30 @@ const loaded = next(null, message(7, { 1: "0210" }));
 const answered = next(loaded, message(7, { 0: "2112", 1: "0210" }, { plan: ["1001", "0100"] }));
 const later = next(next(loaded, message(8, { 1: "0211" })), message(7, { 0: "2112", 1: "0210" }));
 found.filled = { answered: [answered.map, answered.plan], later: [later.map, later.number], again: next(later, message(7, { 0: "0000", 1: "0000" })) === later };
+
+/** A prompt of `workflow`, which is open at first; `then` is open when Cache Report has run. The host keeps the samplers' own results. */
+async function queued(workflow, run, then, { kept = false } = {}) {
+  openWorkflow(workflow);
+  const last = message(2, { 0: "2112", 1: "2112" }, { workflow: kept ? "original" : workflow, run, ended: true });
+  tell("execution_start", {});
+  tell("execution_cached", { nodes: ["9"] });
+  if (!kept) tell("flowcache.steps", last);
+  openWorkflow(then);
+  tell("executed", { node: "14", output: { flowcache: [JSON.stringify(last)] } });
+  tell("execution_success", {});
+  await settled();
+}
+
+/** What each of some workflows shows on its sampler. */
+function shown(...workflows) {
+  return workflows.map((id) => {
+    openWorkflow(id);
+    return [runAt("9")?.state?.run ?? null, runAt("9")?.note ?? null];
+  });
+}
+
+await queued("first", "a", "second");
+await queued("copy", "b", "copy", { kept: true });
+found.tabs = shown("first", "second", "copy").map(([run, note]) => [run, Boolean(note?.startsWith("The host kept"))]);
 
 console.log(JSON.stringify(found));
