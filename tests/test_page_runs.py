@@ -35,3 +35,8 @@ def test_a_page_that_was_loaded_in_mid_run_has_what_came_before(found: dict[str,
 def test_a_run_stays_with_its_workflow_when_another_is_open_at_its_end(found: dict[str, Any]) -> None:
     """A sampler of the same id in the other one shows nothing; a copy whose run the host kept shows that run."""
     assert found["tabs"] == [["a", False], [None, False], ["b", False]]
+
+
+def test_what_the_server_answers_goes_to_the_workflow_it_was_asked_for(found: dict[str, Any]) -> None:
+    """Another one is open when the answer comes."""
+    assert found["late"] == {"texts": [], "films": [8, None]}

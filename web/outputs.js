@@ -49,8 +49,9 @@ function unchanged(node, inputs) {
 async function restore() {
   const workflow = rootGraph()?.id;
   const answer = await api.fetchApi(`/history?max_items=${LOOKED_THROUGH}`);
-  if (!answer.ok) return;
-  const runs = Object.values(await answer.json()).filter((run) => run?.prompt?.[3]?.extra_pnginfo?.workflow?.id === workflow);
+  const history = answer.ok ? await answer.json() : {};
+  if (rootGraph()?.id !== workflow) return;
+  const runs = Object.values(history).filter((run) => run?.prompt?.[3]?.extra_pnginfo?.workflow?.id === workflow);
   runs.sort((one, other) => other.prompt[0] - one.prompt[0]);
   for (const { prompt, outputs } of runs) {
     for (const [id, output] of Object.entries(outputs ?? {})) {

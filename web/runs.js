@@ -123,21 +123,22 @@ function stop() {
 async function restore() {
   const workflow = rootGraph()?.id;
   if (!workflow) return;
+  const paths = samplers().map(({ path }) => path);
   for (const message of await ask(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`)) show(message, workflow);
-  await Promise.all(samplers().map(({ path }) => restoreFilm(path)));
+  await Promise.all(paths.map((path) => restoreFilm(path, workflow)));
 }
 
 /**
  * Of the run that a sampler shows: the film as far as the server still has it, unless the page has it from its first frame on.
- * @param {string} path
+ * @param {string} path @param {string} workflow which need not be open any more when the server answers
  */
-async function restoreFilm(path) {
-  const run = runAt(path);
+async function restoreFilm(path, workflow) {
+  const run = runs.get(key(path, workflow));
   const name = run?.state?.run ?? "";
   if (!run || run.asked === name || run.film?.begin === 0) return;
   run.asked = name;
   const messages = await ask(`/flowcache/film?run=${encodeURIComponent(name)}`);
-  if (messages.length) update(path, null, (now) => addFilm(now, messages));
+  if (messages.length) update(path, workflow, (now) => addFilm(now, messages));
 }
 
 /** @param {string} route @returns {Promise<any[]>} nothing, where the server does not answer */
@@ -158,7 +159,7 @@ async function nothingSampled({ kept, workflow, sampled }) {
   if (!mine.length) return;
   await restore();
   for (const id of mine) {
-    update(id, null, (run) => {
+    update(id, workflow, (run) => {
       run.note = STRINGS.kept;
       return !run.state;
     });
@@ -176,7 +177,7 @@ onOutput((_node, output, workflow) => {
     const message = JSON.parse(written);
     if (!message || (workflow ?? workflowOf(message) ?? rootGraph()?.id) !== rootGraph()?.id) continue;
     show(message, null);
-    restoreFilm(String(message.node));
+    restoreFilm(String(message.node), rootGraph()?.id);
   }
 });
 onRestored(restore); // the server knows of later runs than the history, which has only those that ended well

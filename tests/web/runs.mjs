@@ -17,9 +17,11 @@ const answers = new Map();
 api.addEventListener = events.addEventListener.bind(events);
 api.fetchApi = async (route) => ({ ok: answers.has(route.split("?")[0]), json: async () => answers.get(route.split("?")[0])(route) });
 const tell = (name, detail) => events.dispatchEvent(Object.assign(new Event(name), { detail }));
+const configured = () => Promise.all(extensions.map((one) => one.afterConfigureGraph?.())).then(settled);
 const settled = () => new Promise((done) => setTimeout(done, 5));
 
 const { runAt } = await load("runs.js");
+const { onOutput } = await load("outputs.js");
 for (const one of extensions) one.setup?.();
 
 /** Opens a workflow with a sampler and a report, whose ids are those of any other. */
@@ -64,5 +66,23 @@ function shown(...workflows) {
 await queued("first", "a", "second");
 await queued("copy", "b", "copy", { kept: true });
 found.tabs = shown("first", "second", "copy").map(([run, note]) => [run, Boolean(note?.startsWith("The host kept"))]);
+
+// the server answers when another workflow has been opened
+globalThis.Image = class {};
+const strip = (run, first) => ({ node: "9", workflow: "slow", run, first, frames: 4, fps: 24, picture: "", note: "" });
+const afterwards = (answer) => () => (openWorkflow("other"), answer);
+const saw = [];
+onOutput((_node, output) => output.text && saw.push(output.text[0]));
+const asked = { 14: { class_type: "FlowCacheReport", inputs: {} } };
+const prompt = [1, "p", asked, { extra_pnginfo: { workflow: { id: "slow" } } }];
+answers.set("/history", afterwards({ p: { prompt, outputs: { 14: { text: ["report of slow"] } } } }));
+openWorkflow("slow");
+await configured();
+answers.clear();
+answers.set("/flowcache/runs", () => [message(2, { 0: "2112", 1: "2112" }, { workflow: "slow", run: "s", ended: true })]);
+answers.set("/flowcache/film", afterwards([strip("s", 0), strip("s", 4)]));
+openWorkflow("slow");
+await configured();
+found.late = { texts: saw, films: ["slow", "other"].map((id) => (openWorkflow(id), runAt("9")?.film?.end ?? null)) };
 
 console.log(JSON.stringify(found));
