@@ -40,3 +40,8 @@ def test_a_run_stays_with_its_workflow_when_another_is_open_at_its_end(found: di
 def test_what_the_server_answers_goes_to_the_workflow_it_was_asked_for(found: dict[str, Any]) -> None:
     """Another one is open when the answer comes."""
     assert found["late"] == {"texts": [], "films": [8, None]}
+
+
+def test_a_sampler_that_has_not_run_says_so_in_the_language_of_the_page(found: dict[str, Any]) -> None:
+    """The sidebar makes its own before translations are there."""
+    assert found["language"] == "noch nichts"

@@ -23,8 +23,13 @@ export class Run {
     this.state = null;
     /** @type {Film | null} */
     this.film = null;
-    this.note = STRINGS.waiting; // where no run is shown
+    this.kept = false; // where no run is shown: whether that is since the host kept a result
     this.asked = ""; // the run whose film the server was asked for
+  }
+
+  /** Where no run is shown; in the language that the page has by now. */
+  get note() {
+    return this.kept ? STRINGS.kept : STRINGS.waiting;
   }
 
   /** @returns {Status} */
@@ -160,7 +165,7 @@ async function nothingSampled({ kept, workflow, sampled }) {
   await restore();
   for (const id of mine) {
     update(id, workflow, (run) => {
-      run.note = STRINGS.kept;
+      run.kept = true;
       return !run.state;
     });
   }

@@ -85,4 +85,11 @@ openWorkflow("slow");
 await configured();
 found.late = { texts: saw, films: ["slow", "other"].map((id) => (openWorkflow(id), runAt("9")?.film?.end ?? null)) };
 
+// a sampler that has not run, made before the page knew its language
+const { Run } = await load("runs.js");
+const { speak } = await load("strings.js");
+const early = new Run();
+speak(() => ({ waiting: "noch nichts" }));
+found.language = early.note;
+
 console.log(JSON.stringify(found));
