@@ -45,3 +45,13 @@ def test_what_the_server_answers_goes_to_the_workflow_it_was_asked_for(found: di
 def test_a_sampler_that_has_not_run_says_so_in_the_language_of_the_page(found: dict[str, Any]) -> None:
     """The sidebar makes its own before translations are there."""
     assert found["language"] == "noch nichts"
+
+
+def test_a_page_whose_connection_comes_again_catches_up(found: dict[str, Any]) -> None:
+    """The run was stopped meanwhile, ended with the server, or ended well; where nothing answers, nothing is concluded."""
+    assert found["lost"] == {
+        "unanswered": ["running", "0000", 4],
+        "stopped": ["stopped", "0000", 4],
+        "restarted": ["stopped", "0000", 4],
+        "ended": ["finished", "2112", 8],
+    }

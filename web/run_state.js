@@ -21,7 +21,8 @@
 export function next(state, message) {
   if (!(message?.chunks > 0 && message.steps > 0 && message.map)) return state;
   const same = state?.run === message.run && state.chunks === message.chunks && state.steps === message.steps;
-  if (same && (state.ended || message.number <= state.number)) return message.whole && !state.whole ? filled(state, message) : state;
+  const stopped = same && message.number === state.number && message.stopped && !state.stopped;
+  if (same && !stopped && (state.ended || message.number <= state.number)) return message.whole && !state.whole ? filled(state, message) : state;
   const map = same ? state.map : Array(message.chunks).fill("0".repeat(message.steps));
   for (const [chunk, steps] of Object.entries(message.map)) if (Number(chunk) < message.chunks) map[Number(chunk)] = String(steps);
   const whole = message.whole || (same && state.whole);

@@ -25,6 +25,7 @@ export class Run {
     this.film = null;
     this.kept = false; // where no run is shown: whether that is since the host kept a result
     this.asked = ""; // the run whose film the server was asked for
+    this.missed = false; // whether the connection was lost while it ran
   }
 
   /** Where no run is shown; in the language that the page has by now. */
@@ -114,23 +115,36 @@ function addFilm(run, messages) {
   return run.film.add(messages);
 }
 
-/** The host has ended what was running. */
-function stop() {
+/** The host has ended what was running. @param {(run: Run) => boolean} which */
+function stop(which = () => true) {
   for (const [at, run] of runs) {
-    if (run.status !== "running" || !run.state) continue;
+    if (run.status !== "running" || !run.state || !which(run)) continue;
     run.state.stopped = true;
     const path = at.slice(at.indexOf(" ") + 1);
     if (at === key(path, null)) notify(path, run);
   }
 }
 
-/** What the server still knows of this workflow's runs: for a page that was loaded during one, or after it. */
+/**
+ * What the server still knows of this workflow's runs: for a page that was loaded during one, or after it. One that the page was told of, and the
+ * server does not know, has ended with an earlier server.
+ */
 async function restore() {
   const workflow = rootGraph()?.id;
   if (!workflow) return;
   const paths = samplers().map(({ path }) => path);
-  for (const message of await ask(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`)) show(message, workflow);
+  const told = [...runs.values()].filter((run) => run.status === "running" && run.state?.workflow === workflow).map(({ state }) => state?.run);
+  const known = await ask(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`);
+  for (const message of known ?? []) show(message, workflow);
+  const names = known?.map(({ run }) => run);
+  if (names) stop(({ state }) => told.includes(state?.run) && !names.includes(state?.run));
   await Promise.all(paths.map((path) => restoreFilm(path, workflow)));
+}
+
+/** The connection is there again: what was told meanwhile is asked for. */
+function catchUp() {
+  for (const run of runs.values()) if (run.status === "running") Object.assign(run, { missed: true, asked: "" });
+  restore();
 }
 
 /**
@@ -140,20 +154,20 @@ async function restore() {
 async function restoreFilm(path, workflow) {
   const run = runs.get(key(path, workflow));
   const name = run?.state?.run ?? "";
-  if (!run || run.asked === name || run.film?.begin === 0) return;
-  run.asked = name;
+  if (!run || run.asked === name || (run.film?.begin === 0 && !run.missed)) return;
+  Object.assign(run, { asked: name, missed: false });
   const messages = await ask(`/flowcache/film?run=${encodeURIComponent(name)}`);
-  if (messages.length) update(path, workflow, (now) => addFilm(now, messages));
+  if (messages?.length) update(path, workflow, (now) => addFilm(now, messages));
 }
 
-/** @param {string} route @returns {Promise<any[]>} nothing, where the server does not answer */
+/** @param {string} route @returns {Promise<any[] | null>} null where the server does not answer */
 async function ask(route) {
   try {
     const answer = await api.fetchApi(route);
-    return answer.ok ? await answer.json() : [];
+    return answer.ok ? await answer.json() : null;
   } catch (error) {
     console.debug("FlowCache: the server does not say what ran before", error);
-    return [];
+    return null;
   }
 }
 
@@ -196,7 +210,8 @@ app.registerExtension({
       show(detail, detail?.workflow);
     });
     api.addEventListener(FILM, (/** @type {any} */ { detail }) => showFilm([detail]));
-    for (const end of ["execution_start", "execution_interrupted", "execution_error"]) api.addEventListener(end, stop);
+    for (const end of ["execution_start", "execution_interrupted", "execution_error"]) api.addEventListener(end, () => stop());
+    api.addEventListener("reconnected", catchUp);
     api.addEventListener("execution_cached", (/** @type {any} */ { detail }) => {
       Object.assign(prompt, { kept: detail?.nodes ?? [], workflow: rootGraph()?.id });
     });

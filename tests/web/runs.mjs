@@ -92,4 +92,26 @@ const early = new Run();
 speak(() => ({ waiting: "noch nichts" }));
 found.language = early.note;
 
+/** The connection is lost in mid-run, and comes again when the server knows `known` of it. */
+async function reconnected(run, known, film = []) {
+  openWorkflow("lost");
+  tell("execution_start", {});
+  tell("flowcache.steps", message(1, { 0: "2000", 1: "0000" }, { workflow: "lost", run }));
+  tell("flowcache.film", { ...strip(run, 0), workflow: "lost" });
+  if (known) answers.set("/flowcache/runs", () => known.map((one) => ({ ...one, workflow: "lost", run })));
+  else answers.delete("/flowcache/runs");
+  answers.set("/flowcache/film", () => film);
+  tell("reconnected");
+  await settled();
+  const { status, state, film: shown } = runAt("9");
+  return [status, state.map[1], shown?.end];
+}
+
+found.lost = {
+  unanswered: await reconnected("l1", null),
+  stopped: await reconnected("l2", [message(1, { 0: "2000", 1: "0000" }, { stopped: true })]),
+  restarted: await reconnected("l3", []),
+  ended: await reconnected("l4", [message(9, { 0: "2112", 1: "2112" }, { ended: true })], [strip("l4", 0), strip("l4", 4)]),
+};
+
 console.log(JSON.stringify(found));
