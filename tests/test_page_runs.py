@@ -55,3 +55,7 @@ def test_a_page_whose_connection_comes_again_catches_up(found: dict[str, Any]) -
         "restarted": ["stopped", "0000", 4],
         "ended": ["finished", "2112", 8],
     }
+
+
+def test_a_report_of_an_earlier_run_replaces_no_later_one(found: dict[str, Any]) -> None:
+    assert found["undone"] == ["2nd", "running", 4]

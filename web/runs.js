@@ -190,11 +190,17 @@ function workflowOf({ node, run, workflow }) {
   return prompt.kept.includes(node) && prompt.sampled.get(node) !== run ? prompt.workflow : workflow;
 }
 
+/** Whether a later run than that of a message is shown: the page has reports of earlier prompts too. @param {Message} message */
+function isPast({ node, run }) {
+  const shown = runAt(node)?.state?.run ?? run;
+  return shown !== run && (prompt.sampled.has(node) || !prompt.kept.includes(node));
+}
+
 // Cache Report brings the last message of its run; by then another workflow may be open, with a node of the same id
 onOutput((_node, output, workflow) => {
   for (const written of output.flowcache ?? []) {
     const message = JSON.parse(written);
-    if (!message || (workflow ?? workflowOf(message) ?? rootGraph()?.id) !== rootGraph()?.id) continue;
+    if (!message || (workflow ?? workflowOf(message) ?? rootGraph()?.id) !== rootGraph()?.id || isPast(message)) continue;
     show(message, null);
     restoreFilm(String(message.node), rootGraph()?.id);
   }

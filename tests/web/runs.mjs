@@ -114,4 +114,14 @@ found.lost = {
   ended: await reconnected("l4", [message(9, { 0: "2112", 1: "2112" }, { ended: true })], [strip("l4", 0), strip("l4", 4)]),
 };
 
+// an undo while a second run goes on: the page hands out again what the nodes sent in the first
+await queued("undone", "1st", "undone");
+const first = message(2, { 0: "2112", 1: "2112" }, { workflow: "undone", run: "1st", ended: true });
+tell("execution_start", {});
+tell("execution_cached", { nodes: ["9"] });
+tell("flowcache.steps", message(1, { 0: "2000", 1: "0000" }, { workflow: "undone", run: "2nd" }));
+tell("flowcache.film", { ...strip("2nd", 0), workflow: "undone" });
+for (const one of extensions) one.onNodeOutputsUpdated?.({ 14: { flowcache: [JSON.stringify(first)] } });
+found.undone = [runAt("9").state.run, runAt("9").status, runAt("9").film?.end ?? null];
+
 console.log(JSON.stringify(found));
