@@ -59,3 +59,7 @@ def test_a_page_whose_connection_comes_again_catches_up(found: dict[str, Any]) -
 
 def test_a_report_of_an_earlier_run_replaces_no_later_one(found: dict[str, Any]) -> None:
     assert found["undone"] == ["2nd", "running", 4]
+
+
+def test_no_undo_waits_for_the_server_and_other_workflows_ask_nothing(found: dict[str, Any]) -> None:
+    assert found["waits"] == [["configured", ["/history?max_items=20"]], ["configured", []]]

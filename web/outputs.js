@@ -3,7 +3,7 @@
 // back to the front, and when the page is loaded again.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { nodeAt, nodeNamed, rootGraph } from "./graph.js";
+import { nodeAt, nodeNamed, rootGraph, walk } from "./graph.js";
 
 const LOOKED_THROUGH = 20; // of the host's latest runs
 
@@ -27,9 +27,12 @@ export function onRestored(listener) {
   afterwards.push(listener);
 }
 
+/** Whether a node is one of this pack. @param {any} node */
+const isOurs = (node) => Boolean(node?.comfyClass?.startsWith("FlowCache"));
+
 /** @param {any} node @param {Output | null | undefined} output @param {string} [workflow] */
 function handOn(node, output, workflow) {
-  if (!node?.comfyClass?.startsWith("FlowCache") || !output) return;
+  if (!isOurs(node) || !output) return;
   shown.add(node);
   for (const listener of listeners) listener(node, output, workflow);
 }
@@ -47,6 +50,7 @@ function unchanged(node, inputs) {
 
 /** Shows again what the host still knows of this workflow's runs, the latest first, on nodes that nothing was shown on yet. */
 async function restore() {
+  if (!walk().some(({ node }) => isOurs(node))) return;
   const workflow = rootGraph()?.id;
   const answer = await api.fetchApi(`/history?max_items=${LOOKED_THROUGH}`);
   const history = answer.ok ? await answer.json() : {};
@@ -70,12 +74,11 @@ app.registerExtension({
   onNodeOutputsUpdated(/** @type {Record<string, Output>} */ outputs) {
     for (const [name, output] of Object.entries(outputs ?? {})) handOn(nodeNamed(name), output);
   },
-  async afterConfigureGraph() {
-    try {
-      await restore();
-    } catch (error) {
+  /** The page waits for what is returned here, with every undo: not for the server. */
+  afterConfigureGraph() {
+    const unread = (/** @type {unknown} */ error) => {
       console.debug("FlowCache: the host's history cannot be read, so earlier texts are not shown again", error);
-    }
-    for (const listener of afterwards) listener();
+    };
+    restore().catch(unread).then(() => afterwards.forEach((listener) => listener()));
   },
 });

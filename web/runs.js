@@ -131,8 +131,8 @@ function stop(which = () => true) {
  */
 async function restore() {
   const workflow = rootGraph()?.id;
-  if (!workflow) return;
   const paths = samplers().map(({ path }) => path);
+  if (!workflow || !paths.length) return;
   const told = [...runs.values()].filter((run) => run.status === "running" && run.state?.workflow === workflow).map(({ state }) => state?.run);
   const known = await ask(`/flowcache/runs?workflow=${encodeURIComponent(workflow)}`);
   for (const message of known ?? []) show(message, workflow);

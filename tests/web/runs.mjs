@@ -124,4 +124,16 @@ tell("flowcache.film", { ...strip("2nd", 0), workflow: "undone" });
 for (const one of extensions) one.onNodeOutputsUpdated?.({ 14: { flowcache: [JSON.stringify(first)] } });
 found.undone = [runAt("9").state.run, runAt("9").status, runAt("9").film?.end ?? null];
 
+/** What is asked of a server that never answers when a graph is configured, and whether the page waits for it. */
+async function waitsFor(graph) {
+  const asked = [];
+  api.fetchApi = (route) => (asked.push(route), new Promise(() => {}));
+  app.rootGraph = graph;
+  const end = await Promise.race([Promise.all(extensions.map((one) => one.afterConfigureGraph?.())).then(() => "configured"), settled()]);
+  return [end ?? "waits", asked];
+}
+
+openWorkflow("undone");
+found.waits = [await waitsFor(app.rootGraph), await waitsFor({ id: "of others", nodes: [{ comfyClass: "KSampler", id: 1 }], getNodeById() {} })];
+
 console.log(JSON.stringify(found));
