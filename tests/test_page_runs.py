@@ -63,3 +63,7 @@ def test_a_report_of_an_earlier_run_replaces_no_later_one(found: dict[str, Any])
 
 def test_no_undo_waits_for_the_server_and_other_workflows_ask_nothing(found: dict[str, Any]) -> None:
     assert found["waits"] == [["configured", ["/history?max_items=20"]], ["configured", []]]
+
+
+def test_a_film_that_the_page_let_go_of_is_asked_for_again(found: dict[str, Any]) -> None:
+    assert found["again"] == 4

@@ -79,7 +79,7 @@ function update(path, workflow, change) {
   runs.delete(at);
   runs.set(at, run);
   for (const old of [...runs.keys()].slice(0, -REMEMBERED.runs)) runs.delete(old);
-  for (const old of [...runs.values()].filter(({ film }) => film).slice(0, -REMEMBERED.films)) old.film = null;
+  for (const old of [...runs.values()].filter(({ film }) => film).slice(0, -REMEMBERED.films)) Object.assign(old, { film: null, asked: "" });
   if (at === key(path, null)) notify(path, run);
 }
 

@@ -40,7 +40,8 @@ function message(number, map, more = {}) {
 const loaded = next(null, message(7, { 1: "0210" }));
 const answered = next(loaded, message(7, { 0: "2112", 1: "0210" }, { plan: ["1001", "0100"] }));
 const later = next(next(loaded, message(8, { 1: "0211" })), message(7, { 0: "2112", 1: "0210" }));
-found.filled = { answered: [answered.map, answered.plan], later: [later.map, later.number], again: next(later, message(7, { 0: "0000", 1: "0000" })) === later };
+const again = next(later, message(7, { 0: "0000", 1: "0000" }));
+found.filled = { answered: [answered.map, answered.plan], later: [later.map, later.number], again: again === later };
 
 /** A prompt of `workflow`, which is open at first; `then` is open when Cache Report has run. The host keeps the samplers' own results. */
 async function queued(workflow, run, then, { kept = false } = {}) {
@@ -123,6 +124,15 @@ tell("flowcache.steps", message(1, { 0: "2000", 1: "0000" }, { workflow: "undone
 tell("flowcache.film", { ...strip("2nd", 0), workflow: "undone" });
 for (const one of extensions) one.onNodeOutputsUpdated?.({ 14: { flowcache: [JSON.stringify(first)] } });
 found.undone = [runAt("9").state.run, runAt("9").status, runAt("9").film?.end ?? null];
+
+// five workflows with films that the server gives back, one after the other, and the first again
+answers.set("/flowcache/runs", (route) => [message(2, { 0: "2112", 1: "2112" }, { run: route.split("=")[1], ended: true })]);
+answers.set("/flowcache/film", (route) => [strip(route.split("=")[1], 0)]);
+for (const id of ["f1", "f2", "f3", "f4", "f5", "f1"]) {
+  openWorkflow(id);
+  await configured();
+}
+found.again = runAt("9")?.film?.end ?? null;
 
 /** What is asked of a server that never answers when a graph is configured, and whether the page waits for it. */
 async function waitsFor(graph) {
