@@ -67,3 +67,8 @@ def test_no_undo_waits_for_the_server_and_other_workflows_ask_nothing(found: dic
 
 def test_a_film_that_the_page_let_go_of_is_asked_for_again(found: dict[str, Any]) -> None:
     assert found["again"] == 4
+
+
+def test_a_film_that_stands_is_drawn_when_its_picture_is_there(found: dict[str, Any]) -> None:
+    """As it does where the system asks for less motion: nothing else draws it after a reload."""
+    assert found["held"] == [0, 1]

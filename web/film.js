@@ -151,6 +151,7 @@ export class Screen {
     if (this.playing) this.position = (this.position + (passed / 1000) * film.fps) % count;
     const frame = film.begin + Math.min(Math.floor(this.position), count - 1);
     const strip = film.at(frame);
+    if (strip && !strip.picture.complete && !this.playing) strip.picture.addEventListener("load", () => this.go(), { once: true });
     if (frame === this.drawn || !strip?.picture.complete || !strip.picture.naturalWidth) return;
     this.drawn = frame;
     this.draw(strip, frame - strip.first);

@@ -146,4 +146,26 @@ async function waitsFor(graph) {
 openWorkflow("undone");
 found.waits = [await waitsFor(app.rootGraph), await waitsFor({ id: "of others", nodes: [{ comfyClass: "KSampler", id: 1 }], getNodeById() {} })];
 
+// a screen for somebody who wants nothing to move
+const { Film, Screen } = await load("film.js");
+let drawn = 0;
+const element = () => {
+  const pen = { drawImage: () => (drawn += 1) };
+  return Object.assign(new EventTarget(), { style: {}, clientWidth: 100, append() {}, setAttribute() {}, getContext: () => pen });
+};
+globalThis.document = { createElement: element };
+globalThis.matchMedia = () => ({ matches: true });
+globalThis.ResizeObserver = class { observe() {} };
+globalThis.requestAnimationFrame = (then) => setTimeout(() => then(performance.now()));
+globalThis.Image = class extends EventTarget {};
+const film = new Film("held");
+film.add([strip("held", 0)]);
+const screen = new Screen();
+screen.look(film);
+await settled();
+const before = drawn;
+Object.assign(film.strips[0].picture, { complete: true, naturalWidth: 400, naturalHeight: 50 }).dispatchEvent(new Event("load"));
+await settled();
+found.held = [before, drawn];
+
 console.log(JSON.stringify(found));
