@@ -72,3 +72,7 @@ def test_a_film_that_the_page_let_go_of_is_asked_for_again(found: dict[str, Any]
 def test_a_film_that_stands_is_drawn_when_its_picture_is_there(found: dict[str, Any]) -> None:
     """As it does where the system asks for less motion: nothing else draws it after a reload."""
     assert found["held"] == [0, 1]
+
+
+def test_both_keys_of_a_button_hold_a_film_or_let_it_play(found: dict[str, Any]) -> None:
+    assert found["keys"] == [[True, True], [True, True], [False, False]]

@@ -104,7 +104,11 @@ export class Screen {
     this.canvas.setAttribute("aria-label", STRINGS.filmHelp);
     this.canvas.title = STRINGS.filmHelp;
     this.canvas.addEventListener("click", () => this.toggle());
-    this.canvas.addEventListener("keydown", (event) => event.key === "Enter" && this.toggle());
+    this.canvas.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault(); // or the list scrolls
+      this.toggle();
+    });
     this.root.append(this.caption, this.canvas);
     /** @type {Film | null} */
     this.film = null;

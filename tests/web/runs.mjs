@@ -168,4 +168,11 @@ Object.assign(film.strips[0].picture, { complete: true, naturalWidth: 400, natur
 await settled();
 found.held = [before, drawn];
 
+found.keys = ["Enter", " ", "a"].map((key) => {
+  const [playing, press] = [screen.playing, Object.assign(new Event("keydown", { cancelable: true }), { key })];
+  screen.canvas.dispatchEvent(press);
+  return [screen.playing !== playing, press.defaultPrevented];
+});
+screen.canvas.clientWidth = 0; // nobody sees it any more
+
 console.log(JSON.stringify(found));
