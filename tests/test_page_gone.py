@@ -148,7 +148,7 @@ def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str
     latest, chunks = nodes("latest_runs"), 3
     monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
     item = (0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "mine"}}}, [], {})
-    server.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([item], []))  # type: ignore[attr-defined]
+    server.prompt_queue = SimpleNamespace(get_current_queue_volatile=lambda: ([item], []))  # type: ignore[attr-defined]
     rows = tuple((SimpleNamespace(index=k, step=step),) for k in range(chunks) for step in range(4))
     run = SimpleNamespace(steps=12, chunks=chunks, budget=None, rows=rows)
     live = nodes("live").LivePanel(nodes("page").Page("7"), run)
