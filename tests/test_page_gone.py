@@ -169,6 +169,14 @@ def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str
     assert "stopped" not in latest.LATEST.of("mine")[0], "what has ended was not stopped"
 
 
+@pytest.mark.parametrize("sent", [None, "text", {"workflow": "text"}, {"workflow": [1]}, {"workflow": {"id": {}}}, {"workflow": {"id": 7}}])
+def test_whatever_a_script_sends_in_place_of_a_workflow_ends_no_run(sent: Any, nodes: Callable[[str], Any], server: Server) -> None:
+    item = (0, "prompt", {}, {"extra_pnginfo": sent}, [], {})
+    server.prompt_queue = SimpleNamespace(get_current_queue_volatile=lambda: ([item], []))  # type: ignore[attr-defined]
+    nodes("live").LivePanel(nodes("page").Page("7"), RUN).show(report(nodes), 0)
+    assert [message["workflow"] for message in server.sent] == [None]
+
+
 class Frames:
     """A decoder of four grey frames per latent frame, as bright as it; `done` as in `Pieces`."""
 
