@@ -39,7 +39,9 @@ class Page:
 def running_workflow(server: Any) -> str | None:
     """The id of the workflow whose prompt the host is running; None for one that was queued without a page."""
     queue = getattr(server, "prompt_queue", None)
-    for _, _, _, extra, *_ in [] if queue is None else queue.get_current_queue()[0]:
-        workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-        return workflow.get("id")  # type: ignore[no-any-return]
+    for _, _, _, extra, *_ in [] if queue is None else queue.get_current_queue_volatile()[0]:  # the other method copies all that waits
+        found: Any = extra
+        for key in ("extra_pnginfo", "workflow", "id"):  # a script may send anything there
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, str) else None
     return None

@@ -148,7 +148,7 @@ def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str
     latest, chunks = nodes("latest_runs"), 3
     monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
     item = (0, "prompt", {}, {"extra_pnginfo": {"workflow": {"id": "mine"}}}, [], {})
-    server.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([item], []))  # type: ignore[attr-defined]
+    server.prompt_queue = SimpleNamespace(get_current_queue_volatile=lambda: ([item], []))  # type: ignore[attr-defined]
     rows = tuple((SimpleNamespace(index=k, step=step),) for k in range(chunks) for step in range(4))
     run = SimpleNamespace(steps=12, chunks=chunks, budget=None, rows=rows)
     live = nodes("live").LivePanel(nodes("page").Page("7"), run)
@@ -167,6 +167,14 @@ def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str
     live.end(one)
     live.stop()
     assert "stopped" not in latest.LATEST.of("mine")[0], "what has ended was not stopped"
+
+
+@pytest.mark.parametrize("sent", [None, "text", {"workflow": "text"}, {"workflow": [1]}, {"workflow": {"id": {}}}, {"workflow": {"id": 7}}])
+def test_whatever_a_script_sends_in_place_of_a_workflow_ends_no_run(sent: Any, nodes: Callable[[str], Any], server: Server) -> None:
+    item = (0, "prompt", {}, {"extra_pnginfo": sent}, [], {})
+    server.prompt_queue = SimpleNamespace(get_current_queue_volatile=lambda: ([item], []))  # type: ignore[attr-defined]
+    nodes("live").LivePanel(nodes("page").Page("7"), RUN).show(report(nodes), 0)
+    assert [message["workflow"] for message in server.sent] == [None]
 
 
 class Frames:

@@ -104,7 +104,11 @@ export class Screen {
     this.canvas.setAttribute("aria-label", STRINGS.filmHelp);
     this.canvas.title = STRINGS.filmHelp;
     this.canvas.addEventListener("click", () => this.toggle());
-    this.canvas.addEventListener("keydown", (event) => event.key === "Enter" && this.toggle());
+    this.canvas.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault(); // or the list scrolls
+      this.toggle();
+    });
     this.root.append(this.caption, this.canvas);
     /** @type {Film | null} */
     this.film = null;
@@ -151,6 +155,7 @@ export class Screen {
     if (this.playing) this.position = (this.position + (passed / 1000) * film.fps) % count;
     const frame = film.begin + Math.min(Math.floor(this.position), count - 1);
     const strip = film.at(frame);
+    if (strip && !strip.picture.complete && !this.playing) strip.picture.addEventListener("load", () => this.go(), { once: true });
     if (frame === this.drawn || !strip?.picture.complete || !strip.picture.naturalWidth) return;
     this.drawn = frame;
     this.draw(strip, frame - strip.first);

@@ -3,12 +3,12 @@
 // back to the front, and when the page is loaded again.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { nodeAt, nodeNamed, rootGraph } from "./graph.js";
+import { nodeAt, nodeNamed, rootGraph, walk } from "./graph.js";
 
 const LOOKED_THROUGH = 20; // of the host's latest runs
 
 /** @typedef {{text?: string[], flowcache?: string[], fps?: number[]}} Output */
-/** @typedef {(node: any, output: Output) => void} Listener */
+/** @typedef {(node: any, output: Output, workflow?: string) => void} Listener `workflow`: of the prompt, where it is known */
 
 /** @type {Listener[]} */
 const listeners = [];
@@ -27,11 +27,14 @@ export function onRestored(listener) {
   afterwards.push(listener);
 }
 
-/** @param {any} node @param {Output | null | undefined} output */
-function handOn(node, output) {
-  if (!node?.comfyClass?.startsWith("FlowCache") || !output) return;
+/** Whether a node is one of this pack. @param {any} node */
+const isOurs = (node) => Boolean(node?.comfyClass?.startsWith("FlowCache"));
+
+/** @param {any} node @param {Output | null | undefined} output @param {string} [workflow] */
+function handOn(node, output, workflow) {
+  if (!isOurs(node) || !output) return;
   shown.add(node);
-  for (const listener of listeners) listener(node, output);
+  for (const listener of listeners) listener(node, output, workflow);
 }
 
 /**
@@ -47,16 +50,18 @@ function unchanged(node, inputs) {
 
 /** Shows again what the host still knows of this workflow's runs, the latest first, on nodes that nothing was shown on yet. */
 async function restore() {
+  if (!walk().some(({ node }) => isOurs(node))) return;
   const workflow = rootGraph()?.id;
   const answer = await api.fetchApi(`/history?max_items=${LOOKED_THROUGH}`);
-  if (!answer.ok) return;
-  const runs = Object.values(await answer.json()).filter((run) => run?.prompt?.[3]?.extra_pnginfo?.workflow?.id === workflow);
+  const history = answer.ok ? await answer.json() : {};
+  if (rootGraph()?.id !== workflow) return;
+  const runs = Object.values(history).filter((run) => run?.prompt?.[3]?.extra_pnginfo?.workflow?.id === workflow);
   runs.sort((one, other) => other.prompt[0] - one.prompt[0]);
   for (const { prompt, outputs } of runs) {
     for (const [id, output] of Object.entries(outputs ?? {})) {
       const node = nodeAt(id);
       const ran = prompt[2][id];
-      if (node && ran?.class_type === node.comfyClass && !shown.has(node) && unchanged(node, ran.inputs)) handOn(node, output);
+      if (node && ran?.class_type === node.comfyClass && !shown.has(node) && unchanged(node, ran.inputs)) handOn(node, output, workflow);
     }
   }
 }
@@ -69,12 +74,11 @@ app.registerExtension({
   onNodeOutputsUpdated(/** @type {Record<string, Output>} */ outputs) {
     for (const [name, output] of Object.entries(outputs ?? {})) handOn(nodeNamed(name), output);
   },
-  async afterConfigureGraph() {
-    try {
-      await restore();
-    } catch (error) {
+  /** The page waits for what is returned here, with every undo: not for the server. */
+  afterConfigureGraph() {
+    const unread = (/** @type {unknown} */ error) => {
       console.debug("FlowCache: the host's history cannot be read, so earlier texts are not shown again", error);
-    }
-    for (const listener of afterwards) listener();
+    };
+    restore().catch(unread).then(() => afterwards.forEach((listener) => listener()));
   },
 });
