@@ -20,14 +20,15 @@ SAVED = {"filename": "a_00001_.mp4", "subfolder": "video", "type": "output"}
 
 
 class Served(BaseHTTPRequestHandler):
-    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt."""
+    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt, one that `tears` ends while it sends
+    a film."""
 
     server: Fake
 
     def do_GET(self) -> None:
         number = self.path.rsplit("/", 1)[-1]
         if self.path.startswith("/view"):
-            self.answer(b"a film")
+            self.answer(b"a film", len(b"a film") // 2 if self.server.tears else None)
         elif self.path.startswith("/history") and number in self.server.prompts and not self.server.forgets:
             self.answer({number: {"status": {"status_str": "success"}, "outputs": {"1": {"images": [SAVED], "text": ["a report"]}}}})
         elif self.path.startswith("/object_info"):
@@ -46,20 +47,21 @@ class Served(BaseHTTPRequestHandler):
         else:
             self.answer(b"")
 
-    def answer(self, body: Any) -> None:
+    def answer(self, body: Any, sent: int | None = None) -> None:
+        """`sent`: the connection ends after so many bytes."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[:sent])
 
     def log_message(self, *unused: Any) -> None: ...
 
 
 class Fake(ThreadingHTTPServer):
-    def __init__(self, dies: bool = False, forgets: bool = False) -> None:
+    def __init__(self, dies: bool = False, forgets: bool = False, tears: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Served)
-        self.dies, self.forgets = dies, forgets
+        self.dies, self.forgets, self.tears = dies, forgets, tears
         self.prompts: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -99,11 +101,11 @@ def test_films_are_fetched_from_the_servers_that_made_them(servers: list[Fake]) 
         assert one.result.report["texts"] == {"1": ["a report"]}
 
 
-@pytest.mark.parametrize("how", ["dies", "forgets"])
+@pytest.mark.parametrize("how", ["dies", "forgets", "tears"])
 def test_a_server_that_dies_leaves_its_film_to_another(how: str, servers: list[Fake]) -> None:
     urls = [start(servers, **{how: True}), start(servers)]
     with host_fleet(urls, tasks(3)) as fleet:
-        outcomes = list(Dispatch(tasks(3), fleet.workers, fleet.lost, tries=9).outcomes())
+        outcomes = list(Dispatch(tasks(3), fleet.workers, fleet.lost, tries=99).outcomes())
     assert sorted(one.task.line for one in outcomes) == [1, 2, 3]
     assert {one.result.where for one in outcomes} == {urls[1]}
     assert max(one.tries for one in outcomes) >= 2

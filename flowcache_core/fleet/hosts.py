@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import PurePosixPath
 from threading import Event
 from typing import Any
@@ -54,9 +54,12 @@ class Server:
         return parsed(text.decode(), ANSWER_BYTES) if text.strip() else {}
 
     def file(self, saved: dict[str, str]) -> bytes:
-        """Of the output folder. Raises OSError and HTTPException."""
+        """Of the output folder, whole. Raises OSError and HTTPException, also where the connection ends before the file does."""
         with OPENER.open(f"{self.url}/view?{urlencode({**saved, 'type': 'output'})}", timeout=ANSWER_S) as answer:
-            return bytes(answer.read(FILM_BYTES))
+            content = bytes(answer.read(FILM_BYTES))
+            if answer.length:
+                raise IncompleteRead(content, answer.length)
+            return content
 
     def missing(self, kinds: Sequence[str]) -> list[str]:
         """Of these kinds of nodes, those that it has not."""
