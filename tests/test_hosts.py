@@ -6,13 +6,16 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowcache_core.fleet import hosts
-from flowcache_core.fleet.dispatch import Dispatch, NoWorkers
+from flowcache_core.fleet.destination import Folder
+from flowcache_core.fleet.dispatch import Dispatch, NoWorkers, Outcome
 from flowcache_core.fleet.hosts import host_fleet, saved_of
+from flowcache_core.fleet.manifest import MADE, NOT_MADE, Manifest
 from flowcache_core.fleet.tasks import GraphTask, Made
 
 GRAPH = {"1": {"class_type": "SaveVideo", "inputs": {}}}
@@ -120,3 +123,21 @@ def test_without_a_server_a_sentence_says_which_does_not_answer(servers: list[Fa
 def test_previews_are_not_taken_for_films_and_files_are_taken_once() -> None:
     shown = {"1": {"images": [SAVED, {**SAVED, "type": "temp"}], "animated": [True]}, "2": {"video": [SAVED], "text": ["a"]}}
     assert saved_of({"outputs": shown}) == [{"filename": "a_00001_.mp4", "subfolder": "video"}]
+
+
+@pytest.mark.parametrize("saved", [["a.json"], ["a.mp4", "b.json", "c.png"]])
+def test_what_a_workflow_saves_as_json_is_not_taken_for_the_report(
+    saved: list[str], servers: list[Fake], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hosts, "saved_of", lambda done: [{"filename": name, "subfolder": ""} for name in saved])
+    (task,), folder = tasks(1), Folder(tmp_path)
+    with host_fleet([start(servers)], [task]) as fleet:
+        (outcome,) = Dispatch([task], fleet.workers, fleet.lost).outcomes()
+    assert isinstance(outcome.result, Made)
+    for end, content in outcome.result.films.items():
+        folder.write(f"{task.stem}{end}", content)
+        assert Manifest(folder, [task], {}).entries[task.key]["state"] == NOT_MADE, "its report is written last"
+    Manifest(folder, [task], {}).add(Outcome(task, outcome.result, 1))
+    entry = Manifest(folder, [task], {}).entries[task.key]
+    assert (entry["state"], len(entry["films"]), entry["report"]) == (MADE, len(saved), f"{task.stem}.json")
+    assert {folder.read(name) for name in entry["films"]} == {b"a film"}

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from ..untrusted import parsed, short
+from .manifest import REPORT
 from .tasks import Failed, GraphTask, Made, Result
 
 ANSWER_S = 30.0
@@ -148,7 +149,7 @@ class HostWorker:
         except (OSError, HTTPException) as error:
             raise HostLost(f"{self.server.url}: {error}") from error
         ends = [PurePosixPath(one["filename"]).suffix or ".bin" for one in saved]
-        numbered = ends if len(ends) == 1 else [f"-{number}{end}" for number, end in enumerate(ends, 1)]
+        numbered = ends if len(ends) == 1 and ends != [REPORT] else [f"-{number}{end}" for number, end in enumerate(ends, 1)]
         films = dict(zip(numbered, contents, strict=True))
         return Made(films, {"host": self.server.url, "saved": saved, "texts": _texts(done)}, time.perf_counter() - began, self.server.url)
 
