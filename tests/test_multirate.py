@@ -307,6 +307,8 @@ def test_a_branch_without_a_past_runs_whole(net: SkyReelsV2, texts: Tensor, nois
         every = session.denoise(x, replace(chunk, step=2), texts[1:], (1,))
         assert session.report.as_dict()["map"] == ["222000"]
         assert some.count_nonzero() < every.count_nonzero() == every.numel()
+    assert session.report.visits is not None
+    assert (session.report.visits == 3).all()
 
 
 # the policy
