@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from flowcache_core.fleet.dispatch import Dispatch, NoWorkers
+from flowcache_core.fleet.ray_fleet import lost_of
 from flowcache_core.fleet.tasks import Failed, Made, Result, Task
 
 
@@ -25,6 +26,7 @@ class Scripted:
     under_way: list[Future[Result]] = field(default_factory=list)
     most: list[int] = field(default_factory=lambda: [0])
     starts: bool = True
+    error: Exception = field(default_factory=lambda: Gone("killed"))
 
     def start(self) -> Future[str]:
         out: Future[str] = Future()
@@ -40,14 +42,14 @@ class Scripted:
         self.under_way.append(out)
         self.most[0] = max(self.most[0], sum(not one.done() for one in self.under_way))
         if task.line in self.deadly:
-            out.set_exception(Gone("killed"))
+            out.set_exception(self.error)
         else:
             out.set_result(Made({}, {}, 1.0, "here"))
         return out
 
     def renewed(self) -> Scripted:
         starts = self.born.pop(0) if self.born else True
-        return Scripted(self.deadly, self.born, self.rendered, self.under_way, self.most, starts)
+        return Scripted(self.deadly, self.born, self.rendered, self.under_way, self.most, starts, self.error)
 
 
 def tasks(count: int) -> list[Task]:
@@ -69,6 +71,15 @@ def test_a_film_that_kills_every_worker_fails_alone() -> None:
     assert worker.rendered.count(2) == outcomes[2].tries == 3
     assert outcomes[2].result == Failed("3 workers were lost with it, the last one because: killed", "")
     assert all(isinstance(outcomes[line].result, Made) for line in (1, 3, 4))
+
+
+def test_a_worker_that_ray_ends_for_want_of_memory_or_loses_with_its_machine_is_replaced() -> None:
+    ray = pytest.importorskip("ray")
+    errors = ray.exceptions
+    for error in (errors.ActorDiedError(), errors.OutOfMemoryError("low"), errors.NodeDiedError("gone"), errors.ObjectLostError("0a", None, "")):
+        poisoned, good = Dispatch(tasks(2), [Scripted({1}, error=error)], lost_of(ray), tries=2).outcomes()
+        assert isinstance(poisoned.result, Failed)
+        assert isinstance(good.result, Made)
 
 
 def test_a_worker_that_does_not_start_again_leaves_its_film_to_the_others() -> None:

@@ -180,6 +180,7 @@ def test_values_are_held_against_types_as_annotations_write_them() -> None:
     assert fits([(1, 2.5)], list[tuple[int, float]])
     assert fits({"a": None}, dict[str, int | None])
     assert fits((1, 2, 3), tuple[int, ...])
+    assert fits(frozenset({1}), frozenset[int])
     for value, kind in (
         ([1], list[str]),
         ((1,), tuple[int, int]),
@@ -188,6 +189,8 @@ def test_values_are_held_against_types_as_annotations_write_them() -> None:
         ({1: 2}, dict[str, int]),
         (1, Literal["a"]),
         (2, str | None),
+        (3, frozenset[int]),
+        (frozenset("a"), frozenset[int]),
     ):
         assert not fits(value, kind)
 

@@ -6,13 +6,16 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowcache_core.fleet import hosts
-from flowcache_core.fleet.dispatch import Dispatch, NoWorkers
+from flowcache_core.fleet.destination import Folder
+from flowcache_core.fleet.dispatch import Dispatch, NoWorkers, Outcome
 from flowcache_core.fleet.hosts import host_fleet, saved_of
+from flowcache_core.fleet.manifest import MADE, NOT_MADE, Manifest
 from flowcache_core.fleet.tasks import GraphTask, Made
 
 GRAPH = {"1": {"class_type": "SaveVideo", "inputs": {}}}
@@ -20,14 +23,15 @@ SAVED = {"filename": "a_00001_.mp4", "subfolder": "video", "type": "output"}
 
 
 class Served(BaseHTTPRequestHandler):
-    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt."""
+    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt, one that `tears` ends while it sends
+    a film."""
 
     server: Fake
 
     def do_GET(self) -> None:
         number = self.path.rsplit("/", 1)[-1]
         if self.path.startswith("/view"):
-            self.answer(b"a film")
+            self.answer(b"a film", len(b"a film") // 2 if self.server.tears else None)
         elif self.path.startswith("/history") and number in self.server.prompts and not self.server.forgets:
             self.answer({number: {"status": {"status_str": "success"}, "outputs": {"1": {"images": [SAVED], "text": ["a report"]}}}})
         elif self.path.startswith("/object_info"):
@@ -46,20 +50,21 @@ class Served(BaseHTTPRequestHandler):
         else:
             self.answer(b"")
 
-    def answer(self, body: Any) -> None:
+    def answer(self, body: Any, sent: int | None = None) -> None:
+        """`sent`: the connection ends after so many bytes."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[:sent])
 
     def log_message(self, *unused: Any) -> None: ...
 
 
 class Fake(ThreadingHTTPServer):
-    def __init__(self, dies: bool = False, forgets: bool = False) -> None:
+    def __init__(self, dies: bool = False, forgets: bool = False, tears: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Served)
-        self.dies, self.forgets = dies, forgets
+        self.dies, self.forgets, self.tears = dies, forgets, tears
         self.prompts: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -99,11 +104,11 @@ def test_films_are_fetched_from_the_servers_that_made_them(servers: list[Fake]) 
         assert one.result.report["texts"] == {"1": ["a report"]}
 
 
-@pytest.mark.parametrize("how", ["dies", "forgets"])
+@pytest.mark.parametrize("how", ["dies", "forgets", "tears"])
 def test_a_server_that_dies_leaves_its_film_to_another(how: str, servers: list[Fake]) -> None:
     urls = [start(servers, **{how: True}), start(servers)]
     with host_fleet(urls, tasks(3)) as fleet:
-        outcomes = list(Dispatch(tasks(3), fleet.workers, fleet.lost, tries=9).outcomes())
+        outcomes = list(Dispatch(tasks(3), fleet.workers, fleet.lost, tries=99).outcomes())
     assert sorted(one.task.line for one in outcomes) == [1, 2, 3]
     assert {one.result.where for one in outcomes} == {urls[1]}
     assert max(one.tries for one in outcomes) >= 2
@@ -118,3 +123,21 @@ def test_without_a_server_a_sentence_says_which_does_not_answer(servers: list[Fa
 def test_previews_are_not_taken_for_films_and_files_are_taken_once() -> None:
     shown = {"1": {"images": [SAVED, {**SAVED, "type": "temp"}], "animated": [True]}, "2": {"video": [SAVED], "text": ["a"]}}
     assert saved_of({"outputs": shown}) == [{"filename": "a_00001_.mp4", "subfolder": "video"}]
+
+
+@pytest.mark.parametrize("saved", [["a.json"], ["a.mp4", "b.json", "c.png"]])
+def test_what_a_workflow_saves_as_json_is_not_taken_for_the_report(
+    saved: list[str], servers: list[Fake], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hosts, "saved_of", lambda done: [{"filename": name, "subfolder": ""} for name in saved])
+    (task,), folder = tasks(1), Folder(tmp_path)
+    with host_fleet([start(servers)], [task]) as fleet:
+        (outcome,) = Dispatch([task], fleet.workers, fleet.lost).outcomes()
+    assert isinstance(outcome.result, Made)
+    for end, content in outcome.result.films.items():
+        folder.write(f"{task.stem}{end}", content)
+        assert Manifest(folder, [task], {}).entries[task.key]["state"] == NOT_MADE, "its report is written last"
+    Manifest(folder, [task], {}).add(Outcome(task, outcome.result, 1))
+    entry = Manifest(folder, [task], {}).entries[task.key]
+    assert (entry["state"], len(entry["films"]), entry["report"]) == (MADE, len(saved), f"{task.stem}.json")
+    assert {folder.read(name) for name in entry["films"]} == {b"a film"}

@@ -32,7 +32,7 @@ from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import Plan
 from flowcache_core.sampling.planner import plan_for, steps_in_part
 from flowcache_core.sampling.schedule import ChunkSchedule
-from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
+from flowcache_core.sampling.solvers import Euler, Multistep, Renoise, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
 from tests.driven import Driven
 
@@ -126,10 +126,10 @@ def test_pasts_are_those_of_every_place_by_itself() -> None:
             assert torch.broadcast_to(torch.as_tensor(before), (3, 2, 2)).flatten().tolist() == [past[-2] for past in seen]
 
 
-@pytest.mark.parametrize("kind", [Multistep(), Euler(), Multistep(sums=True)], ids=["multistep", "euler", "sums"])
+@pytest.mark.parametrize("kind", [Multistep(), Euler(), Multistep(sums=True), Renoise()], ids=["multistep", "euler", "sums", "renoise"])
 @pytest.mark.parametrize("jump", [False, True])
 @pytest.mark.parametrize("first", [0, 3])
-def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep | Euler, first: int, jump: bool) -> None:
+def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep | Euler | Renoise, first: int, jump: bool) -> None:
     """Groups of cells that are computed at random steps of their own, against the solver on each group alone."""
     rng, levels, groups = random.Random(first), flow_sigmas(24), 5
     steps = sorted({first, first + 2, 23, *rng.sample(range(first + 3, 23), 12)})
@@ -142,14 +142,15 @@ def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep
     def velocity(x: Tensor, step: int) -> Tensor:
         return (x - torch.tanh(3 * target + x)) / levels[step]
 
-    walk, x = CellWalk(kind.order, levels, jumps, kind.sums), noise.clone()
+    generator = torch.Generator().manual_seed(7)
+    walk, x = CellWalk(kind.order, levels, jumps, getattr(kind, "sums", False), generator if isinstance(kind, Renoise) else None), noise.clone()
     for step in steps:
         chosen = None if step in whole else torch.stack([owner == g for g in range(groups) if step in own[g]] or [owner < 0]).any(0)
         arrived = walk.arrive(x, step)
         x, clean = walk.step(x, arrived, velocity(arrived, step), step, chosen)
         assert clean.shape == x.shape
     for group in range(groups):
-        alone, memory, path = noise.clone(), kind.start(torch.Generator()), Path(levels, tuple(own[group]), jumps)
+        alone, memory, path = noise.clone(), kind.start(generator), Path(levels, tuple(own[group]), jumps)
         for number, step in enumerate(own[group]):
             alone = kind.step(alone, velocity(alone, step), number, path, memory)
         mine = (owner == group).expand_as(x)
@@ -194,7 +195,7 @@ def test_keys_and_values_that_wait_go_on_along_a_line() -> None:
 # runs
 
 
-@pytest.mark.parametrize("solver", [UniPC(), Euler()])
+@pytest.mark.parametrize("solver", [UniPC(), Euler(), Renoise()])
 def test_refreshing_all_tokens_makes_the_film_of_the_chunk_plan(net: SkyReelsV2, texts: Tensor, noise_of: Noise, solver: Solver) -> None:
     """To rounding: the steps in part go through the refresh of a list, the lines of the KV cache and the solver by cells."""
     noise = noise_of(8, side=SIDE)
@@ -306,6 +307,8 @@ def test_a_branch_without_a_past_runs_whole(net: SkyReelsV2, texts: Tensor, nois
         every = session.denoise(x, replace(chunk, step=2), texts[1:], (1,))
         assert session.report.as_dict()["map"] == ["222000"]
         assert some.count_nonzero() < every.count_nonzero() == every.numel()
+    assert session.report.visits is not None
+    assert (session.report.visits == 3).all()
 
 
 # the policy

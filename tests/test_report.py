@@ -125,11 +125,15 @@ def test_a_step_that_ran_in_part_is_drawn_the_darker_the_more_tokens_ran() -> No
 
 
 def test_a_chunk_that_runs_whole_after_all_is_counted_once() -> None:
-    report = RunReport(1, 1)
-    report.decided(Chunk(0, 0, 2, 0, 1), False, 10, 0.0, torch.arange(4))
-    for _ in range(2):
-        report.ran(Chunk(0, 0, 2, 0, 1), 10)
-    assert (report.tokens_computed, report.chunk_steps_computed, report.chunk_steps_refreshed) == (10, 1, 0)
+    for some in (torch.arange(4), None):
+        report = RunReport(1, 1, (2, 1, 5))
+        report.decided(Chunk(0, 0, 2, 0, 1), False, 10, 0.0, some)
+        for _ in range(2):
+            report.ran(Chunk(0, 0, 2, 0, 1), 10, some)
+        assert (report.tokens_computed, report.chunk_steps_computed, report.chunk_steps_refreshed) == (10, 1, 0)
+        report.close()
+        assert report.visits is not None
+        assert report.visits.tolist() == [[[1] * 5]] * 2
 
 
 def test_a_plot_of_a_single_point_is_drawn() -> None:

@@ -24,6 +24,7 @@ from flowcache_core.policies.target import Target
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.run import Run
 from flowcache_core.run.states import States
+from flowcache_core.run.turn import Turn
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.given import GivenNoise
 from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
@@ -90,6 +91,19 @@ def test_guided_inside_the_run_with_texts_of_chunks_and_ranges(solver: Solver | 
 def test_two_films_of_two_branches(apart: bool, resumable: Callable[..., Setup], tmp_path: Path) -> None:
     kv = Compressor(Even(), 1.5, dtype="int8")
     goes_on(resumable(policy=Chunkwise(0.5, 2, signature="latent"), kv=kv, films=2, apart=apart), tmp_path / "states")
+
+
+def test_what_guidance_asks_for_beside_the_steps_is_counted_over_the_whole_film(resumable: Callable[..., Setup], tmp_path: Path) -> None:
+    made = resumable()
+    of_steps = made.evaluate
+
+    def evaluate(turn: Turn, x: Tensor) -> Tensor:
+        out = of_steps(turn, x)
+        return out if turn.committing else out + 0.1 * of_steps(turn, x)
+
+    made.evaluate = evaluate
+    (said,) = [note for note in made.make()[1].notes if note.startswith("guidance asked for")]
+    assert said in goes_on(made, tmp_path / "states").notes
 
 
 def test_with_frames_that_are_given(resumable: Callable[..., Setup], tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_a_chunk_within_the_trained_window_is_not_judged() -> None:
     assert returns(back(leaving(), 4), SCHEDULE, SINK).chunks == ((),)
 
 
+@pytest.mark.parametrize(("window", "sink"), [(1, 1), (1, 3), (2, 6), (2, 8), (2, 60)])
+def test_a_sink_as_long_as_the_window_or_longer_is_compared_with_what_lies_behind_it(window: int, sink: int) -> None:
+    schedule = replace(SCHEDULE, window=window)
+    assert returns(leaving(), schedule, sink).chunks == ((),)
+    assert returns(back(leaving(), 12), schedule, sink).chunks == (((12,) if sink < schedule.frames else ()),)
+
+
 def test_the_sentence_names_the_chunks() -> None:
     (line,) = returned(back(back(leaving(), 12), 17), SCHEDULE, SINK)
     assert line.startswith("the film comes back to its first frames in chunks 13, 18 (2 of 20): the distance to them is ")

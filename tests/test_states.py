@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,14 @@ import flowcache_core.run.states as states_of_runs
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores import Even, Salience
 from flowcache_core.policies.chunkwise import Chunkwise
+from flowcache_core.policies.planned import Planned
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.run import Film
 from flowcache_core.run.states import States
 from flowcache_core.sampling.given import GivenNoise
+from flowcache_core.sampling.schedule import sections_of
 from flowcache_core.sampling.solvers import SOLVERS
-from tests.resuming import LONG, Setup, Stopped, same, save_head, stopped
+from tests.resuming import LONG, STEPS, Setup, Stopped, same, save_head, stopped
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -45,6 +49,16 @@ def test_another_setting_makes_another_film_and_is_named(change: dict[str, Any],
     assert re.match(r"a state of \d of 4 chunks was saved of another film, which differs in ", note)
     assert said in note
     assert path.is_file(), "the other film can still go on"
+
+
+@pytest.mark.parametrize("film", [LONG, sections_of(15, 3, STEPS, 2, 9, 3)], ids=["chunks", "sections"])
+def test_what_is_said_of_states_stays_where_an_evaluation_is_timed(film: Film, resumable: Callable[..., Setup], tmp_path: Path) -> None:
+    (tmp_path / "states").write_text("a file in place of the folder")
+    said: list[str] = []
+    watch = SimpleNamespace(begin=lambda report, notes: said.extend(notes), step=lambda *what: None)
+    _, report = resumable(film, Planned(seconds=1e-6), apart=True).make(States(tmp_path / "states"), observer=watch)
+    assert [sum("cannot be saved" in line for line in lines) for lines in (report.notes, said)] == [1, 1]
+    assert len(said) == len(set(said))
 
 
 def test_other_noise_another_text_and_other_weights_are_another_film(resumable: Callable[..., Setup], tmp_path: Path) -> None:

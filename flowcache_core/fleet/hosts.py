@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import PurePosixPath
 from threading import Event
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from ..untrusted import parsed, short
+from .manifest import REPORT
 from .tasks import Failed, GraphTask, Made, Result
 
 ANSWER_S = 30.0
@@ -54,9 +55,12 @@ class Server:
         return parsed(text.decode(), ANSWER_BYTES) if text.strip() else {}
 
     def file(self, saved: dict[str, str]) -> bytes:
-        """Of the output folder. Raises OSError and HTTPException."""
+        """Of the output folder, whole. Raises OSError and HTTPException, also where the connection ends before the file does."""
         with OPENER.open(f"{self.url}/view?{urlencode({**saved, 'type': 'output'})}", timeout=ANSWER_S) as answer:
-            return bytes(answer.read(FILM_BYTES))
+            content = bytes(answer.read(FILM_BYTES))
+            if answer.length:
+                raise IncompleteRead(content, answer.length)
+            return content
 
     def missing(self, kinds: Sequence[str]) -> list[str]:
         """Of these kinds of nodes, those that it has not."""
@@ -145,7 +149,7 @@ class HostWorker:
         except (OSError, HTTPException) as error:
             raise HostLost(f"{self.server.url}: {error}") from error
         ends = [PurePosixPath(one["filename"]).suffix or ".bin" for one in saved]
-        numbered = ends if len(ends) == 1 else [f"-{number}{end}" for number, end in enumerate(ends, 1)]
+        numbered = ends if len(ends) == 1 and ends != [REPORT] else [f"-{number}{end}" for number, end in enumerate(ends, 1)]
         films = dict(zip(numbered, contents, strict=True))
         return Made(films, {"host": self.server.url, "saved": saved, "texts": _texts(done)}, time.perf_counter() - began, self.server.url)
 

@@ -16,6 +16,7 @@ from .tasks import Made, Task
 NAME = "manifest.json"
 FORMAT = "flowcache-films-1"
 REPORT = ".json"
+"""Right behind the key, where no film ends so: it then has a number."""
 NOT_MADE, MADE, FAILED = "not made yet", "made", "failed"
 OF_KEY = re.compile(r"-([0-9a-f]{16})(?:-\d+)?\.\w+$")
 Entry = dict[str, Any]
@@ -41,7 +42,7 @@ class Manifest:
     def _entry(self, task: Task, files: set[str]) -> Entry:
         """A film is finished where its report is, which is written last."""
         known = {"line": task.line, "key": task.key, "asked": dict(task.asked)}
-        report = next((name for name in files if name.endswith(REPORT)), None)
+        report = next((name for name in sorted(files) if name.endswith(f"-{task.key}{REPORT}")), None)
         if report is None or len(files) < 2:
             return {**known, "state": NOT_MADE}
         before = {name: value for name, value in self._before.get(task.key, {}).items() if name in ("seconds", "tries", "where")}

@@ -99,7 +99,13 @@ def ray_fleet(renderer: Renderer, address: str, workers: int, cores: int) -> Ite
                              f"use {f'--workers {room} or fewer' if room else 'fewer --cores'}, or a larger cluster")  # fmt: skip
         kind = ray.remote(num_cpus=cores, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Renderer)
         each = Renderer(renderer.dtype, cores, renderer.states, renderer.save_every)
-        yield RayFleet(tuple(RayWorker.of(kind, each) for _ in range(workers or room)), cores, gpus, (ray.exceptions.RayActorError,))
+        yield RayFleet(tuple(RayWorker.of(kind, each) for _ in range(workers or room)), cores, gpus, lost_of(ray))
+
+
+def lost_of(ray: Any) -> tuple[type[BaseException], ...]:
+    """What is raised where a worker is gone: its process has ended, Ray has ended it since memory ran low, or its machine went with the film."""
+    errors = ray.exceptions
+    return errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def fits(value: Any, kind: Any) -> bool:
         return value in args
     if origin is tuple and args[-1] is not Ellipsis:
         return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
-    if origin in (list, tuple, set):
+    if origin in (list, tuple, set, frozenset):
         return isinstance(value, origin) and all(fits(one, args[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(key, args[0]) and fits(one, args[1]) for key, one in value.items())

@@ -151,28 +151,31 @@ class RunReport:
         self.tokens += tokens
         self._count(chunk, REUSED, 0, tokens)
 
-    def ran(self, chunk: Chunk, tokens: int) -> None:
-        """The whole chunk runs at this step; it had been decided otherwise when a branch has nothing to replay."""
+    def ran(self, chunk: Chunk, tokens: int, refreshed: Tensor | None = None) -> None:
+        """The whole chunk runs at this step; it had been decided otherwise when a branch has nothing to replay. `refreshed`: as was decided."""
         if self.map[chunk.index, chunk.step] != COMPUTED:
             self.tokens_computed -= round(float(self.shares[chunk.index, chunk.step]) * tokens)
             self._count(chunk, COMPUTED, tokens, tokens)
+            self._visit(chunk, None)
+            if refreshed is not None:
+                self._visit(chunk, refreshed, -1)
 
     def _count(self, chunk: Chunk, kind: int, run: int, tokens: int) -> None:
         self.map[chunk.index, chunk.step] = kind
         self.shares[chunk.index, chunk.step] = run / tokens
         self.tokens_computed += run
 
-    def _visit(self, chunk: Chunk, only: Tensor | None) -> None:
-        """One more computed step for `only` these tokens of the chunk, or for all; counted on their device, read after the run."""
+    def _visit(self, chunk: Chunk, only: Tensor | None, count: int = 1) -> None:
+        """So many more computed steps for `only` these tokens of the chunk, or for all; counted on their device, read after the run."""
         if self._visits is None:
             return
         frames = slice(chunk.start, chunk.start + chunk.frames)
         if only is None:
-            self._visits[frames] += 1
+            self._visits[frames] += count
             return
         if self._parts is None:
             self._parts = torch.zeros(self._visits.shape, dtype=torch.int32, device=only.device)
-        self._parts[frames].view(-1).index_add_(0, only, torch.ones_like(only, dtype=torch.int32))
+        self._parts[frames].view(-1).index_add_(0, only, torch.full_like(only, count, dtype=torch.int32))
 
     def committed(self, tokens: int) -> None:
         """A pass that rewrites a finished chunk's keys and values: every arm pays it."""

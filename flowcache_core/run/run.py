@@ -460,8 +460,8 @@ class FilmDenoiser:
         return self.session.plans
 
     def settle(self, frame_s: float) -> Sequence[Plan]:
-        plans = self.session.settle(frame_s)
-        self.observer.begin(self.session.report, self.session.report.notes)
+        before, plans = self.session.report.notes, self.session.settle(frame_s)
+        self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plans
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:

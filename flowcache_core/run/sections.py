@@ -74,7 +74,7 @@ class SectionSession:
         """The plans of a budget in seconds, once a latent frame has been timed; the report says what follows from it."""
         assert self._policy is not None
         self.plans = self._follow(self._policy.plans(self._schedules, frame_s))
-        self.report.notes = forecast_plans(self._policy, self.plans, self._schedules, frame_s)
+        self.report.notes = *forecast_plans(self._policy, self.plans, self._schedules, frame_s), *self.report.notes[1:]
         return self.plans
 
     def note(self, chunk: Chunk, clean: Tensor | None) -> None:

@@ -245,8 +245,8 @@ class Session:
                 return self._replay(call, state, which, what, order)
             case Part(tokens) if which.aside or (blocks is None and self._kv.can_wait(branches, chunk)):
                 return self._compute(call, which, tokens)[0]
-            case _:
-                self.report.ran(chunk, chunk.frames * self._frame_tokens)
+            case decision:
+                self.report.ran(chunk, chunk.frames * self._frame_tokens, decision.tokens if isinstance(decision, Refresh | Part) else None)
                 velocity, residual = self._compute(call, which)
                 self._keep(call, state, which, velocity, residual)
                 return velocity

@@ -47,11 +47,12 @@ def _frames(latents: Tensor) -> Tensor:
 
 
 def returns(latents: Tensor, schedule: ChunkSchedule, sink: int) -> Returns:
-    """Only chunks beyond the trained window are judged: those that cannot see the film's beginning but by the sink. Waits for the device once."""
+    """Only chunks beyond the trained window are judged: those that cannot see the film's beginning but by the sink, and have a chunk between it
+    and themselves. Waits for the device once."""
     far = distances(latents, schedule, sink).cpu()
     first = -(-sink // schedule.chunk_frames)
     parts = torch.ones_like(far)
-    for chunk in range(schedule.window or schedule.chunks, schedule.chunks):
+    for chunk in range(max(schedule.window or schedule.chunks, first + 1), schedule.chunks):
         usual = far[:, first:chunk].median(1).values
         parts[:, chunk] = torch.where(usual > 0, far[:, chunk] / usual, 1.0)
     chunks = tuple(tuple((film < NEAR).nonzero().flatten().tolist()) for film in parts)

@@ -233,8 +233,13 @@ class Renoise:
         clean, to = x - path.sigmas[number] * velocity, path.sigmas[number + 1]
         if to == 0:
             return clean
-        rng = torch.Generator(x.device).manual_seed((memory.initial_seed() + path.steps[number]) % 2**64)
-        return (1 - to) * clean + to * torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+        return (1 - to) * clean + to * fresh_noise(clean, memory, path.steps[number])
+
+
+def fresh_noise(clean: Tensor, rng: torch.Generator, step: int) -> Tensor:
+    """What `Renoise` lays on the clean latent of a step. `rng`: the random numbers of the chunk, of which the seed counts."""
+    own = torch.Generator(clean.device).manual_seed((rng.initial_seed() + step) % 2**64)
+    return torch.randn(clean.shape, generator=own, device=clean.device, dtype=clean.dtype)
 
 
 SOLVERS: tuple[type[Solver], ...] = (UniPC, Euler, Renoise)

@@ -13,7 +13,7 @@ from .histories import Histories
 from .path import Path
 from .plan import Plan
 from .schedule import ChunkSchedule
-from .solvers import Multistep, Solver, begun, even_weight
+from .solvers import Multistep, Renoise, Solver, begun, even_weight, fresh_noise
 
 Choose = Callable[[Chunk, Tensor], Tensor]
 """(chunk, how much the clean latent of every cell is likely to have changed [F, h, w]) -> the cells that are computed, bool [F, h, w]."""
@@ -44,10 +44,11 @@ def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver
     skipping, jumps = solver.skipping, schedule.jumps
     sums = isinstance(skipping, Multistep) and skipping.sums
     for index in range(schedule.given, schedule.chunks):
+        own = rng(index - schedule.given)
         if plan.is_partial(index):
-            out[index] = CellWalk(skipping.order, levels, jumps, sums)
+            out[index] = CellWalk(skipping.order, levels, jumps, sums, own if isinstance(skipping, Renoise) else None)
         else:
-            out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), rng(index - schedule.given))
+            out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), own)
     return out
 
 
@@ -79,18 +80,22 @@ class CellWalk:
     There a cell waits, and nothing is fed to its solver, until it is computed again: then it moves over its own gap, as in
     `solvers.Multistep` along the path of its own computed steps. `order` 1 holds the clean latent over a step, as Euler does, and
     corrects nothing; 2 takes the line through its last two values, and the corrector. `jumps` and `sums` are those of `Path` and `Path.weights`.
+    `noise`: the random numbers of a chunk under `Renoise`, by which a cell goes to its clean latent and back over its gap.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("histories", "clean")
     clean: list[Tensor]
     """The clean latents of every cell's last two computed steps, the latest last."""
 
-    def __init__(self, order: int, levels: tuple[float, ...], jumps: tuple[int, ...] = (), sums: bool = False) -> None:
-        self.order, self.levels, self.jumps, self.sums = order, levels, jumps, sums
+    def __init__(self, order: int, levels: tuple[float, ...], jumps: tuple[int, ...] = (), sums: bool = False,
+                 noise: torch.Generator | None = None) -> None:  # fmt: skip
+        self.order, self.levels, self.jumps, self.sums, self.noise = order, levels, jumps, sums, noise
         self.histories = Histories()
         self.clean = []
 
     def arrive(self, x: Tensor, step: int) -> Tensor:
+        if self.clean and self.noise is not None:
+            return self._renoised(self.noise, self.levels[step])
         return self._across(x, self.clean[-self.order :], step, corrected=False) if self.clean else x
 
     def rate(self, step: int) -> Tensor:
@@ -117,6 +122,16 @@ class CellWalk:
         out = self._at_zero(step) if last_step else moved
         self.histories.computed(step, chosen)
         return out, self.clean[-1]
+
+    def _renoised(self, rng: torch.Generator, level: float) -> Tensor:
+        """Each cell's last clean latent at a noise level, with the noise of the step at which it was computed."""
+        clean, which, steps = self.clean[-1], self.histories.which, [past[-1] for past in self.histories.known]
+        each = {step: fresh_noise(clean, rng, step) for step in steps}
+        noise = each[steps[0]]
+        if which is not None:
+            for kind, step in enumerate(steps):
+                noise = torch.where(which == kind, each[step], noise)
+        return (1 - level) * clean + level * noise
 
     def _at_zero(self, step: int) -> Tensor:
         """The end of every cell, as `solvers.Multistep` has it; this step's clean latents are the last, its past is not yet that of the cells."""
