@@ -106,8 +106,9 @@ def test_an_error_takes_the_kernel_out_of_force() -> None:
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Kernel]]:
     """What is chosen on a card of some compute capability, where these backends run."""
 
-    def chosen(capability: tuple[int, int], *backends: SDPBackend, dtype: torch.dtype = torch.bfloat16) -> Kernel:
+    def chosen(capability: tuple[int, int], *backends: SDPBackend, dtype: torch.dtype = torch.bfloat16, cudnn: int = 91501) -> Kernel:
         kernel_for.cache_clear()
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         monkeypatch.setattr(module, "capability_of", lambda device: capability)
         monkeypatch.setattr(module, "_runs", lambda backend, *more: backend in backends)
         return kernel_for(CARD, dtype, 128)
@@ -117,8 +118,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Kernel]]:
 
 
 def test_a_card_has_its_fastest_fused_kernel_first(card: Callable[..., Kernel]) -> None:
-    assert card((9, 0), FLASH, CUDNN, EFFICIENT).name == "PyTorch, cuDNN or flash or memory-efficient"
-    assert card((8, 6), FLASH, CUDNN, EFFICIENT).name == "PyTorch, flash or cuDNN or memory-efficient"
+    every = FLASH, CUDNN, EFFICIENT
+    assert card((9, 0), *every).name == card((10, 3), *every).name == "PyTorch, cuDNN or flash or memory-efficient"
+    assert card((8, 6), *every).name == card((12, 0), *every).name == card((9, 0), *every, cudnn=91002).name == "PyTorch, flash or memory-efficient"
     assert card((9, 0), EFFICIENT, dtype=torch.float32).name == "PyTorch, memory-efficient"
     assert kernel_for(torch.device("cpu"), torch.bfloat16, 128) is PYTORCH
 
@@ -155,6 +157,18 @@ def test_a_refusal_of_pytorch_is_no_kernel_and_a_lack_of_memory_is_the_callers()
 @pytest.mark.parametrize("backend", [FLASH, CUDNN, EFFICIENT])
 def test_a_backend_is_tried_on_the_device_itself(backend: SDPBackend) -> None:
     assert module._runs(backend, torch.device("cpu"), torch.float32, 64) == (backend == FLASH)
+
+
+def test_a_backend_is_tried_on_more_than_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's refuses one key, so it would never be chosen."""
+
+    def as_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if k.shape[2] == 1:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        return v
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", as_cudnn)
+    assert module._runs(CUDNN, torch.device("cpu"), torch.bfloat16, 128)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from flowcache_core.bench import model
 from flowcache_core.bench.geometries import GEOMETRIES, Sized, randomise, sized
-from flowcache_core.bench.model import Arm, arms_of, asked, compare, operations, profiled
+from flowcache_core.bench.model import Arm, arms_of, asked, compare, operations, profiled, times_of
 from flowcache_core.models.magi import Magi, MagiConfig
 from flowcache_core.models.magi_adapter import NULL_WORDS
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
@@ -119,6 +122,15 @@ def test_random_weights_keep_the_size_of_what_passes() -> None:
     randomise(magi)
     y = magi.videodit_blocks.final_layernorm(torch.randn(1, 30, 256))
     assert 0.9 < float(y.std()) < 1.1, "its weight is stored as the distance from one"
+
+
+def test_on_cuda_the_time_of_a_kernel_is_that_of_its_operator_alone() -> None:
+    event = partial(FunctionEvent, use_device="cuda", stack=[])
+    linear, product, kernel = event(0, "linear", 1, 0, 10), event(1, "mm", 1, 1, 9), event(2, "gemm", 1, 5, 55, device_type=DeviceType.CUDA)
+    product.append_kernel("gemm", 0, 50)
+    events = EventList([linear, product, kernel], use_device="cuda")
+    events._build_tree()
+    assert times_of(events.key_averages(), cuda=True) == {"linear": (0, 1), "mm": (50, 1)}
 
 
 def test_the_profile_is_of_one_evaluation_and_names_operators_by_their_part() -> None:

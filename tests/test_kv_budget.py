@@ -362,6 +362,16 @@ def test_slots_of_a_group_stay_or_go_together() -> None:
     assert select(scores, 4, torch.zeros(1, 6, dtype=torch.bool), groups, 6).tolist() == [[2, 3, 4, 5]]
 
 
+def test_in_which_order_the_slots_of_a_frame_are_added_up_decides_nothing() -> None:
+    """On CUDA it is another one every time. Of frames alike the newer stays."""
+    torch.manual_seed(0)
+    none, frames = torch.zeros(1, 4080, dtype=torch.bool), torch.arange(4080)[None] // 2040
+    for _ in range(5):
+        frame = torch.rand(2040).softmax(0)
+        scores = torch.cat([frame, frame[torch.randperm(2040)]])[None]
+        assert select(scores, 2040, none, frames, 2).tolist() == [list(range(2040, 4080))]
+
+
 @pytest.mark.parametrize("kept", [None, 20])
 def test_the_book_keeping_of_slots_fits_its_own_forecast(kept: int | None) -> None:
     for frames, prefix, ar_step, window in ((17, 4, 5, 3), (30, 0, 2, 4), (9, 0, 0, None), (40, 0, 6, 2)):

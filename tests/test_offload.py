@@ -206,6 +206,27 @@ def test_what_pages_hold_on_the_device_is_counted(codec: Codec) -> None:
     assert ledger.held() == pages.bytes + sum(home.nbytes for home in pages._home)
 
 
+@pytest.mark.parametrize("size", [2**20, 2**20 + 1, 3 * 2**19 + 1, 2**21 - 1])
+@pytest.mark.parametrize("layers", [30, 34, 40, 48])
+def test_pinned_pages_take_hardly_more_than_their_bytes(size: int, layers: int) -> None:
+    """PyTorch rounds each piece of pinned memory up to a power of two."""
+    pieces = transfer.pieces(layers, size)
+    assert sum(pieces) == layers
+    assert sum(transfer.power_of_two(some * size) for some in pieces) <= 1.1 * layers * size
+
+
+def test_pages_of_one_piece_are_pages_all_the_same() -> None:
+    class Unpinned(transfer.CudaSide):
+        def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype)
+
+    pages = Unpinned(torch.device("cuda")).pages(5, (3, 2, 7))
+    for number, page in enumerate(pages):
+        page.fill_(number)
+    assert [page.unique().tolist() for page in pages] == [[0], [1], [2], [3], [4]]
+    assert {(page.shape, page.dtype, page.is_contiguous()) for page in pages} == {((3, 2, 7), torch.uint8, True)}
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_the_parts_of_a_page_lie_side_by_side_and_do_not_overlap(codec: Codec) -> None:
     pages = pages_of(codec)

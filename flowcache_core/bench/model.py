@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -265,9 +266,15 @@ class Traced(Around):
             return self.inner.forward(call, attend)
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]) as trace:
             out = self.inner.forward(call, attend)
-        events = trace.key_averages()
-        self.times = {one.key: (one.self_device_time_total if self.cuda else one.self_cpu_time_total, one.count) for one in events}
+        self.times = times_of(trace.key_averages(), self.cuda)
         return out
+
+
+def times_of(events: Iterable[Any], cuda: bool) -> dict[str, tuple[float, int]]:
+    """By operator its own microseconds, on the device or on the processor, and calls. Kernels of the device, which stand in the list too, are left
+    out: their time is that of the operators that launch them."""
+    operators = [one for one in events if one.device_type == DeviceType.CPU]
+    return {one.key: (one.self_device_time_total if cuda else one.self_cpu_time_total, one.count) for one in operators}
 
 
 def profiled(bundle: Bundle, job: Job, count: int) -> list[dict[str, Any]]:

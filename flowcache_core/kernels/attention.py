@@ -19,13 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .choice import Capability, capability_of
+from .choice import capability_of
 
 SCORES_AT_MOST = 2**26
 """Elements of the score matrix that the product form may hold in memory."""
 FEW_KEYS = 64
-HOPPER: Capability = (9, 0)
-"""From this compute capability on cuDNN's attention is faster than PyTorch's own flash attention (release notes of PyTorch 2.5)."""
+CUDNN_CARDS = (9, 10)
+"""Major compute capabilities where cuDNN's attention comes before PyTorch's own flash attention, as PyTorch itself has it."""
+CUDNN_FROM = 91501
+"""The version from which PyTorch does so there: older ones lack a fix for lengths that are no multiple of 128."""
+TRIED = 64
+"""Tokens on which a backend is tried: cuDNN refuses a single key, whatever else it serves."""
 
 FUSED = {SDPBackend.FLASH_ATTENTION: "flash", SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.EFFICIENT_ATTENTION: "memory-efficient"}
 """Backends of `scaled_dot_product_attention` that never hold the score matrix, and their names."""
@@ -111,7 +115,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kerne
     if device.type != "cuda":
         return PYTORCH
     flash, cudnn, efficient = FUSED
-    order = (cudnn, flash, efficient) if capability_of(device) >= HOPPER else (flash, cudnn, efficient)
+    order = (cudnn, flash, efficient) if prefers_cudnn(device) else (flash, efficient)
     if not (there := [backend for backend in order if _runs(backend, device, dtype, head_dim)]):
         log.warning(
             "FlowCache: PyTorch has no fused attention for %s heads of %d on this device: whole score matrices are held, so larger pictures may run "
@@ -122,9 +126,14 @@ def kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kerne
     return Kernel(f"PyTorch, {names}", F.scaled_dot_product_attention, partial(sdpa_kernel, there, set_priority=True))
 
 
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's attention comes first on this card, in this version; elsewhere it is not used."""
+    return capability_of(device)[0] in CUDNN_CARDS and (torch.backends.cudnn.version() or 0) >= CUDNN_FROM
+
+
 def _runs(backend: SDPBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a backend attends to such heads here. Tried on one key; a lack of memory is the caller's."""
-    x = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
+    """Whether a backend attends to such heads here. Tried on few tokens; a lack of memory is the caller's."""
+    x = torch.zeros(1, 1, TRIED, head_dim, dtype=dtype, device=device)
     return runs(lambda: _pinned([backend], x))
 
 

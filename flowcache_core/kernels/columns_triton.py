@@ -67,14 +67,20 @@ def _tile(head, size, wanted, row_stride, D: tl.constexpr, UPCAST: tl.constexpr)
 
 
 @triton.jit
-def _scores(q, keys, rows, first, count, heads, scale, qr, qh, qn, OVER: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
-            BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Logits [BM, BN] of query heads `first` .. `first` + OVER - 1, the largest of them, counted over all films and branches."""
-    per_film = heads * OVER * SHARE
+def _asked(q, one, heads, qr, qh, OVER: tl.constexpr, SHARE: tl.constexpr):
+    """Pointer to the first query head of row `one`, which counts over all films and branches and has OVER heads."""
+    per_film = heads * SHARE
+    return q + one // per_film * qr + one % per_film * OVER * qh
+
+
+@triton.jit
+def _scores(asked, keys, rows, count, scale, qh, qn, OVER: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            UPCAST: tl.constexpr):  # fmt: skip
+    """Logits [BM, BN] of OVER query heads from pointer `asked` on, the largest of them. Not unrolled, so the queries of one head after the other go
+    through shared memory: those of all of them do not fit."""
     s = tl.full([BM, BN], float("-inf"), tl.float32)
-    for g in tl.static_range(OVER):
-        head = (first + g).to(tl.int64)
-        x = _tile(q + head // per_film * qr + head % per_film * qh, count, rows, qn, D, UPCAST)
+    for g in range(OVER):
+        x = _tile(asked + tl.cast(g, tl.int64) * qh, count, rows, qn, D, UPCAST)
         s = tl.maximum(s, tl.dot(x, tl.trans(keys)) * scale)
     return s
 
@@ -82,19 +88,19 @@ def _scores(q, keys, rows, first, count, heads, scale, qr, qh, qn, OVER: tl.cons
 @triton.jit
 def _log_sum_exp(q, k, lse, out, count, n, heads, scale, qr, qh, qn, kr, kh, kn, OVER: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    rows, one = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
-    mine = (one // SHARE).to(tl.int64)
-    head = k + mine // heads * kr + mine % heads * kh
+    rows, one = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
+    mine = one // SHARE
+    head, asked = k + mine // heads * kr + mine % heads * kh, _asked(q, one, heads, qr, qh, OVER, SHARE)
     most, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     for start in range(0, n, BN):
         columns = start + tl.arange(0, BN)
         keys = _tile(head, n, columns, kn, D, UPCAST)
-        s = _scores(q, keys, rows, one * OVER, count, heads, scale, qr, qh, qn, OVER, SHARE, D, BM, BN, UPCAST)
+        s = _scores(asked, keys, rows, count, scale, qh, qn, OVER, D, BM, BN, UPCAST)
         s = tl.where((columns < n)[None, :], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, 1))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
         most = higher
-    tl.store(lse + one.to(tl.int64) * count + rows, most + tl.log(total), mask=rows < count)
+    tl.store(lse + one * count + rows, most + tl.log(total), mask=rows < count)
 
 
 @triton.jit
@@ -105,9 +111,10 @@ def _sums(q, k, lse, out, count, n, heads, scale, qr, qh, qn, kr, kh, kn, OVER: 
     sums = tl.zeros([BN], tl.float32)
     for member in tl.static_range(SHARE):
         one = mine * SHARE + member
+        asked = _asked(q, one, heads, qr, qh, OVER, SHARE)
         for start in range(0, count, BM):
             rows = start + tl.arange(0, BM)
-            s = _scores(q, keys, rows, one * OVER, count, heads, scale, qr, qh, qn, OVER, SHARE, D, BM, BN, UPCAST)
+            s = _scores(asked, keys, rows, count, scale, qh, qn, OVER, D, BM, BN, UPCAST)
             norm = tl.load(lse + one * count + rows, mask=rows < count, other=0.0)
             p = tl.where((rows < count)[:, None], tl.exp(s - norm[:, None]), 0.0)
             sums += tl.sum(p, 0)

@@ -5,6 +5,7 @@ On CUDA they have a stream of their own, and what the host asks for lies in pinn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,10 @@ class Side:
         """Memory of the computer that can be copied to and from without a wait."""
         return torch.empty(shape, dtype=dtype)
 
+    def pages(self, count: int, shape: tuple[int, ...]) -> list[Tensor]:
+        """So many pages of it, uint8 of one shape, that last as long as each other."""
+        return [self.host(shape, torch.uint8) for _ in range(count)]
+
     def copy(self, to: Tensor, source: Tensor, after: Mark) -> Mark:
         """Each in one piece. It begins when `after` is reached and all copies before it are done -> the mark of its end."""
         self.waits += self.device.type != "cpu"
@@ -77,6 +82,9 @@ class CudaSide(Side):
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
+    def pages(self, count: int, shape: tuple[int, ...]) -> list[Tensor]:
+        return [page for some in pieces(count, math.prod(shape)) for page in self.host((some, *shape), torch.uint8)]
+
     def copy(self, to: Tensor, source: Tensor, after: Mark) -> Mark:
         with torch.cuda.stream(self._stream):
             if isinstance(after, torch.cuda.Event):
@@ -95,6 +103,20 @@ class CudaSide(Side):
         host = self.host(tuple(tensor.shape), tensor.dtype)
         host.copy_(tensor, non_blocking=True)
         return Fetched(host, self.mark())
+
+
+def pieces(count: int, size: int) -> list[int]:
+    """How many of so many pages of `size` bytes lie in each piece of pinned memory: PyTorch rounds a piece up to a power of two, which would take
+    up to twice the memory for each page alone."""
+    out: list[int] = []
+    while left := count - sum(out):
+        out.append(max(range(1, left + 1), key=lambda some: (some * size / power_of_two(some * size), some)))
+    return out
+
+
+def power_of_two(size: int) -> int:
+    """The least that is no less."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def side_of(device: torch.device) -> Side:

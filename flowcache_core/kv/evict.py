@@ -21,7 +21,8 @@ def select(scores: Tensor, keep: int, protected: Tensor, groups: Tensor | None =
 
 
 def _shared(scores: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Every slot's score becomes the mean over its group."""
-    total = scores.new_zeros(len(scores), count).scatter_add_(1, groups, scores)
+    """Every slot's score becomes the mean over its group. On CUDA nobody knows in which order slots are added up, so that is done in float64: its
+    error is beyond what the mean is rounded to."""
+    total = scores.new_zeros(len(scores), count, dtype=torch.float64).scatter_add_(1, groups, scores.double())
     sizes = scores.new_zeros(len(scores), count).scatter_add_(1, groups, torch.ones_like(scores))
-    return (total / sizes.clamp(min=1)).gather(1, groups)
+    return (total / sizes.clamp(min=1)).to(scores.dtype).gather(1, groups)

@@ -119,7 +119,7 @@ class Pages:
     def __init__(self, codec: Codec, sizes: StoredSizes, device: torch.device) -> None:
         self._codec, self._sizes, self._side = codec, sizes, side_of(device)
         shape = sizes.slots, sizes.batch, codec.bytes_per_token(sizes.heads, sizes.head_dim, sizes.dtype.itemsize)
-        self._home = [self._side.host(shape, torch.uint8) for _ in range(sizes.layers)]
+        self._home = self._side.pages(sizes.layers, shape)
         self._near = torch.empty(shape, dtype=torch.uint8, device=device)
         self._holds: tuple[int, int] = 0, 0
         """Of which layer the page on the device has how many slots."""
