@@ -35,7 +35,7 @@ def film_of(guider: Any, model: HostModel) -> dict[str, object]:
         "guider": type(guider).__qualname__,
         **{f"guider: {name}": value for name, value in vars(guider).items() if isinstance(value, bool | int | float | str)},
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in model.files],
-        "dtype": str(model.get_dtype_inference()),
+        "dtype": str(model.dtype_of(patcher)),
         "LoRAs and other patches": digest([getattr(patcher, name, None) for name in names]),
         "other settings on the model": digest(_others(guider.model_options)),
     }

@@ -342,3 +342,18 @@ changed = film(model, hooks), film(other, hooks)
 print(json.dumps([torch.equal(changed[0], bare), torch.equal(film(other, text), bare), refusal(node("fit").require_ours, model, "a node")]))
 """
     assert inside(tmp_path, FILMS + code) == [False, True, ""]
+
+
+def test_a_film_is_the_same_to_its_saved_state_whatever_ran_before(tmp_path: Path) -> None:
+    """The host's network computes in another dtype until the weights of the next run are moved."""
+    code = """
+half, differ = model.clone(), []
+half.set_model_compute_dtype(torch.bfloat16)
+for one in (model, half):
+    film(one, text)
+for one, first in ((half, saved[1]), (model, saved[0])):
+    film(one, text)
+    differ.append([name for name in first if saved[-1][name] != first[name]])
+print(json.dumps(differ))
+"""
+    assert inside(tmp_path, FILMS + code) == [[], []]
