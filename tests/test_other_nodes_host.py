@@ -345,15 +345,16 @@ print(json.dumps([torch.equal(changed[0], bare), torch.equal(film(other, text), 
 
 
 def test_a_film_is_the_same_to_its_saved_state_whatever_ran_before(tmp_path: Path) -> None:
-    """The host's network computes in another dtype until the weights of the next run are moved."""
+    """The host's network computes in another dtype until the weights of the next run are moved, and the host notes in hooks how far a run is."""
     code = """
-half, differ = model.clone(), []
+half, hooks, differ = model.clone(), hooked((0.5, 0.0)), []
 half.set_model_compute_dtype(torch.bfloat16)
-for one in (model, half):
-    film(one, text)
-for one, first in ((half, saved[1]), (model, saved[0])):
-    film(one, text)
+for one, words in ((model, text), (half, text), (model, hooks)):
+    film(one, words)
+for one, words, first in ((half, text, saved[1]), (model, text, saved[0]), (model, hooks, saved[2])):
+    film(one, words)
     differ.append([name for name in first if saved[-1][name] != first[name]])
-print(json.dumps(differ))
+film(model, hooked((0.6, 0.0)))
+print(json.dumps([*differ, [name for name in first if saved[-1][name] != first[name]]]))
 """
-    assert inside(tmp_path, FILMS + code) == [[], []]
+    assert inside(tmp_path, FILMS + code) == [[], [], [], ["conditioning positive", "conditioning negative", "other settings on the model"]]
