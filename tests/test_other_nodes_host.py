@@ -358,3 +358,13 @@ film(model, hooked((0.6, 0.0)))
 print(json.dumps([*differ, [name for name in first if saved[-1][name] != first[name]]]))
 """
     assert inside(tmp_path, FILMS + code) == [[], [], [], ["conditioning positive", "conditioning negative", "other settings on the model"]]
+
+
+def test_hooks_that_change_over_the_steps_are_refused_and_steady_ones_are_not(tmp_path: Path) -> None:
+    code = """
+steady = film(model, hooked((1.0, 0.0), (1.0, 0.3)))
+print(json.dumps([torch.equal(steady, film(model, hooked())), refusal(film, model, hooked((1.0, 0.0), (0.0, 0.3)))]))
+"""
+    same, said = inside(tmp_path, FILMS + code)
+    assert same
+    assert said.startswith("AR Chunk Sampler: a text has hooks whose strength changes from step to step")
