@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .fit import remember_hooks
 from .native_model import frames_per_block, host_has, require_block
 from .settings_on_model import DEVICES_NODE, devices_of, nodes_of, policy_node, wrong_sampler
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):  # type: ignore[no-untyped-def]
     """Around every run of our MODEL, before weights are moved: our sampler checks its plan here, a stock one is refused our settings."""
+    remember_hooks(executor.class_obj.model_patcher)
     around = getattr(sampler, "around", None)
     if around is not None:
         return around(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)

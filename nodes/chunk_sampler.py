@@ -29,7 +29,7 @@ from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
 from .native_model import SAMPLER
-from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts
+from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts, require_steady_hooks
 from .progress import Progress, say
 from .projector import FilmPreview
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, PROMPTS_NODE, clean_pass_of, compressor_of, policy_node, policy_of
@@ -87,6 +87,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         model = require_ours(executor.class_obj.model_patcher, NODE)
         require_one_model(executor.class_obj, NODE)
         require_plain_texts(executor.class_obj, NODE)
+        require_steady_hooks(executor.class_obj, NODE)
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")

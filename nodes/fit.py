@@ -17,6 +17,8 @@ from .other_nodes import require_served
 
 STEPS = 4
 """As many as every family can go through."""
+HOOKED = "flowcache_hooked"
+"""Attachment of a MODEL: the mark that hooks on weights have left on it."""
 
 
 def require_ours(model: Any, node: str, others: str = "") -> HostModel:
@@ -75,6 +77,12 @@ def _added_nothing(model: Any) -> bool:
     return (marked and _count(model) == _count(before)) or _added_nothing(before)
 
 
+def remember_hooks(model: Any) -> None:
+    """During a run: texts with hooks on weights mark a MODEL as patched, and the host leaves the mark on it when it takes their patches away."""
+    if model.hook_patches:
+        model.set_attachments(HOOKED, model.patches_uuid)
+
+
 def _count(model: Any) -> int:
     return sum(map(len, model.patches.values()))
 
@@ -82,4 +90,5 @@ def _count(model: Any) -> int:
 def _others(model: Any) -> tuple[Any, ...]:
     """What else marks a MODEL as patched: another dtype of computation, wrapped weights, hooks."""
     wrapped = {name: len(some) for name, some in model.weight_wrapper_patches.items()}
-    return "manual_cast_dtype" in model.object_patches, model.object_patches.get("manual_cast_dtype"), wrapped, set(model.hook_patches)
+    hooks = set(model.hook_patches), model.get_attachment(HOOKED)
+    return "manual_cast_dtype" in model.object_patches, model.object_patches.get("manual_cast_dtype"), wrapped, *hooks

@@ -30,7 +30,7 @@ from .other_nodes import CACHES, COMPILE, MODEL, is_compiled, made_by, require_o
 from .settings_on_model import KV_NODE, clean_pass_of, compressor_of, with_compressor
 from .texts import ChunkConds, by_branch, tokens_of
 
-KINDS = comfy.patcher_extension.WrappersMP
+KINDS, CALLS = comfy.patcher_extension.WrappersMP, comfy.patcher_extension.CallbacksMP
 KEY = "flowcache_kv"
 CACHES_MADE = "diffusion_model.init_kv_caches"
 NATIVE = ", or connect a causal model of ComfyUI's own, whose file says causal_ar in its metadata"
@@ -69,15 +69,27 @@ def with_native(model: Any, compressor: Compressor, clean_pass: bool = True) -> 
     with."""
     require_native(model)
     patched = with_compressor(model, compressor, clean_pass)
-    layers = network_of(model).layers
-    patched.add_object_patch(CACHES_MADE, partial(init_kv_caches, layers))
-    for layer in range(layers):
-        place = attention_of(layer)
-        before = model.get_model_object(place)
-        patched.add_object_patch(place, before if _ours(before) else partial(attend_by_cache, before))
+    _patch_network(patched)
     patched.remove_wrappers_with_key(KINDS.OUTER_SAMPLE, KEY)
     patched.add_wrapper_with_key(KINDS.OUTER_SAMPLE, KEY, outer_sample)
+    patched.remove_callbacks_with_key(CALLS.ON_CLONE, KEY)
+    patched.add_callback_with_key(CALLS.ON_CLONE, KEY, _cloned)
     return patched
+
+
+def _patch_network(model: Any) -> None:
+    """Puts our functions on a MODEL, around the self-attention of its own network. Those that are there are ours."""
+    layers = network_of(model).layers
+    model.add_object_patch(CACHES_MADE, partial(init_kv_caches, layers))
+    for place in map(attention_of, range(layers)):
+        model.object_patches.pop(place, None)
+        model.add_object_patch(place, partial(attend_by_cache, model.get_model_object(place)))
+
+
+def _cloned(model: Any, clone: Any) -> None:
+    """The host gives a clone a network of its own where it is for another device, or where texts change weights under dynamic VRAM."""
+    if clone.model is not model.model and not any(_unserved(clone)):
+        _patch_network(clone)
 
 
 def planned(network: CausalWan, compressor: Compressor) -> list[str]:

@@ -142,6 +142,16 @@ def require_plain_texts(guider: Any, node: str) -> None:
             raise ValueError(f"{node} was given a text of shape {tuple(text.shape)}, and needs films x words x channels: use a CLIP Text Encode node")
 
 
+def require_steady_hooks(guider: Any, node: str) -> None:
+    """Raises ValueError for hooks whose strength follows a schedule of steps: the host goes through it once a run, and every chunk begins anew."""
+    groups = (one.get("hooks") for many in guider.conds.values() for one in many)
+    if any(len({key.strength for key in hook.hook_keyframe.keyframes}) > 1 for group in groups if group is not None for hook in group.hooks):
+        raise ValueError(
+            f"{node}: a text has hooks whose strength changes from step to step, and every chunk comes to its steps at another time: set keyframes "
+            "of one strength, or bypass Set Hook Keyframes"
+        )
+
+
 def made_by(thing: Any, whole: bool = False) -> str:
     """The class of the node that made a function, or of the object; `whole`: with module and function."""
     name: str = getattr(thing, "__qualname__", type(thing).__qualname__)

@@ -27,12 +27,15 @@ class FilmPreview:
         """For latents of this shape [films, C, F, h, w]; of several films the first is shown."""
         shape = torch.Size((1, *film[1:]))
         pieces, go_on = decoder_of(self.vae, shape, self.clean), comfy.model_management.throw_exception_if_processing_interrupted
-        return PartialFilm(pieces, page, run, self.fps, lambda: lack_of_memory(self.vae, shape), go_on)
+        return PartialFilm(pieces, page, run, self.fps, lambda: hindrance(self.vae, shape), go_on)
 
 
-def lack_of_memory(vae: Any, shape: torch.Size) -> str:
+def hindrance(vae: Any, shape: torch.Size) -> str:
     """Why latents of this shape are not decoded now: the host would move the running network out of the way. "" where there is room for both."""
     host = comfy.model_management
+    others = any(one.device == vae.device and one.model is not vae.patcher for one in host.current_loaded_models)
+    if host.DISABLE_SMART_MEMORY and others and not host.is_device_cpu(vae.device):
+        return "ComfyUI was started with --disable-smart-memory, and would unload the model for it"
     weights = 0 if any(one.model is vae.patcher for one in host.current_loaded_models) else vae.patcher.model_size()
     wanted = 1.1 * weights + max(host.minimum_inference_memory(), vae.memory_used_decode(shape, vae.vae_dtype) + host.extra_reserved_memory())
     free = host.get_free_memory(vae.device)

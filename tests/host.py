@@ -40,6 +40,28 @@ CHUNKWISE, BIDIRECTIONAL = "FlowCacheChunkwise", "bidirectional (as trained)"
 THRESHOLD = {"threshold": 0.1, "warmup_steps": 5, "max_reuse": 8, "signature": "time", "replay": "velocity", "order": 1, "start_percent": 0.0,
              "end_percent": 1.0}  # fmt: skip
 Graph = dict[str, dict[str, Any]]
+INSIDE = """
+import importlib, importlib.util, json, sys, types
+
+path, pack, base = sys.argv[1:]
+sys.argv = ["main.py", "--cpu", "--fp32-unet", "--base-directory", base]
+sys.path[:0] = [path]
+import comfy.options
+
+comfy.options.enable_args_parsing()
+import torch
+
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)
+for name, held in (("server", {"PromptServer": types.SimpleNamespace(instance=None)}), ("nodes", {"NODE_CLASS_MAPPINGS": {}})):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(held)
+spec = importlib.util.spec_from_file_location("flowcache_pack", pack + "/__init__.py", submodule_search_locations=[pack])
+sys.modules["flowcache_pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["flowcache_pack"])
+node = lambda name: importlib.import_module("flowcache_pack.nodes." + name)
+"""
+"""What begins a program in the host's interpreter: the pack under the name `flowcache_pack`, and no server."""
 
 
 class Host:
@@ -151,6 +173,18 @@ def with_nodes(base: Path, code: str, options: Sequence[str] = ()) -> Host:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(code)
     return Host(base, options=options)
+
+
+def inside(base: Path, code: str) -> Any:
+    """The JSON that `code` prints last, in the host's interpreter with the pack loaded and no server."""
+    done = subprocess.run(
+        [os.environ["COMFYUI_PYTHON"], "-c", INSIDE + code, os.environ["COMFYUI_PATH"], str(PACK), str(base)],
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def error_of(done: dict[str, Any]) -> str:

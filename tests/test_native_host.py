@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.models.causal_wan import CausalWan
 from flowcache_core.run.footprint import readable
 from flowcache_core.run.sequential import SequentialFilm
-from tests.host import NEEDS_HOST, Graph, Host, error_of, refused, said, with_nodes
+from tests.host import NEEDS_HOST, Graph, Host, error_of, inside, refused, said, with_nodes
 from tests.native import (
     FRAMES,
     KIND,
     LAYERS,
+    SETTINGS,
     SEVEN,
     SIDE,
     STEPS,
@@ -308,3 +310,33 @@ def test_another_sampler_on_the_model_without_the_node_runs_as_ever(host: Host) 
     host.latents(film(kv(**SEVEN), frames=6))
     done = host.run({**film(frames=6), "sampler": EULER})
     assert done["status"]["status_str"] == "success", error_of(done)
+
+
+TWO_NETWORKS = """
+import comfy.samplers
+
+tests = {}
+exec(TESTS, tests)
+make = lambda: tests["RandomModel"]().run(0, "float32", True)[0]
+
+def film(model):
+    guider, (text,) = comfy.samplers.CFGGuider(model), tests["RandomText"]().run(1, 8)
+    guider.set_conds(text, text)
+    noise = torch.randn(1, 16, 6, 8, 8, generator=torch.Generator().manual_seed(5))
+    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3})
+    return guider.sample(noise, torch.zeros_like(noise), sampler, torch.tensor([1.0, 0.8, 0.0]), disable_pbar=True, seed=5)
+
+model = make()
+model.cached_patcher_init = make, ()
+alone = film(model)
+kept = node("kv").KVCompressor.execute(model=model, **SETTINGS).result[0]
+clone = kept.deepclone_multigpu()
+for block in model.model.diffusion_model.blocks:
+    block.self_attn.o.weight.zero_()
+print(json.dumps({"own": clone.model is not model.model, "same": torch.equal(film(clone), alone), "other": torch.equal(film(kept), alone)}))
+"""
+
+
+def test_a_clone_with_a_network_of_its_own_attends_by_that(tmp_path: Path) -> None:
+    """As the host clones a MODEL for another device, and for texts that change weights under dynamic VRAM."""
+    assert inside(tmp_path, f"TESTS, SETTINGS = {TESTS!r}, {SETTINGS!r}\n{TWO_NETWORKS}") == {"own": True, "same": True, "other": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from flowcache_core.models.wan_vae import normalise
 from flowcache_core.ranks.world import Spread
 from flowcache_core.run import generate as core
 from flowcache_core.run.turn import Turn
-from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, node, put, refused, report_of, small, without_cache
+from tests.host import BIDIRECTIONAL, NEEDS_HOST, Graph, Host, HostJob, after_loader, inside, node, put, refused, report_of, small, without_cache
 
 pytestmark = NEEDS_HOST
 OTHER_PACK = """
@@ -298,3 +299,72 @@ def test_guidance_by_skipped_blocks_is_cached_too(host: Host, graph: Graph) -> N
 def test_a_network_that_was_compiled_in_place_is_refused(host: Host, plain: Graph) -> None:
     """The last one here: the host keeps the model that the node has changed."""
     refused(host, after_loader(plain, "CompiledInPlace"), "torch.compile .*bypass that node")
+
+
+FILMS = """
+import comfy.hooks, comfy.samplers
+
+loader, sampler, states = node("load_model").LoadARVideoModel, node("chunk_sampler"), node("states")
+model, clip, _ = loader.execute(model_name="tiny-skyreels (bundled)").result
+model = node("settings_on_model").with_devices(model, ())  # a clone, as any node makes one
+text = clip.encode_from_tokens_scheduled(clip.tokenize("red circle moves right"))
+saved = []
+sampler.states_of = lambda every, guider, host: saved.append(states.film_of(guider, host))
+
+def film(model, text):
+    guider, noise = comfy.samplers.CFGGuider(model), torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    guider.set_conds(text, text)
+    settings = node("sampler").ChunkSampler("auto", -1, 0, 0, 0, node("mailbox").Mailbox(), addnoise_condition=-1)
+    return guider.sample(noise, torch.zeros_like(noise), settings, torch.tensor([1.0, 0.8, 0.0]), disable_pbar=True, seed=5)
+
+def hooked(*keyframes):
+    ones, place = torch.ones(2, model.model.diffusion_model.config.dim), "diffusion_model.blocks.0.cross_attn.k.lora_"
+    hooks, group = comfy.hooks.create_hook_lora({place + "up.weight": ones.T, place + "down.weight": ones}, 1.0, 0.0), comfy.hooks.HookKeyframeGroup()
+    for strength, begins in keyframes:
+        group.add(comfy.hooks.HookKeyframe(strength, begins))
+    hooks.set_keyframes_on_hooks(group)
+    return comfy.hooks.set_hooks_for_conditioning(text, hooks)
+
+def refusal(call, *args):
+    try:
+        call(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+"""
+
+
+def test_a_text_with_hooks_leaves_nothing_on_the_model_for_which_it_is_refused(tmp_path: Path) -> None:
+    code = """
+bare, other, hooks = film(model, text), model.clone(), hooked()
+changed = film(model, hooks), film(other, hooks)
+print(json.dumps([torch.equal(changed[0], bare), torch.equal(film(other, text), bare), refusal(node("fit").require_ours, model, "a node")]))
+"""
+    assert inside(tmp_path, FILMS + code) == [False, True, ""]
+
+
+def test_a_film_is_the_same_to_its_saved_state_whatever_ran_before(tmp_path: Path) -> None:
+    """The host's network computes in another dtype until the weights of the next run are moved, and the host notes in hooks how far a run is."""
+    code = """
+half, hooks, differ = model.clone(), hooked((0.5, 0.0)), []
+half.set_model_compute_dtype(torch.bfloat16)
+for one, words in ((model, text), (half, text), (model, hooks)):
+    film(one, words)
+for one, words, first in ((half, text, saved[1]), (model, text, saved[0]), (model, hooks, saved[2])):
+    film(one, words)
+    differ.append([name for name in first if saved[-1][name] != first[name]])
+film(model, hooked((0.6, 0.0)))
+print(json.dumps([*differ, [name for name in first if saved[-1][name] != first[name]]]))
+"""
+    assert inside(tmp_path, FILMS + code) == [[], [], [], ["conditioning positive", "conditioning negative", "other settings on the model"]]
+
+
+def test_hooks_that_change_over_the_steps_are_refused_and_steady_ones_are_not(tmp_path: Path) -> None:
+    code = """
+steady = film(model, hooked((1.0, 0.0), (1.0, 0.3)))
+print(json.dumps([torch.equal(steady, film(model, hooked())), refusal(film, model, hooked((1.0, 0.0), (0.0, 0.3)))]))
+"""
+    same, said = inside(tmp_path, FILMS + code)
+    assert same
+    assert said.startswith("AR Chunk Sampler: a text has hooks whose strength changes from step to step")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, small, with_nodes, without_cache
+from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, inside, node, put, small, with_nodes, without_cache
 
 pytestmark = NEEDS_HOST
 KV = "FlowCacheKVCompressor"
@@ -201,6 +201,24 @@ def test_a_host_that_keeps_nothing_makes_the_same_film(
     with with_nodes(tmp_path, FAULTS) as fresh:
         assert torch.equal(fresh.latents(graph), reference)
         assert torch.equal(fresh.latents(graph), reference)
+
+
+def test_a_film_is_not_shown_where_decoding_would_unload_the_network(tmp_path: Path) -> None:
+    """With --disable-smart-memory the host unloads all other models of a card, however much is free."""
+    code = """
+import comfy.model_management as host
+
+model, _, vae = node("load_model").LoadARVideoModel.execute(model_name="tiny-skyreels (bundled)").result
+host.get_free_memory = lambda device=None, torch_free_too=False: (1 << 40, 0) if torch_free_too else 1 << 40
+host.load_models_gpu([model])
+card, found = torch.device("cuda", 0), []
+vae.device = host.current_loaded_models[0].device = card
+for host.DISABLE_SMART_MEMORY in (False, True):
+    said = node("projector").hindrance(vae, torch.Size((1, 16, 3, 8, 8)))
+    found.append(["--disable-smart-memory" in said, bool(host.free_memory(1, card))])
+print(json.dumps(found))
+"""
+    assert inside(tmp_path, code) == [[False, False], [True, True]]
 
 
 HOSTILE = {"": "", "null byte": "a\0b", "long": "x" * 100_000, "path": "../../../etc/passwd", "absolute": "/etc/passwd", "letters": "\u202e\u0000"}
