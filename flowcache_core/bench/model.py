@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -273,7 +272,7 @@ class Traced(Around):
 def times_of(events: Iterable[Any], cuda: bool) -> dict[str, tuple[float, int]]:
     """By operator its own microseconds, on the device or on the processor, and calls. Kernels of the device, which stand in the list too, are left
     out: their time is that of the operators that launch them."""
-    operators = [one for one in events if one.device_type == DeviceType.CPU]
+    operators = [one for one in events if one.device_type.name == "CPU"]
     return {one.key: (one.self_device_time_total if cuda else one.self_cpu_time_total, one.count) for one in operators}
 
 
