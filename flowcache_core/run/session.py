@@ -77,7 +77,7 @@ class Session:
     Use it as a context manager: leaving it, for whatever reason, frees the KV cache and all chunk state.
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv", "_settled")
+    remembers: ClassVar[tuple[str, ...]] = ("state", "plan", "evaluations", "report", "_kv", "_settled", "_asides")
     plan: Plan | None
     """Which steps are computed; None until `settle` where the policy has a budget in seconds."""
 

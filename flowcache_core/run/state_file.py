@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..untrusted import DTYPES, entries, open_tensors, parsed, short
 
-FORMAT = "flowcache-state-1"
+FORMAT = "flowcache-state-2"
 """Another number wherever what a run remembers, or what it makes of it, changes: a state of another format is not read."""
 PARTIAL = ".partial"
 ALIGNED = 8
