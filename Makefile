@@ -27,7 +27,7 @@ bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, i
 	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
 
 BENCH := $(BIN)/python -m flowcache_core bench
-measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (three hours on two idle cores)
+measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (some four hours on two idle cores)
 	$(BIN)/python -m flowcache_core demo --out out/demo && cp out/demo/report.json docs/bench/demo.json
 	$(BENCH) recall --clips 6 --json docs/bench/recall.json
 	$(BENCH) seam --prompts 2 --json docs/bench/seam.json
@@ -36,7 +36,7 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --json docs/bench/kv-stands-for.json
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
-	$(BENCH) magi --prompts 4 --workers 2 --json docs/bench/magi.json
+	$(BENCH) magi --workers 2 --json docs/bench/magi.json
 	$(BENCH) causal --prompts 5 --workers 2 --json docs/bench/causal.json
 	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --workers 2 --json docs/bench/kv-causal.json
 	$(BENCH) rendered --frames 57 --json docs/bench/rendered.json

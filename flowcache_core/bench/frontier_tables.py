@@ -99,8 +99,7 @@ def all_arms_bidirectional() -> str:
     return table_of_arms(usual("bidirectional"))
 
 
-def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES, speeds: bool = True) -> str:
-    """`speeds`: whether the machine was idle, so that they mean something."""
+def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES) -> str:
     lines = []
     for arms in arms_at(rows).values():
         for arm, name in names.items():
@@ -111,10 +110,9 @@ def table_of_arms(rows: Rows, names: Mapping[str, str] = NAMES, speeds: bool = T
             lines.append((
                 f"{row['share_measured']:.1%}", name, f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", gains[0], f"{row['psnr_converged']:.1f}",
                 f"{row['ssim_converged']:.3f}", gains[1], f"{row['wins']} of {row['prompts']}",
-                *((f"{row['wall_ratio']:.2f}x", f"{row['ideal']:.2f}") if speeds else ()),
+                f"{row['wall_ratio']:.2f}x", f"{row['ideal']:.2f}",
             ))  # fmt: skip
-    head = ["computed", "arm", "PSNR", "SSIM", "gain", "PSNR, converged", "SSIM, converged", "gain", "wins"]
-    return table([*head, *(("speed", "ideal") if speeds else ())], lines)
+    return table(["computed", "arm", "PSNR", "SSIM", "gain", "PSNR, converged", "SSIM, converged", "gain", "wins", "speed", "ideal"], lines)
 
 
 def settings() -> str:

@@ -30,10 +30,10 @@ ALONE = {
 
 
 def at_shares() -> str:
-    """Every arm at every share, without speeds: the machine was busy. And how near the stock film is to the converged one."""
+    """Every arm at every share, and how near the stock film is to the converged one."""
     rows = usual(name=NAME)
     whole = next(row for row in rows if row["arm"] == "uncached")
-    return table_of_arms(rows, AT_SHARES, speeds=False) + f"\nThe stock film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
+    return table_of_arms(rows, AT_SHARES) + f"\nThe stock film itself is {whole['psnr_converged']:.1f} dB from the converged one.\n"
 
 
 def alone() -> str:
