@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.sampling.noise import flow_sigmas, timestep
@@ -55,6 +56,14 @@ def test_noise_levels_fall_from_below_one_to_exactly_zero(steps: int) -> None:
 def test_a_timestep_is_truncated_not_rounded() -> None:
     assert timestep(0.9999) == 999
     assert timestep(0.1409) == 140
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9, 27, 37, 111])
+def test_a_level_that_is_a_whole_timestep_counts_as_it(steps: int) -> None:
+    """As a number of the core, and as the float32 number that a host hands over."""
+    levels, whole = flow_sigmas(steps, shift=1.0)[:-1], [999 - 999 // steps * i for i in range(steps)]
+    assert [timestep(level) for level in levels] == whole
+    assert [timestep(level) for level in torch.tensor(levels, dtype=torch.float32).tolist()] == whole
 
 
 def test_shift_one_is_an_even_spacing() -> None:

@@ -12,6 +12,8 @@ MOST = 10**6
 """Steps of a run of which the last are taken."""
 NEAREST = 1e-6
 """Levels that are nearer to each other are one to a network, and solvers divide by their distance."""
+ROUNDING = 3e-5
+"""Of a timestep: what float32, in which hosts hand over levels, takes from one at most."""
 
 
 class Noise(Protocol):
@@ -82,8 +84,11 @@ def steps_in_all(steps: int, denoise: float, published: str) -> int:
 
 
 def timestep(sigma: float) -> int:
-    """The integer timestep 0..999 that the network is given for a noise level; truncated, as upstream does."""
-    return int(TRAIN_STEPS * sigma)
+    """The integer timestep 0..999 that the network is given for a noise level; truncated, as upstream does.
+
+    Upstream begins at 0.999 in float32, which is a little more, so levels that are whole timesteps stay whole there.
+    """
+    return int(TRAIN_STEPS * sigma + ROUNDING)
 
 
 def require_levels(levels: Sequence[float]) -> None:
