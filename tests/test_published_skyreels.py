@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ from flowcache_core.run.generate import Given, Job, generate, generate_upstream
 from flowcache_core.sampling.given import GivenNoise
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.path import Path as Levels
-from flowcache_core.sampling.schedule import ChunkSchedule, sections_of
+from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import UniPC, UniPCMemory
 
 VARIABLE = "SKYREELS_V2_PATH"
@@ -177,8 +177,8 @@ def randomised(network: nn.Module, seed: int) -> nn.Module:
     """Everything matters, nothing starts at zero or one."""
     rng = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
-        whole = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
-        weight.copy_(whole + torch.randn(weight.shape, generator=rng) * (0.05 if weight.ndim > 1 and weight.ndim < 5 else 0.1))
+        whole = 1.0 if ("norm" in name and name.endswith("weight")) or name.endswith("gamma") else 0.0
+        weight.copy_(whole + torch.randn(weight.shape, generator=rng) * (0.05 if 1 < weight.ndim < 5 else 0.1))
     return network.eval().requires_grad_(False)
 
 
@@ -238,8 +238,8 @@ class Latents:
 
 @dataclass(frozen=True)
 class Overwritten(UniPC):
-    """UniPC as the released pipeline runs it: the scheduler keeps the frame that it sets out from as a view of the film, and the pipeline then writes the
-    next one into the film. So the first correction starts from the predicted frame in the place of the one before it."""
+    """UniPC as the released pipeline runs it: the scheduler keeps the frame that it sets out from as a view of the film, and the pipeline then
+    writes the next one there. So the first correction starts from the predicted frame in the place of the one before it."""
 
     def step(self, x: Tensor, velocity: Tensor, number: int, path: Levels, memory: object) -> Tensor:
         out = super().step(x, velocity, number, path, memory)
@@ -421,3 +421,69 @@ def test_without_overwriting_the_released_film_is_ours(released: Released, their
     mine = generate_upstream(bundle, job)[0]
     near(mine, film_of(released, theirs, bundle, job, causal_block_size=5), FILM)
     assert float((mine - overwritten).abs().max()) > 100 * FILM * float(mine.abs().max())
+
+
+@dataclass(frozen=True)
+class Vaes:
+    """The released VAE and ours, of the same weights."""
+
+    theirs: Any
+    ours: WanVAE
+    seen: list[Tensor] = field(default_factory=list)
+
+    def encode(self, film: Tensor) -> Tensor:
+        return self.theirs.encode(film)  # type: ignore[no-any-return]
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.seen.append(z.clone())
+        return self.theirs.decode(z)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def vaes(released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vaes:
+    """Of 8 channels for 96."""
+    state = randomised(released.vae.WanVAE_(dim=8, z_dim=16, temperal_downsample=[False, True, True]), 6).state_dict()
+    torch.save(state, tmp_path / "vae.pth")
+    monkeypatch.setattr(released.vae, "_video_vae", functools.partial(released.vae._video_vae, dim=8))
+    return Vaes(released.vae.WanVAE(str(tmp_path / "vae.pth")), WanVAE.from_state_dict(state))
+
+
+def film(frames: int) -> Tensor:
+    return torch.rand(1, 3, frames, 8 * SIDE, 8 * SIDE, generator=torch.Generator().manual_seed(9)) * 2 - 1
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_the_vae_encodes_as_the_released_one(vaes: Vaes, frames: int) -> None:
+    near(vaes.ours.encode(film(frames)), vaes.theirs.encode(film(frames)), 1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_the_vae_decodes_as_the_released_one(vaes: Vaes, frames: int) -> None:
+    """In one call, and latent frame by latent frame."""
+    z, past = latents(frames, 10), dict[nn.Module, Tensor]()
+    expected = vaes.theirs.decode(z)
+    near(vaes.ours.decode(z).clamp(-1, 1), expected, 1e-5)
+    near(torch.cat([vaes.ours.decode(one, past) for one in z.split(1, 2)], 2).clamp(-1, 1), expected, 1e-5)
+
+
+def test_a_long_film_with_its_joints_encoded_anew_is_the_released_one(released: Released, theirs: Any, ours: SkyReelsV2, vaes: Vaes) -> None:
+    """The released pipeline decodes each section and encodes its last frames for the next; ours does so where each is a film from a clip."""
+    first, bundle = job_of(37, ar_step=0, steps=4), bundle_of(ours)
+    second = replace(first, seed=5)
+    noise = [job.noise(bundle)[0] for job in (first, second)]
+    film_of(released, theirs, bundle, replace(first, frames=57), noise, vaes, base_num_frames=37, overlap_history=17, causal_block_size=1)
+    start, _ = generate_upstream(bundle, first, integrator=Overwritten())
+    joint = vaes.ours.encode(vaes.ours.decode(start)[:, :, -17:].clamp(-1, 1))
+    end, _ = generate_upstream(bundle, second, given=Given(start=joint), integrator=Overwritten())
+    near(torch.cat([start, end], 2), torch.cat(vaes.seen, 2), FILM)
+
+
+def test_a_clip_goes_on_as_in_the_released_pipeline(released: Released, theirs: Any, ours: SkyReelsV2, vaes: Vaes) -> None:
+    job, bundle, clip = job_of(37, ar_step=0, steps=4, addnoise=20), bundle_of(ours), film(20)
+    pipe = pipeline_of(released, theirs, bundle, job, [job.noise(bundle)[0]], vaes)
+    pipe.get_video_as_tensor = lambda path, width, height: (clip[0].transpose(0, 1) + 1) * (255 / 2)
+    pipe.extend_video(prompt=PROMPT, negative_prompt=NEGATIVE, prefix_video_path="", height=job.size, width=job.size, num_frames=job.frames,
+                      num_inference_steps=job.steps, shift=job.shift, guidance_scale=job.cfg, overlap_history=17, addnoise_condition=job.addnoise,
+                      base_num_frames=37, ar_step=0, causal_block_size=1, fps=job.fps)  # fmt: skip
+    given = Given(start=vaes.ours.encode(clip[:, :, -17:]))
+    near(generate_upstream(bundle, job, given=given, integrator=Overwritten())[0], vaes.seen[-1], FILM)
