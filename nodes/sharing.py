@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
+import torch
 
 from ..flowcache_core.run.lead import Leader
 from ..flowcache_core.run.run import Run
@@ -33,6 +34,20 @@ TIMED = ("timestep_start", "timestep_end", "start_percent", "end_percent")
 """Keys of a conditioning that counts at some steps alone."""
 _teams: dict[tuple[str, ...], Team] = {}
 """By their devices; at most one of them runs."""
+
+
+def named(device: torch.device) -> str:
+    """As torch names it; a card with its number."""
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}" if device.type == "cuda" else device.type
+
+
+def require_place(patcher: Any, devices: Sequence[str]) -> None:
+    """Raises ValueError for a MODEL that is no longer on the first of the devices."""
+    if (mine := named(patcher.load_device)) != devices[0]:
+        raise ValueError(
+            f"{NODE} was given this MODEL on {devices[0]}, and it was moved to {mine} behind it: put the node that selects the device of the MODEL "
+            f"before {NODE}"
+        )
 
 
 def require_reproducible(patcher: Any, model: HostModel) -> None:
@@ -73,6 +88,7 @@ def shared(run: Run, guider: Any, model: HostModel, saved: bool) -> Iterator[tup
         yield run, None
         return
     patcher = guider.model_patcher
+    require_place(patcher, devices)
     require_reproducible(patcher, model)
     if any(one.get("hooks") is not None for many in guider.conds.values() for one in many):
         raise ValueError(f"{NODE}: a text has hooks, which change weights that the other devices do not change: bypass {NODE}, or that node")
