@@ -91,13 +91,14 @@ class ChunkSampler(comfy.samplers.Sampler):
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
         logging.info(f"FlowCache: {model.size_of(noise.shape)}")
-        with shared(run, executor.class_obj, model, self.save_every > 0) as (mine, leader):
+        states = states_of(self.save_every, executor.class_obj, model)
+        with shared(run, executor.class_obj, model, states) as (mine, leader):
             logging.info(f"FlowCache: {mine.held.sentence()}")
             prompts = forecast_prompts(ChunkConds(executor.class_obj.conds).firsts, run.schedule)
             for line in (*prompts, *unread(executor.class_obj, model.family)):
                 logging.info(f"FlowCache: {line}")
             with model.expecting(mine):
-                settled = replace(self, run=mine, states=states_of(self.save_every, executor.class_obj, model), leader=leader)
+                settled = replace(self, run=mine, states=states, leader=leader)
                 samples = executor(noise, latent_image, settled, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs)
         keep_given(samples, latent_image, prefix, suffix)
         self.mailbox.sent(samples)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.ranks.workers import IDLE
 from .fit import require_ours
 from .settings_on_model import DEVICES_NODE, with_devices
-from .sharing import give_back_with, require_reproducible
+from .sharing import give_back_with, named, require_reproducible
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
 
@@ -49,40 +48,42 @@ class Devices(io.ComfyNode):
     @within_schema
     def execute(cls, model: Any, devices: int = 0, where: str = CARDS) -> io.NodeOutput:
         host = require_ours(model, NODE)
-        chosen = processes(devices) if where == PROCESSES else cards(devices)
+        chosen = (processes if where == PROCESSES else cards)(devices, model.load_device)
         if len(chosen) == 1:
-            return io.NodeOutput(model, ui=ui.PreviewText(_alone(devices)))
+            return io.NodeOutput(model, ui=ui.PreviewText(_alone(devices, model.load_device)))
         require_reproducible(model, host)
         return io.NodeOutput(give_back_with(with_devices(model, chosen)), ui=ui.PreviewText(_summary(chosen)))
 
 
-def cards(devices: int) -> tuple[str, ...]:
-    """Graphics cards by rank, that of the model first; this device alone where there is no other. Raises ValueError for more than there are."""
-    mine = comfy.model_management.get_torch_device()
+def cards(devices: int, mine: torch.device) -> tuple[str, ...]:
+    """Graphics cards by rank, that of the model first (`mine`); the model's device alone where there is no other. Raises ValueError for more than
+    there are."""
+    first = named(mine)
     if mine.type != "cuda":
         if devices > 1:
             raise ValueError(
-                f"{NODE}: {devices} graphics cards were asked for, and ComfyUI runs on {mine.type}: set devices to 1, or where to {PROCESSES}"
+                f"{NODE}: {devices} graphics cards were asked for, and this MODEL runs on {first}: set devices to 1, or where to {PROCESSES}"
             )
-        return (mine.type,)
-    first = torch.cuda.current_device() if mine.index is None else mine.index
-    every = [first, *(index for index in range(torch.cuda.device_count()) if index != first)]
+        return (first,)
+    every = [first, *(card for card in map("cuda:{}".format, range(torch.cuda.device_count())) if card != first)]
     if devices > len(every):
         raise ValueError(f"{NODE}: {devices} graphics cards were asked for, and ComfyUI sees {len(every)}: set devices to {len(every)} or 0")
-    return tuple(f"cuda:{index}" for index in every[: devices or len(every)])
+    return tuple(every[: devices or len(every)])
 
 
-def processes(devices: int) -> tuple[str, ...]:
+def processes(devices: int, mine: torch.device) -> tuple[str, ...]:
     """The processor, once for each process. Raises ValueError where the model is on a card."""
-    if not comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device()):
+    if mine.type != "cpu":
         raise ValueError(
-            f"{NODE}: ComfyUI runs on a graphics card, which does not share a film with processes on the processor: set where to {CARDS}"
+            f"{NODE}: this MODEL runs on {named(mine)}, a graphics card, which does not share a film with processes on the processor: set where to "
+            f"{CARDS}"
         )
     return ("cpu",) * (devices or TWO)
 
 
-def _alone(devices: int) -> str:
-    why = "devices is 1" if devices == 1 else "ComfyUI sees no second device on this machine"
+def _alone(devices: int, mine: torch.device) -> str:
+    no_other = "ComfyUI sees no second graphics card" if mine.type == "cuda" else f"this MODEL runs on {named(mine)}, not on a graphics card"
+    why = "devices is 1" if devices == 1 else no_other
     return f"{why}, so this node changes nothing: the film is made on one device"
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
+import torch
 
 from ..flowcache_core.run.lead import Leader
 from ..flowcache_core.run.run import Run
+from ..flowcache_core.run.states import States
 from ..flowcache_core.run.team import Source, Team
 from .gguf import SUFFIX
 from .guidance import conds_of
@@ -33,6 +35,20 @@ TIMED = ("timestep_start", "timestep_end", "start_percent", "end_percent")
 """Keys of a conditioning that counts at some steps alone."""
 _teams: dict[tuple[str, ...], Team] = {}
 """By their devices; at most one of them runs."""
+
+
+def named(device: torch.device) -> str:
+    """As torch names it; a card with its number."""
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}" if device.type == "cuda" else device.type
+
+
+def require_place(patcher: Any, devices: Sequence[str]) -> None:
+    """Raises ValueError for a MODEL that is no longer on the first of the devices."""
+    if (mine := named(patcher.load_device)) != devices[0]:
+        raise ValueError(
+            f"{NODE} was given this MODEL on {devices[0]}, and it was moved to {mine} behind it: put the node that selects the device of the MODEL "
+            f"before {NODE}"
+        )
 
 
 def require_reproducible(patcher: Any, model: HostModel) -> None:
@@ -63,8 +79,9 @@ def evaluates_every_text(guider: Any) -> bool:
 
 
 @contextmanager
-def shared(run: Run, guider: Any, model: HostModel, saved: bool) -> Iterator[tuple[Run, Leader | None]]:
-    """Until the block ends: the run of this device, and who leads the others; the run itself where the MODEL asks for one device.
+def shared(run: Run, guider: Any, model: HostModel, states: States | None) -> Iterator[tuple[Run, Leader | None]]:
+    """Until the block ends: the run of this device, and who leads the others; the run itself where the MODEL asks for one device. `states`: where the
+    film will be saved, if it is.
 
     Raises ValueError, before a process is started or weights are moved, for what cannot be shared.
     """
@@ -73,14 +90,13 @@ def shared(run: Run, guider: Any, model: HostModel, saved: bool) -> Iterator[tup
         yield run, None
         return
     patcher = guider.model_patcher
+    require_place(patcher, devices)
     require_reproducible(patcher, model)
     if any(one.get("hooks") is not None for many in guider.conds.values() for one in many):
         raise ValueError(f"{NODE}: a text has hooks, which change weights that the other devices do not change: bypass {NODE}, or that node")
-    if saved:
-        raise ValueError(f"{NODE}: a film that several devices share cannot be saved on its way: set save_every to 0, or bypass {NODE}")
     team, source = _team(devices), Source(model.files[0], model.files, model.family.name, model.dtype_of(patcher))
     names = _branches(guider, model)
-    with team.sharing(run, source, names, evaluates_every_text(guider), _check) as leader:
+    with team.sharing(run, source, names, evaluates_every_text(guider), _check, states) as leader:
         loaded = max(team.loaded)
         what = f"loaded the network in {loaded:.1f} s" if loaded else "had the network already"
         logging.info(f"FlowCache: {len(devices)} devices share this film; the other {len(devices) - 1} {what}")

@@ -71,7 +71,8 @@ class Host:
         self.base, self.log = base, base / "host.log"
         for folder in ("custom_nodes", "input", "output", "temp", "user"):
             (base / folder).mkdir(exist_ok=True)
-        (base / "custom_nodes" / "flowcache").symlink_to(pack or PACK, target_is_directory=True)
+        if not (link := base / "custom_nodes" / "flowcache").is_symlink():
+            link.symlink_to(pack or PACK, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -136,6 +137,15 @@ class Host:
             time.sleep(0.1)
         self.ask("/interrupt", {})
         pytest.fail(f"not finished after {seconds} s")
+
+    def until_saved(self, graph: Graph, files: int = 1, seconds: float = 240) -> str:
+        """Queues a graph: its id, once so many files of states lie on the disk."""
+        running: str = self.ask("/prompt", {"prompt": graph})["prompt_id"]
+        end = time.monotonic() + seconds
+        while len(list((self.base / "output" / "flowcache_states").glob("*.safetensors"))) < files:
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+        return running
 
     def interrupt(self, graph: Graph, after: float) -> None:
         """Interrupts a graph that runs longer than `after` seconds, and unloads all models."""

@@ -24,6 +24,7 @@ from tests.host import (
     Host,
     after_loader,
     error_of,
+    inside,
     node,
     put,
     quick,
@@ -36,11 +37,11 @@ from tests.host import (
 )
 
 pytestmark = NEEDS_HOST
-PROCESSES = "processes on the processor"
+PROCESSES, OPTIONS = "processes on the processor", ("--fp32-unet",)
 NEAR = 1e-5
 SHARING = "2 devices share this film"
 NODE = "FlowCacheDevices"
-ALONE = "ComfyUI sees no second device on this machine, so this node changes nothing: the film is made on one device"
+ALONE = "this MODEL runs on cpu, not on a graphics card, so this node changes nothing: the film is made on one device"
 LORA = """
 import comfy.weight_adapter, torch
 
@@ -57,9 +58,48 @@ NODE_CLASS_MAPPINGS = {"PatchOneWeight": PatchOneWeight}
 """
 
 
+CARDS = """
+import comfy.model_management as host, comfy.samplers
+from comfy_extras.nodes_multigpu import SelectModelDeviceNode
+
+torch.cuda.device_count, torch.cuda.current_device = lambda: 3, lambda: 0
+host.get_all_torch_devices = lambda exclude_current=False: [torch.device("cuda", k) for k in range(3)]
+host.get_torch_device, host.should_use_bf16, host.should_use_fp16 = lambda: torch.device("cuda", 0), lambda *a, **k: True, lambda *a, **k: True
+host.unload_model_and_clones = lambda *of: None
+devices, settings, sharing = node("devices").Devices, node("settings_on_model"), node("sharing")
+bare, text, _ = node("load_model").LoadARVideoModel.execute(model_name="tiny-skyreels (bundled)").result
+
+def shown(model, **inputs):
+    try:
+        out = devices.execute(model=model, **inputs)
+    except ValueError as error:
+        return str(error)
+    return list(settings.devices_of(out.result[0].model_options)) or out.ui.as_dict()["text"][0]
+
+def refusal(model):
+    guider = comfy.samplers.CFGGuider(model)
+    try:
+        with sharing.shared(None, guider, model.model, None):
+            pass
+    except ValueError as error:
+        return str(error)
+
+select = lambda model, device: SelectModelDeviceNode.execute(model, device).result[0]
+second, processor = select(bare, "gpu:1"), bare.clone()
+processor.load_device = torch.device("cpu")
+print(json.dumps({
+    "where": [str(one.load_device) for one in (bare, second)],
+    "first card": shown(bare, devices=2), "second card": shown(second, devices=2), "every card": shown(second), "too many": shown(second, devices=4),
+    "processor": shown(processor, devices=2), "processor alone": shown(processor),
+    "processes": shown(processor, where="processes on the processor"), "not of a card": shown(second, where="processes on the processor"),
+    "moved": refusal(select(devices.execute(model=bare, devices=2).result[0], "gpu:1")),
+}))
+"""
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with with_nodes(tmp_path_factory.mktemp("comfy"), LORA, ("--fp32-unet",)) as running:
+    with with_nodes(tmp_path_factory.mktemp("comfy"), LORA, OPTIONS) as running:
         yield running
 
 
@@ -191,6 +231,40 @@ def test_a_killed_process_is_a_sentence_and_the_next_film_is_right(host: Host, g
     assert deviation(host.latents(on_two(other)), host.latents(other)) <= NEAR
 
 
+def saved(graph: Graph, seed: int) -> tuple[Graph, Graph]:
+    """A longer film on two devices, and the same with a state after every chunk."""
+    whole = on_two(put(put(graph, "RandomNoise", noise_seed=seed), "FlowCacheLatent", length=57))
+    return whole, put(whole, "FlowCacheSampler", save_every=1)
+
+
+def goes_on(host: Host, graph: Graph, whole: Tensor) -> None:
+    """A film that was stopped, bit for bit; it leaves nothing behind."""
+    assert torch.equal(host.latents(graph), whole)
+    assert [note for note in report_of(host, graph)["notes"] if re.match(r"goes on from a saved state: \d of 5 chunks were finished", note)]
+    assert not (host.base / "output" / "flowcache_states").exists()
+
+
+def test_an_interrupted_film_goes_on_when_it_is_queued_again(host: Host, graph: Graph) -> None:
+    plain, mine = saved(graph, 18)
+    whole = host.latents(plain)
+    before, running = of(host), host.until_saved(mine, 2)
+    host.ask("/interrupt", {})
+    done, _ = ended(host, running)
+    assert "execution_interrupted" in [kind for kind, _ in done["status"]["messages"]]
+    names = sorted(path.name for path in (host.base / "output" / "flowcache_states").iterdir())
+    assert [name.split(".", 1)[1] for name in names] == ["0.safetensors", "1.safetensors"]
+    goes_on(host, mine, whole)
+    assert of(host) == before
+
+
+def test_a_film_whose_process_was_killed_goes_on_when_it_is_queued_again(host: Host, graph: Graph) -> None:
+    plain, mine = saved(graph, 19)
+    whole, running = host.latents(plain), host.until_saved(mine, 2)
+    os.kill(of(host)[0], signal.SIGKILL)
+    assert "the process of device 2 of 2 has ended" in error_of(ended(host, running)[0])
+    goes_on(host, mine, whole)
+
+
 def test_models_that_are_unloaded_give_back_what_the_processes_hold(host: Host, graph: Graph) -> None:
     host.latents(put(on_two(graph), "RandomNoise", noise_seed=15))
     (pid,) = of(host)
@@ -207,6 +281,21 @@ def test_without_a_second_device_nothing_changes(host: Host, graph: Graph) -> No
     assert "devices is 1, so this node changes nothing" in said(host, on_two(graph, devices=1), NODE)
 
 
+def test_the_first_device_is_that_of_the_model(tmp_path: Path) -> None:
+    """Whichever the host runs on: Select Model Device moves one MODEL to another card. The cards are not there: nothing is computed."""
+    found = inside(tmp_path, CARDS)
+    assert found["where"] == ["cuda:0", "cuda:1"]
+    assert found["first card"] == ["cuda:0", "cuda:1"]
+    assert found["second card"] == ["cuda:1", "cuda:0"]
+    assert found["every card"] == ["cuda:1", "cuda:0", "cuda:2"]
+    assert "4 graphics cards were asked for, and ComfyUI sees 3" in found["too many"]
+    assert "2 graphics cards were asked for, and this MODEL runs on cpu" in found["processor"]
+    assert found["processor alone"] == ALONE
+    assert found["processes"] == ["cpu", "cpu"]
+    assert "this MODEL runs on cuda:1, a graphics card" in found["not of a card"]
+    assert "Devices was given this MODEL on cuda:0, and it was moved to cuda:1 behind it: put the node " in found["moved"]
+
+
 def test_what_cannot_be_shared_is_refused_before_anything_is_started(host: Host, graph: Graph) -> None:
     host.ask("/free", {"unload_models": True, "free_memory": True})
     time.sleep(2)
@@ -214,10 +303,9 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_started(host: Host,
     behind_patch = on_two(graph)
     behind_patch["extra"]["inputs"]["model"] = ["patched", 0]
     cases = {
-        "2 graphics cards were asked for, and ComfyUI runs on cpu": on_two(graph, where="graphics cards"),
+        "2 graphics cards were asked for, and this MODEL runs on cpu": on_two(graph, where="graphics cards"),
         "64 devices cannot share this film: its network has": on_two(graph, devices=64),
         "load the network from its file, and this MODEL has a LoRA or another patch of weights: bypass Devices": {**behind_patch, **patched},
-        "a film that several devices share cannot be saved on its way": put(on_two(graph), "FlowCacheSampler", save_every=1),
         "every frame of a section sees every other": put(on_two(graph), "FlowCacheSampler", attention=BIDIRECTIONAL),
         "Devices works with the AR Chunk Sampler": {
             **put(on_two(without_cache(graph)), "SamplerCustomAdvanced", sampler=["stock", 0]),
@@ -229,10 +317,14 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_started(host: Host,
     assert of(host) == []
 
 
-def test_no_process_is_left_after_the_host_was_killed(host: Host, graph: Graph) -> None:
-    """The last test of this file: there is no host after it."""
-    begun(host, long(put(graph, "RandomNoise", noise_seed=17)), host.log.read_text().count(SHARING))
+def test_no_process_is_left_after_the_host_was_killed_and_the_film_goes_on_in_the_next(host: Host, graph: Graph) -> None:
+    """The last test of this file: that host is gone after it."""
+    plain, mine = saved(graph, 17)
+    whole = host.latents(plain)
+    host.until_saved(mine, 2)
     (pid,) = of(host)
     host.process.kill()
     host.process.wait()
     assert gone(pid, 10)
+    with Host(host.base, options=OPTIONS) as other:
+        goes_on(other, mine, whole)

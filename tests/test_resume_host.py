@@ -13,11 +13,7 @@ pytestmark = NEEDS_HOST
 
 def interrupted(host: Host, graph: Graph, seconds: float = 240) -> None:
     """Queues a film and interrupts it as soon as a state of it lies on the disk."""
-    folder = host.base / "output" / "flowcache_states"
-    queued = host.ask("/prompt", {"prompt": graph})["prompt_id"]
-    end = time.monotonic() + seconds
-    while not list(folder.glob("*.safetensors")) and time.monotonic() < end:
-        time.sleep(0.02)
+    queued, end = host.until_saved(graph), time.monotonic() + seconds
     host.ask("/interrupt", {})
     while not (done := host.ask(f"/history/{queued}")) and time.monotonic() < end:
         time.sleep(0.1)

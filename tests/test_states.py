@@ -109,6 +109,27 @@ def test_the_oldest_states_go_and_what_others_keep_there_stays(resumable: Callab
     assert left == {*(path.name for path in paths[-states_of_runs.KEPT :]), "mine.safetensors", ".0123456789abcdef.76543210.partial"}
 
 
+def test_a_finished_film_takes_the_states_of_all_its_devices_along_and_no_others(tmp_path: Path) -> None:
+    """Whichever of them is the last: one that was lost leaves its own behind."""
+    film, other = {"seed": "1"}, {"seed": "2"}
+    parts = [States(tmp_path, part=part) for part in range(3)]
+    for path in (*(part.path(film) for part in parts), parts[0].path(other)):
+        path.touch()
+    parts[0].drop(film)
+    assert list(tmp_path.iterdir()) == [parts[0].path(other)]
+
+
+def test_the_oldest_states_of_devices_go_together(tmp_path: Path) -> None:
+    films = [{"seed": f"{number}"} for number in range(states_of_runs.KEPT + 1)]
+    parts = [States(tmp_path, part=part) for part in range(2)]
+    for number, film in enumerate(films):
+        for part in parts:
+            part.path(film).touch()
+            os.utime(part.path(film), (number, number))
+    parts[0].tidy()
+    assert set(tmp_path.iterdir()) == {part.path(film) for part in parts for film in films[1:]}
+
+
 def test_a_full_disk_stops_neither_the_run_nor_the_earlier_state(
     resumable: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

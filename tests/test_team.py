@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from flowcache_core.run.generate import Guided, Job, generate, run_of
 from flowcache_core.run.lead import Leader
 from flowcache_core.run.report import RunReport
 from flowcache_core.run.shared import FilmSettings
+from flowcache_core.run.states import States
 from flowcache_core.run.team import Source, Team
 from flowcache_core.run.turn import Evaluate, Turn
+from tests.resuming import ASIDE
 
 JOB = Job("red circle moves right", frames=21, steps=3, size=32, seed=2, ar_step=2, cfg=3.0)
 DEVICES = ("cpu", "cpu")
@@ -59,13 +62,14 @@ def team() -> Iterator[Team]:
 
 
 def film(team: Team, bundle: Bundle, source: Source, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None,
-         split_branches: bool = True, around: Around = lambda leader, evaluate: evaluate) -> tuple[Tensor, RunReport]:  # fmt: skip
+         split_branches: bool = True, around: Around = lambda leader, evaluate: evaluate,
+         states: States | None = None) -> tuple[Tensor, RunReport]:  # fmt: skip
     guided = Guided(bundle, job)
     with (
         torch.inference_mode(),
-        team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, split_branches, lambda: None) as leader,
+        team.sharing(run_of(bundle, job, policy, compressor), source, guided.branches, split_branches, lambda: None, states) as leader,
     ):
-        return leader.sample(job.noise(bundle), around(leader, guided))
+        return leader.sample(job.noise(bundle), around(leader, guided), None, states)
 
 
 def deviation(mine: Tensor, bundle: Bundle, job: Job = JOB, policy: CachePolicy | None = None, compressor: Compressor | None = None) -> float:
@@ -153,6 +157,123 @@ def test_branches_that_the_run_itself_makes_are_shared_under_any_guider(team: Te
     torch.testing.assert_close(latents, reference, rtol=0, atol=1e-12)
     assert not torch.allclose(reference, generate(magi, job)[0], atol=1e-6), "durations change nothing"
     assert (report.devices["branches"], report.devices["heads"]) == (2, 1)
+
+
+# saved on the way
+
+
+SAVED = replace(JOB, frames=57)
+"""Three chunks."""
+
+
+def at_chunk(index: int, act: Callable[[], object]) -> Around:
+    """Does something before the first evaluation of this chunk, once."""
+    acts = [act]
+
+    def around(leader: Leader, evaluate: Evaluate) -> Evaluate:
+        def call(turn: Turn, x: Tensor) -> Tensor:
+            if turn.index == index and acts:
+                acts.pop()()
+            return evaluate(turn, x)
+
+        return call
+
+    return around
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+def stopped(team: Team, bundle: Bundle, source: Source, folder: Path, **case: Any) -> list[Path]:
+    """The files of a film that was interrupted."""
+    with pytest.raises(Interrupted):
+        film(team, bundle, source, SAVED, states=States(folder), around=at_chunk(2, interrupt), **case)
+    return sorted(folder.iterdir())
+
+
+def counts(report: RunReport) -> dict[str, Any]:
+    return {key: value for key, value in report.as_dict().items() if key not in {*ASIDE, "devices"}}
+
+
+def resumed(report: RunReport) -> list[str]:
+    return [note for note in report.notes if note.startswith("goes on from a saved state: ")]
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "branches": {"policy": Planned(share=0.6)},
+    "heads, a budget": {"split_branches": False, "compressor": Compressor(ImportanceRedundancy(), 1.5, dtype="int8")},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_an_interrupted_film_goes_on_on_all_devices(team: Team, bundle: Bundle, source: Source, tmp_path: Path, name: str) -> None:
+    """Each with the state of its own share, under the name that the first one gave it."""
+    folder, (whole, report) = tmp_path / "states", film(team, bundle, source, SAVED, **SHARED[name])
+    before = pids(team)
+    files = stopped(team, bundle, source, folder, **SHARED[name])
+    assert [path.name.split(".", 1)[1] for path in files] == ["0.safetensors", "1.safetensors"]
+    assert len({path.name.split(".")[0] for path in files}) == 1
+    latents, told = film(team, bundle, source, SAVED, states=States(folder), **SHARED[name])
+    assert torch.equal(latents, whole)
+    assert resumed(told)
+    assert counts(told) == counts(report)
+    assert told.devices["calls"] < report.devices["calls"]
+    assert not folder.exists(), "a finished film leaves nothing"
+    assert pids(team) == before
+
+
+def test_a_film_whose_worker_was_killed_goes_on_with_another(team: Team, bundle: Bundle, source: Source, tmp_path: Path) -> None:
+    whole, _ = film(team, bundle, source, SAVED)
+    (before,) = pids(team)
+    with pytest.raises(WorkerLost, match=r"the process of device 2 of 2 has ended \(status -9\)"):
+        film(team, bundle, source, SAVED, states=States(tmp_path), around=at_chunk(2, lambda: os.kill(before, signal.SIGKILL)))
+    assert len(list(tmp_path.iterdir())) == 2
+    latents, report = film(team, bundle, source, SAVED, states=States(tmp_path))
+    assert resumed(report)
+    assert torch.equal(latents, whole)
+    assert pids(team) != [before]
+
+
+def test_the_mesh_of_a_state_is_kept_though_another_is_faster(team: Team, bundle: Bundle, source: Source, tmp_path: Path) -> None:
+    """What is fastest is timed anew in every process. A state of another film has no say."""
+    folder = tmp_path / "states"
+    stopped(team, bundle, source, folder, split_branches=False)
+    _, other = film(team, bundle, source, replace(SAVED, seed=4), states=States(folder))
+    latents, report = film(team, bundle, source, SAVED, states=States(folder))
+    assert (other.devices["branches"], report.devices["branches"]) == (2, 1)
+    assert not resumed(other)
+    assert resumed(report)
+    assert torch.equal(latents, film(team, bundle, source, SAVED, split_branches=False)[0])
+
+
+def test_a_state_of_another_number_of_devices_is_named_and_stays(team: Team, bundle: Bundle, source: Source, tmp_path: Path) -> None:
+    guided = Guided(bundle, SAVED)
+
+    def alone(turn: Turn, x: Tensor) -> Tensor:
+        if turn.index == 2:
+            raise Interrupted
+        return guided(turn, x)
+
+    with torch.inference_mode(), pytest.raises(Interrupted):
+        run_of(bundle, SAVED).sample(SAVED.noise(bundle), alone, None, States(tmp_path))
+    (left,) = tmp_path.iterdir()
+    latents, report = film(team, bundle, source, SAVED, states=States(tmp_path))
+    (note,) = (note for note in report.notes if "another film" in note)
+    assert 'devices: nothing there, "2 x 1" here' in note
+    assert deviation(latents, bundle, SAVED) <= 1e-12
+    assert list(tmp_path.iterdir()) == [left]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_all_devices_begin_anew_where_the_state_of_one_is_damaged(team: Team, bundle: Bundle, source: Source, tmp_path: Path, part: int) -> None:
+    path = stopped(team, bundle, source, tmp_path / "states")[part]
+    path.write_bytes(path.read_bytes()[:-1])
+    latents, report = film(team, bundle, source, SAVED, states=States(tmp_path / "states"))
+    assert not resumed(report)
+    assert any("not by all of its devices, or not at the same row: the film begins anew" in note for note in report.notes)
+    assert deviation(latents, bundle, SAVED) <= 1e-12
+    assert not (tmp_path / "states").exists()
 
 
 def listening() -> set[str]:

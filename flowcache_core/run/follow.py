@@ -22,6 +22,7 @@ from ..ranks.workers import FAILED, IDLE, Commands, Message
 from ..ranks.world import timed_machine
 from .run import Run
 from .shared import Evaluation, FilmSettings, family_named, shared
+from .states import States
 from .turn import Turn
 
 STOPPING = 10.0
@@ -51,9 +52,10 @@ class Follower:
     contexts: dict[tuple[str, ...], Tensor]
 
     def follow(self, run: Run, settings: FilmSettings) -> None:
-        """Makes the film along with the leader."""
-        x = self.received(self._next("begin"))["x"]
-        run.sample(x, lambda turn, part: self._evaluated(turn, part, run, settings))
+        """Makes the film along with the leader, and saves this device's share where the leader saves its own."""
+        message = self._next("begin")
+        states = States.from_json(message["states"]) if message["states"] else None
+        run.sample(self.received(message)["x"], lambda turn, part: self._evaluated(turn, part, run, settings), states=states)
 
     def received(self, message: Message) -> dict[str, Tensor]:
         made = {name: torch.empty(one["shape"], dtype=getattr(torch, one["dtype"]), device=self.device) for name, one in message["tensors"].items()}

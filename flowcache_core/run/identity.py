@@ -27,8 +27,9 @@ PIECE = 1 << 22
 """Numbers that are brought to the processor at a time."""
 
 
-def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, str]:
-    """`noise`: latents that the run is handed, given frames among them; `more`: what else the film depends on, by name."""
+def film_of(run: Run, noise: Tensor | None, more: Mapping[str, object]) -> dict[str, str]:
+    """`noise`: latents that the run is handed, given frames among them; None: all else that is known of the film. `more`: what it depends on besides,
+    by name."""
     family, place = run.family, run.place
     values: dict[str, object] = {
         "model": family.name,
@@ -49,8 +50,7 @@ def film_of(run: Run, noise: Tensor, more: Mapping[str, object]) -> dict[str, st
         "bytes of a number": place.itemsize,
         "adapter": type(run.adapter).__qualname__,
         **more,
-        "latents": list(noise.shape),
-        "noise and given frames": noise,
+        **({} if noise is None else {"latents": list(noise.shape), "noise and given frames": noise}),
     }
     return {name: value for key, one in values.items() for name, value in _named(key, one)}
 

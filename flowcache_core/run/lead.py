@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..kv.cache import Branches
 from ..ranks.rendezvous import LateGroup
+from .identity import film_of
 from .report import RunReport
 from .run import Observer, Run
 from .shared import Evaluation, own_branches
@@ -38,8 +39,9 @@ class Leader:
     _numbers: dict[Hashable, int] = field(default_factory=dict)
 
     def sample(self, x: Tensor, evaluate: Evaluate, observer: Observer | None = None, states: States | None = None) -> tuple[Tensor, RunReport]:
-        """As `Run.sample`, on all devices. The report has what was expected of them, and what came."""
-        self._give("begin", {"x": x})
+        """As `Run.sample`, on all devices, each of which saves its own share. The report has what was expected of them, and what came."""
+        states = states and replace(states, named=film_of(self.run, x, states.film))
+        self._give("begin", {"x": x}, states=states and states.as_json())
 
         def led(turn: Turn, part: Tensor) -> Tensor:
             out = evaluate(LedTurn(turn, self), part)

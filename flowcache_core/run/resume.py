@@ -81,7 +81,7 @@ class FileCheckpoints:
     """Of one run. `noise`: the latents that it is handed."""
 
     def __init__(self, states: States, run: Run, noise: Tensor) -> None:
-        self.states, self.run, self.film = replace(states, part=run.spread.place), run, film_of(run, noise, states.film)
+        self.states, self.run, self.film = replace(states, part=run.spread.place), run, states.named or film_of(run, noise, states.film)
         self.section: int | None = None
         self._kinds = kinds_of(run.policy, run.compressor.policy if run.compressor else None, run.solver, run.solver.skipping)
         self._finished_since, self._failed, self._resumed = 0, False, False

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..untrusted import short
 from .identity import Film, differences, key_of
@@ -41,10 +42,20 @@ class States:
     """Which of the devices that share the film writes here; None where one makes it."""
     keep: bool = False
     """Whether the last state stays when the latents are there, for whoever has not done with them yet."""
+    named: Film | None = None
+    """All that the film depends on, as the first of the devices that share it has said; None: this process finds out by itself."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"the state of a run was to be saved every {self.every} chunks: use 1 or more, or leave it out")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> States:
+        return cls(Path(data["folder"]), data["every"], keep=data["keep"], named=data["named"])
+
+    def as_json(self) -> dict[str, Any]:
+        """For another device of the film, which has been named."""
+        return {"folder": f"{self.folder.absolute()}", "every": self.every, "keep": self.keep, "named": self.named}
 
     def path(self, film: Film) -> Path:
         part = "" if self.part is None else f".{self.part}"
@@ -62,14 +73,19 @@ class States:
 
     def nearest(self, film: Film) -> str:
         """In a sentence, which of the films that were saved is nearest to this one, and how it differs; "" where there is none."""
-        others = [(differences(there, film), size_of(metadata)) for metadata, there in self._others() if there != film]
+        others = [(differences(there, film), size_of(metadata)) for metadata, there in self._films() if there != film]
         if not others:
             return ""
         named, size = min(others, key=lambda other: len(other[0]))
         listed = "; ".join([*named[:NAMED], *([f"{len(named) - NAMED} settings more"] if len(named) > NAMED else [])])
         return f"a state of {size} was saved of another film, which differs in {listed}. This film begins anew; with those settings that one goes on"
 
-    def _others(self) -> Iterator[tuple[Mapping[str, object], Film]]:
+    @property
+    def films(self) -> list[Film]:
+        """Those of which a state lies here."""
+        return [there for _, there in self._films()]
+
+    def _films(self) -> Iterator[tuple[Mapping[str, object], Film]]:
         for path in self._all():
             with suppress(OSError, ValueError):
                 match metadata := metadata_of(path):
@@ -96,9 +112,11 @@ class States:
                     path.unlink(missing_ok=True)
 
     def drop(self, film: Film) -> None:
-        """A film is finished: its state goes, and the folder, if nothing else lies in it."""
+        """A film is finished: its state goes, the parts of all devices, and the folder, if nothing else lies in it."""
         with suppress(OSError):
-            self.path(film).unlink(missing_ok=True)
+            for path in self._all():
+                if _key(path) == key_of(film):
+                    path.unlink(missing_ok=True)
             self.tidy()
             self.folder.rmdir()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from ..ranks.group import Traffic
 from ..ranks.rendezvous import LateWorld, Meeting, planned, require_unused
 from ..ranks.workers import WorkerLost, Workers
 from ..ranks.world import timed_machine
+from .identity import film_of
 from .lead import Leader, described
 from .run import Run
 from .shared import FilmSettings, shared
+from .states import States
 
 PROGRAM = "flowcache_core.run.follow"
 START, LOAD, PART, NOTICED = 120.0, 3600.0, 10.0, 1.0
@@ -57,14 +59,25 @@ class Team:
         self.busy = False
         """Whether a film is being made."""
 
-    def plan(self, run: Run, split_branches: bool) -> Run:
-        """The run of this device. Raises ValueError, before a process is started, for a film that the devices cannot share."""
-        return shared(run, planned(len(self.devices), self.machine), split_branches)
+    def plan(self, run: Run, split_branches: bool, states: States | None = None) -> Run:
+        """The run of this device, with the mesh of the film's state where one was saved, else with the fastest. Raises ValueError, before a process
+        is started, for a film that the devices cannot share."""
+        world = planned(len(self.devices), self.machine)
+        fastest = shared(run, world, split_branches)
+        if states is None or not (there := states.films):
+            return fastest
+        for branches in (count for count in range(1, world.devices + 1) if world.devices % count == 0):
+            with suppress(ValueError):
+                mine = shared(run, replace(world, branches=branches), split_branches)
+                if any(film_of(mine, None, states.film).items() <= film.items() for film in there):
+                    return mine
+        return fastest
 
     @contextmanager
-    def sharing(self, run: Run, source: Source, branches: Sequence[str], split_branches: bool, check: Check) -> Iterator[Leader]:
+    def sharing(self, run: Run, source: Source, branches: Sequence[str], split_branches: bool, check: Check,
+                states: States | None = None) -> Iterator[Leader]:  # fmt: skip
         """Until the block ends all devices make this film. `run`: of the whole film; `branches`: its texts, in order; `split_branches`: as in
-        `shared`.
+        `shared`; `states`: where it will be saved, if it is.
 
         Raises WorkerLost, with a sentence, where a worker fails or ends; then all are ended, and the next film starts others.
         """
@@ -76,7 +89,7 @@ class Team:
             workers = self._ready(wanted, check)
             try:
                 with self._met(workers) as world:
-                    mine = self._part(workers, world, run, split_branches, written)
+                    mine = self._part(workers, world, run, self.plan(run, split_branches, states).spread.mesh.branches, written)
                     yield Leader(mine, settings.branches, world.everyone(mine.spread.heads.traffic), workers.send)
             except BaseException as error:
                 self._failed(error)
@@ -109,9 +122,9 @@ class Team:
             self.machine = self.machine or timed_machine(self.devices[0])
             yield world
 
-    def _part(self, workers: Workers, world: LateWorld, run: Run, split_branches: bool, settings: Any) -> Run:
-        """The run of this device, of which the others now have theirs."""
-        branches, durations = self.plan(run, split_branches).spread.mesh.branches, _durations(run)
+    def _part(self, workers: Workers, world: LateWorld, run: Run, branches: int, settings: Any) -> Run:
+        """The run of this device, of which the others now have theirs. `branches`: along how many devices they are shared."""
+        durations = _durations(run)
         workers.send(do="film", settings=settings, branches=branches, tensors={name: described(one) for name, one in durations.items()})
         everyone = world.everyone(Traffic())
         for one in durations.values():
