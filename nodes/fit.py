@@ -34,6 +34,7 @@ def require_ours(model: Any, node: str, others: str = "") -> HostModel:
 def require_film(host: HostModel, frames: int, prefix: int = 0, suffix: int = 0) -> None:
     """Raises ValueError for a film of so many latent frames, some of them given, that the model does not make, in whatever steps."""
     layout, family = host.layout, host.family
+    family.require_frames(family.frames.pixel(frames), layout.chunk_frames)
     if family.check is not any_schedule:
         apart = family.published.stagger(STEPS)
         family.check(ChunkSchedule(frames, layout.chunk_frames, STEPS, apart, layout.window, prefix, suffix, family.frames, layout.aligned))
