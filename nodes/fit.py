@@ -19,6 +19,8 @@ STEPS = 4
 """As many as every family can go through."""
 HOOKED = "flowcache_hooked"
 """Attachment of a MODEL: the mark that hooks on weights have left on it."""
+CAST = "manual_cast_dtype"
+"""Patch of an object by which ModelComputeDtype sets the dtype of computation."""
 
 
 def require_ours(model: Any, node: str, others: str = "") -> HostModel:
@@ -34,6 +36,7 @@ def require_ours(model: Any, node: str, others: str = "") -> HostModel:
 def require_film(host: HostModel, frames: int, prefix: int = 0, suffix: int = 0) -> None:
     """Raises ValueError for a film of so many latent frames, some of them given, that the model does not make, in whatever steps."""
     layout, family = host.layout, host.family
+    family.require_frames(family.frames.pixel(frames), layout.chunk_frames)
     if family.check is not any_schedule:
         apart = family.published.stagger(STEPS)
         family.check(ChunkSchedule(frames, layout.chunk_frames, STEPS, apart, layout.window, prefix, suffix, family.frames, layout.aligned))
@@ -60,21 +63,28 @@ def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
             f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for a matrix of {made_for}, this model has {shape}. "
             f"It was made for another size: use one for {inner.family.release(inner.diffusion_model.config)}, or bypass it"
         )
-    if _added_nothing(model):
+    if (useless := _added_nothing(model)) is None:
+        return
+    if CAST in useless.object_patches:  # the host keeps the same of both
         raise ValueError(
-            f"{node}: none of the LoRA's layers is in this model, so it would change nothing (the log lists them as not loaded): it was made for "
-            f"another kind of model, or names its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, "
-            "or use one with original or kohya names"
+            f"{node}: a node before it changed nothing: it is a ModelComputeDtype with the dtype that the MODEL has already, or a LoRA of which the "
+            "log lists all layers as not loaded. Bypass that node"
         )
+    raise ValueError(
+        f"{node}: none of the LoRA's layers is in this model, so it would change nothing (the log lists them as not loaded): it was made for "
+        f"another kind of model, or names its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, "
+        "or use one with original or kohya names"
+    )
 
 
-def _added_nothing(model: Any) -> bool:
-    """Whether a node gave a MODEL patches of weights of which none fits: the host marks the clone as patched, and its patches stay the same."""
+def _added_nothing(model: Any) -> Any:
+    """The MODEL behind a node that marked it as patched and left its patches the same: of the weights that they are for none is there, or they set
+    the dtype that was set. None where there is no such node."""
     before = getattr(model, "parent", None)
     if before is None:
-        return False
+        return None
     marked = model.patches_uuid != before.patches_uuid and _others(model) == _others(before)
-    return (marked and _count(model) == _count(before)) or _added_nothing(before)
+    return model if marked and _count(model) == _count(before) else _added_nothing(before)
 
 
 def remember_hooks(model: Any) -> None:
@@ -91,4 +101,4 @@ def _others(model: Any) -> tuple[Any, ...]:
     """What else marks a MODEL as patched: another dtype of computation, wrapped weights, hooks."""
     wrapped = {name: len(some) for name, some in model.weight_wrapper_patches.items()}
     hooks = set(model.hook_patches), model.get_attachment(HOOKED)
-    return "manual_cast_dtype" in model.object_patches, model.object_patches.get("manual_cast_dtype"), wrapped, *hooks
+    return CAST in model.object_patches, model.object_patches.get(CAST), wrapped, *hooks

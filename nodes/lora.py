@@ -1,4 +1,5 @@
-"""A LoRA as training publishes it, such as that of LongLive: a .pt file whose names the host does not read."""
+"""A LoRA as training publishes it, such as that of LongLive: a .pt file whose names the host does not read. Names that the host reads by itself, such
+as those of kohya, are left to it."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ def lora_files() -> list[str]:
 def with_lora(model: Any, name: str) -> Any:
     """A clone of a MODEL with the LoRA at full strength. Raises ValueError for a file with a layer that is not in the model, or with none."""
     checkpoint = open_checkpoint(Path(folder_paths.get_full_path_or_raise(FOLDER, name)))
-    names = lora_names(checkpoint.stored)
-    weights = {f"diffusion_model.{names[key]}": tensor for key, tensor in checkpoint.tensors(names)}
-    patches = comfy.lora.load_lora(weights, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+    layers = comfy.lora.model_lora_keys_unet(model.model, {})
+    names = {key: key if key.split(".")[0] in layers else f"diffusion_model.{name}" for key, name in lora_names(checkpoint.stored).items()}
+    weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names)}
+    patches = comfy.lora.load_lora(weights, layers, log_missing=False)
     known = {layer for patch in patches.values() for layer in getattr(patch, "loaded_keys", ())}
     if strange := sorted(weights.keys() - known):
         first = strange[0].removeprefix("diffusion_model.")

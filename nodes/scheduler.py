@@ -28,8 +28,8 @@ class ARVideoScheduler(io.ComfyNode):
                              tooltip="SkyReels-V2: 30 to 50. MAGI-1: 64 (24B: 32). MAGI-1 distilled: 64, 32, 16, 8, or 12 of two lengths. "
                                      "Few-step causal models: 4 (CausVid: 3)."),
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, advanced=True,
-                               tooltip="0: as published, 8 for SkyReels-V2, 3 for MAGI-1, 5 for Self-Forcing. More spends more steps on strong "
-                                     "noise."),
+                               tooltip="0: as published, 8 for SkyReels-V2, 3 for MAGI-1, 5 for Self-Forcing (CausVid: 8). More spends more steps on "
+                                     "strong noise."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Below 1 a given film is changed only so far."),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced.")],

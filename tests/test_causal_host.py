@@ -26,7 +26,7 @@ from tests.host import NEEDS_HOST, Graph, Host, error_of, put, with_nodes
 from tests.tiny_causal import PUBLISHED, TO_HOST, tiny_causal
 
 pytestmark = NEEDS_HOST
-FILE, REPACK, LONE, LORA = "self_forcing.pt", "repack.safetensors", "lone.safetensors", "lora.pt"
+FILE, REPACK, LONE, LORA, KOHYA = "self_forcing.pt", "repack.safetensors", "lone.safetensors", "lora.pt", "kohya.safetensors"
 TEXT_DIM = 256
 """That of the CLIP that comes with the bundled model."""
 LORA_LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.v")
@@ -64,6 +64,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     save_file(weights, folder / REPACK, TO_HOST)
     save_file(weights, folder / LONE)
     torch.save(longlive_lora(), base / "models" / "loras" / LORA)
+    save_file(kohya(longlive_lora()["generator_lora"]), base / "models" / "loras" / KOHYA)
     torch.save(
         {"generator_lora": {"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(2, 256)}}, base / "models" / "loras" / "other.pt"
     )
@@ -79,6 +80,17 @@ def longlive_lora() -> dict[str, dict[str, Tensor]]:
         parts[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
         parts[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
     return {"generator_lora": parts, "critic_lora": {key: value * 7 for key, value in parts.items()}}
+
+
+def kohya(lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as kohya writes it, with the rank as alpha."""
+    out: dict[str, Tensor] = {}
+    for key, weight in lora.items():
+        layer, _, which = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        out[f"{name}.lora_{'down' if which == 'A' else 'up'}.weight"] = weight
+        out[f"{name}.alpha"] = torch.tensor(4.0)
+    return out
 
 
 def with_longlive() -> SkyReelsV2:
@@ -257,6 +269,8 @@ def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: 
     ours = host.latents(graph)
     close(ours, host.latents(by_host(graph)))
     close(normalise(ours), alone(network=with_longlive()))
+    graph["model"]["inputs"]["lora"] = KOHYA
+    assert torch.equal(host.latents(graph), ours), "the same LoRA under the names of kohya"
     graph["model"]["inputs"]["lora"] = "other.pt"
     assert "other.pt: 1 of 1 tensors are for no layer of this model, such as blocks.9.self_attn.q.lora_A.weight" in refusal(host, graph)
 

@@ -93,7 +93,7 @@ def test_demo_runs_the_other_bundled_model_in_the_ways_that_it_has(cli: Cli, tmp
     assert report["runs"][1]["tokens_computed"] < report["runs"][0]["tokens_computed"]
     capsys.readouterr()
     refused: dict[str, tuple[object, ...]] = {
-        "looks back only": ("--arms", "upstream"), "30 frames are not 4n: use 28 or 32": ("--frames", 30),
+        "looks back only": ("--arms", "upstream"), "makes whole chunks of 24 frames, and 30 do not divide: use 24 or 48": ("--frames", 30),
         "10 steps do not divide: use 8 or 12": ("--steps", 10), "28 do not divide: use 24 or 48": ("--frames", 28),
     }  # fmt: skip
     for sentence, arguments in refused.items():

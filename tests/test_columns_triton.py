@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
 from tests.interpreted import DEVICES, NEEDS_TRITON, PREPARED, agrees
 
 SCRIPT = """
@@ -52,28 +48,3 @@ def test_every_tile_fits_its_card() -> None:
     from flowcache_core.kernels.columns_triton import TILES
 
     assert {card: tile.shared(128) <= LIMITS[card] * 1024 for card, tile in TILES.items()} == dict.fromkeys(LIMITS, True)
-
-
-def shared_of(kernel: Any, card: tuple[int, int], over: int) -> int:
-    """Bytes of shared memory that the compiler asks for, on a card that need not be there: `over` query heads of 128 channels share a key head."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from flowcache_core.kernels.columns_triton import TILES
-
-    tile, names, strides = TILES[card], kernel.arg_names, ("qr", "qh", "qn", "kr", "kh", "kn")
-    form = {"OVER": over, "SHARE": 1, "D": 128, "BM": tile.queries, "BN": tile.keys, "UPCAST": False}
-    types = {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "out": "*fp32", "scale": "fp32", **dict.fromkeys(form, "constexpr")}
-    even = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in strides or types.get(name, "").startswith("*")}
-    source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, form, even)
-    target = GPUTarget("cuda", 10 * card[0] + card[1], 32)
-    return int(triton.compile(source, target, {"num_warps": tile.warps, "num_stages": tile.stages}).metadata.shared)
-
-
-@NEEDS_TRITON
-@pytest.mark.parametrize("card", [(8, 6), (9, 0)])
-def test_however_many_query_heads_share_a_key_head_the_kernels_fit(card: tuple[int, int]) -> None:
-    from flowcache_core.kernels.columns_triton import _log_sum_exp, _sums
-
-    assert max(shared_of(kernel, card, 6) for kernel in (_log_sum_exp, _sums)) <= LIMITS[card] * 1024

@@ -62,6 +62,17 @@ def test_a_family_counts_frames_levels_and_branches_consistently(family: Family)
     torch.testing.assert_close(family.guidance.combine([velocity] * len(branches), 3.0, 0.7), velocity)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, TOY], ids=lambda family: family.name)
+def test_a_refused_length_comes_with_two_that_are_made(family: Family) -> None:
+    chunk = family.layout.chunk_frames
+    for frames in (0, 6, 50, 58, 98):
+        with pytest.raises(ValueError, match=r": use \d+ or \d+$") as refused:
+            family.require_frames(frames, chunk)
+        named = [int(count) for count in str(refused.value).rpartition(": use ")[2].split(" or ")]
+        assert [family.frames.pixel(family.require_frames(count, chunk)) for count in named] == named
+        assert frames < named[1]
+
+
 @pytest.mark.parametrize("solver", [None, Renoise()])
 def test_the_toy_makes_a_film(bundle: Bundle, solver: Renoise | None) -> None:
     film, report = generate(bundle, JOB, integrator=solver)

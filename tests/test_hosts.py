@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,22 +17,23 @@ from flowcache_core.fleet.destination import Folder
 from flowcache_core.fleet.dispatch import Dispatch, NoWorkers, Outcome
 from flowcache_core.fleet.hosts import host_fleet, saved_of
 from flowcache_core.fleet.manifest import MADE, NOT_MADE, Manifest
-from flowcache_core.fleet.tasks import GraphTask, Made
+from flowcache_core.fleet.tasks import Failed, GraphTask, Made
 
 GRAPH = {"1": {"class_type": "SaveVideo", "inputs": {}}}
 SAVED = {"filename": "a_00001_.mp4", "subfolder": "video", "type": "output"}
 
 
 class Served(BaseHTTPRequestHandler):
-    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt, one that `tears` ends while it sends
-    a film."""
+    """Every prompt is finished as soon as it is asked for; a server that `dies` is closed by its first prompt, one ends the connection while it
+    sends a film, the first `tears` times."""
 
     server: Fake
 
     def do_GET(self) -> None:
         number = self.path.rsplit("/", 1)[-1]
         if self.path.startswith("/view"):
-            self.answer(b"a film", len(b"a film") // 2 if self.server.tears else None)
+            self.server.tears, tears = self.server.tears - 1, self.server.tears > 0
+            self.answer(b"a film", len(b"a film") // 2 if tears else None)
         elif self.path.startswith("/history") and number in self.server.prompts and not self.server.forgets:
             self.answer({number: {"status": {"status_str": "success"}, "outputs": {"1": {"images": [SAVED], "text": ["a report"]}}}})
         elif self.path.startswith("/object_info"):
@@ -62,7 +64,7 @@ class Served(BaseHTTPRequestHandler):
 
 
 class Fake(ThreadingHTTPServer):
-    def __init__(self, dies: bool = False, forgets: bool = False, tears: bool = False) -> None:
+    def __init__(self, dies: bool = False, forgets: bool = False, tears: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), Served)
         self.dies, self.forgets, self.tears = dies, forgets, tears
         self.prompts: list[str] = []
@@ -81,7 +83,7 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
         server.server_close()
 
 
-def start(servers: list[Fake], **how: bool) -> str:
+def start(servers: list[Fake], **how: int) -> str:
     servers.append(Fake(**how))
     threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
     return servers[-1].url
@@ -104,7 +106,7 @@ def test_films_are_fetched_from_the_servers_that_made_them(servers: list[Fake]) 
         assert one.result.report["texts"] == {"1": ["a report"]}
 
 
-@pytest.mark.parametrize("how", ["dies", "forgets", "tears"])
+@pytest.mark.parametrize("how", ["dies", "forgets"])
 def test_a_server_that_dies_leaves_its_film_to_another(how: str, servers: list[Fake]) -> None:
     urls = [start(servers, **{how: True}), start(servers)]
     with host_fleet(urls, tasks(3)) as fleet:
@@ -112,6 +114,40 @@ def test_a_server_that_dies_leaves_its_film_to_another(how: str, servers: list[F
     assert sorted(one.task.line for one in outcomes) == [1, 2, 3]
     assert {one.result.where for one in outcomes} == {urls[1]}
     assert max(one.tries for one in outcomes) >= 2
+
+
+def test_a_film_whose_transfer_is_torn_is_fetched_again_and_not_made_again(servers: list[Fake]) -> None:
+    with host_fleet([start(servers, tears=2)], tasks(1)) as fleet:
+        (outcome,) = Dispatch(tasks(1), fleet.workers, fleet.lost, tries=1).outcomes()
+    assert isinstance(outcome.result, Made)
+    assert outcome.result.films == {".mp4": b"a film"}
+    assert len(servers[0].prompts) == 1
+
+
+def test_a_server_that_tears_every_film_costs_the_others_nothing(servers: list[Fake]) -> None:
+    urls = [start(servers, tears=99), start(servers)]
+    with host_fleet(urls, tasks(6)) as fleet:
+        outcomes = list(Dispatch(tasks(6), fleet.workers, fleet.lost, tries=1).outcomes())
+    assert sorted(one.task.line for one in outcomes) == [1, 2, 3, 4, 5, 6]
+    assert {(one.result.where, one.tries) for one in outcomes} == {(urls[1], 1)}
+    assert 1 <= len(servers[0].prompts) <= hosts.FILMS_TORN
+
+
+def test_a_server_that_tears_one_film_after_the_other_is_set_aside_with_a_sentence(servers: list[Fake]) -> None:
+    url, told = start(servers, tears=99), []
+    why = f"{url} made 2 films one after the other and sent none of them whole in 3 tries (IncompleteRead(3 bytes read, 3 more expected))"
+    with host_fleet([url], tasks(3)) as fleet, pytest.raises(NoWorkers, match=re.escape(f"no worker is left ({why}): ")):
+        list(Dispatch(tasks(3), fleet.workers, fleet.lost, tell=told.append).outcomes())
+    assert told == [f"{why}, so it is given no more films"]
+    assert len(servers[0].prompts) == hosts.FILMS_TORN
+
+
+def test_a_server_that_tears_one_film_and_sends_the_next_stays(servers: list[Fake]) -> None:
+    with host_fleet([start(servers, tears=hosts.TRANSFERS)], tasks(3)) as fleet:
+        outcomes = {one.task.line: one.result for one in Dispatch(tasks(3), fleet.workers, fleet.lost).outcomes()}
+    assert [isinstance(outcomes[line], Made) for line in (1, 2, 3)] == [False, True, True]
+    assert isinstance(torn := outcomes[1], Failed)
+    assert torn.why.startswith("it arrived whole from no worker: ")
 
 
 def test_without_a_server_a_sentence_says_which_does_not_answer(servers: list[Fake]) -> None:

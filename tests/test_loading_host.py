@@ -226,7 +226,10 @@ def test_the_bundled_model_is_computed_in_the_dtype_that_suits_the_machine(host:
 
 
 def test_another_dtype_of_computation_is_no_lora(host: Host, graph: Graph) -> None:
-    assert torch.isfinite(host.latents(after_loader(graph, "ModelComputeDtype", dtype="fp32"))).all()
+    once = after_loader(graph, "ModelComputeDtype", dtype="fp32")
+    assert torch.isfinite(host.latents(once)).all()
+    twice = {**put(once, "ModelComputeDtype", model=["first", 0]), "first": once["extra"]}
+    refused(host, twice, "it is a ModelComputeDtype with the dtype that the MODEL has already, or a LoRA of which")
 
 
 def test_a_damaged_weight_is_named(host: Host, models: Path, graph: Graph, weights: Weights) -> None:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from flowcache_core.models import FAMILIES
 from tests.host import NEEDS_HOST, PACK, Host
 from tests.node_texts import FILES, LANGUAGES, LOCALES, Texts, apart, english, keys, read
 
@@ -31,6 +32,16 @@ def test_english_is_what_the_code_says(found: dict[str, Texts], file: str) -> No
 @pytest.mark.parametrize("language", LANGUAGES[1:])
 def test_a_language_has_every_text_and_no_other(language: str, file: str) -> None:
     assert apart(language, file) == ""
+
+
+def test_the_shift_of_every_family_is_told() -> None:
+    """Of few-step causal models that are not named it is that of Self-Forcing."""
+    told = keys(read("en", "nodeDefs.json"))["FlowCacheScheduler/inputs/shift/tooltip"]
+    shifts = {name: float(shift) for shift, name in re.findall(r"([\d.]+) for ([\w-]+)", told)}
+    shifts |= {name: float(shift) for name, shift in re.findall(r"\((\w+): ([\d.]+)\)", told)}
+    for family in FAMILIES:
+        named = next((name for name in shifts if family.title.startswith(name)), "Self-Forcing")
+        assert shifts[named] == family.noise.shift, family.title
 
 
 def test_every_language_is_tested() -> None:

@@ -296,7 +296,7 @@ def test_one_given_frame_is_the_first_of_the_first_chunk() -> None:
 @pytest.mark.parametrize(
     ("job", "said"),
     [
-        (replace(JOB, frames=98), "98 frames are not 4n: use 96 or 100"),
+        (replace(JOB, frames=98), "MAGI-1 makes whole chunks of 24 frames, and 98 do not divide: use 96 or 120"),
         (replace(JOB, frames=100), "MAGI-1 makes whole chunks of 24 frames, and 100 do not divide: use 96 or 120"),
         (replace(JOB, steps=50, ar_step=12), "MAGI-1 goes through its steps in 4 stages of equal length, and 50 steps do not divide: use 48 or 52"),
         (replace(JOB, steps=64, ar_step=5), "with ar_step 5 and 64 steps they do not divide: use ar_step 16 (published), or 32, 64"),

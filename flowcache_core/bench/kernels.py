@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             sizes = Sizes.of(GEOMETRIES[name])
             rows.append({"geometry": name, **_row(operation, sizes, operation.inputs(sizes, new), args, product, copy)})
     return {
-        "dtype": args.dtype, "device": device_name(), "torch": torch.__version__, "attention": kernel.name, "cold_cache": big,
+        "dtype": args.dtype, "device": device_name(device), "torch": torch.__version__, "attention": kernel.name, "cold_cache": big,
         "product_tflops": round(product / 1e12, 3), "copy_gb_s": round(copy / 1e9, 2), "rows": rows,
     }  # fmt: skip
 
@@ -316,7 +316,7 @@ def timings(call: Callable[[], object], device: torch.device, seconds: float) ->
     """Seconds of every repetition, at least five: by the device's clock, with a cold cache, on CUDA."""
     for _ in range(3):
         call()
-    return list(_on_cuda(call, seconds) if device.type == "cuda" else _on_processor(call, seconds))
+    return list(_on_cuda(call, device, seconds) if device.type == "cuda" else _on_processor(call, seconds))
 
 
 def _on_processor(call: Callable[[], object], seconds: float) -> Iterator[float]:
@@ -327,14 +327,15 @@ def _on_processor(call: Callable[[], object], seconds: float) -> Iterator[float]
         yield time.perf_counter() - began
 
 
-def _on_cuda(call: Callable[[], object], seconds: float) -> Iterator[float]:
-    cold, end, count = torch.empty(COLD, dtype=torch.uint8, device="cuda"), time.perf_counter() + seconds, 0
+def _on_cuda(call: Callable[[], object], device: torch.device, seconds: float) -> Iterator[float]:
+    cold, stream = torch.empty(COLD, dtype=torch.uint8, device=device), torch.cuda.current_stream(device)
+    end, count = time.perf_counter() + seconds, 0
     while count < 5 or time.perf_counter() < end:
         cold.zero_()
         begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(stream)
         call()
-        done.record()
+        done.record(stream)
         done.synchronize()
         count += 1
         yield begin.elapsed_time(done) / 1000

@@ -143,7 +143,7 @@ def clocked(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     compare(rows)
     return {
         "geometry": args.geometry, "family": geometry.family.name, "config": asdict(geometry.config), "job": asdict(geometry.job),
-        "dtype": args.dtype, "device": device_name(), "torch": torch.__version__, "ceiling_tflops": round(most / 1e12, 3),
+        "dtype": args.dtype, "device": device_name(device), "torch": torch.__version__, "ceiling_tflops": round(most / 1e12, 3),
         "fidelity": FIDELITY, "rows_run": rows_run(geometry.every), "rows": rows,
         "profile": profiled(bundle, geometry.job, args.profile) if args.profile else [],
     }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..device import fast_dtype
+from ..device import device_name, fast_dtype
 from ..models.adapter import Call, ModelAdapter
 from ..models.attention import BlockCausal
 from ..models.bundle import NAME as BUNDLED_NAME
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(threads)
     named = {"model": args.model, "layers": bundle.network.config.layers, "picture": f"{job.width or job.size} x {job.size}",
              "threads": args.threads, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-    return {"model": BUNDLED_NAME, "torch": torch.__version__, "rows": [{**named, **row(bundle, job, timed)}]}
+    device = device_name(torch.device(args.device))
+    return {"device": device, "model": BUNDLED_NAME, "torch": torch.__version__, "rows": [{**named, **row(bundle, job, timed)}]}
 
 
 def asked(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Bundle, Job]:

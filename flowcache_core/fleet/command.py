@@ -67,7 +67,7 @@ def _by_hosts(args: argparse.Namespace, destination: Destination) -> int:
     if not todo:
         return _nothing_to_make(manifest, destination, args.dry_run)
     with host_fleet(args.host, todo) as fleet:
-        _make(Dispatch(todo, fleet.workers, fleet.lost, args.tries), manifest, str(fleet))
+        _make(Dispatch(todo, fleet.workers, fleet.lost, args.tries, tqdm.write), manifest, str(fleet))
     return _summary(manifest, destination)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from ..untrusted import parsed, short
+from .dispatch import Torn, first_line
 from .manifest import REPORT
 from .tasks import Failed, GraphTask, Made, Result
 
@@ -25,6 +26,10 @@ ANSWER_S = 30.0
 POLL_S = 1.0
 SILENT_S = 60.0
 """A server that does not answer for so long is lost, and one that was lost is given up."""
+TRANSFERS = 3
+"""Of one file, before it has not arrived."""
+FILMS_TORN = 2
+"""One after the other, before a server is set aside."""
 ANSWER_BYTES = 64 << 20
 FILM_BYTES = 4 << 30
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -80,6 +85,8 @@ class HostWorker:
     stopped: Event
     given: str = ""
     """The number by which the server knows what it was given; "" while it has nothing."""
+    torn: int = 0
+    """Films that did not arrive whole, one after the other."""
 
     def start(self) -> Future[str]:
         return self.threads.submit(self._start)
@@ -144,14 +151,29 @@ class HostWorker:
         saved = saved_of(done)
         if not saved:
             return Failed("the workflow saved nothing in the output folder: end it with a node such as Save Video", self.server.url)
-        try:
-            contents = [self.server.file(one) for one in saved]
-        except (OSError, HTTPException) as error:
-            raise HostLost(f"{self.server.url}: {error}") from error
+        contents = [self._fetched(one) for one in saved]
+        self.torn = 0
         ends = [PurePosixPath(one["filename"]).suffix or ".bin" for one in saved]
         numbered = ends if len(ends) == 1 and ends != [REPORT] else [f"-{number}{end}" for number, end in enumerate(ends, 1)]
         films = dict(zip(numbered, contents, strict=True))
         return Made(films, {"host": self.server.url, "saved": saved, "texts": _texts(done)}, time.perf_counter() - began, self.server.url)
+
+    def _fetched(self, saved: dict[str, str]) -> bytes:
+        """A file of a film. It lies on the server, so a connection that ends is made again. Raises HostLost where the server refuses the file or is
+        silent, and Torn where it answers and the file does not arrive."""
+        for _ in range(TRANSFERS):
+            try:
+                return self.server.file(saved)
+            except urllib.error.HTTPError as error:
+                raise HostLost(f"{self.server.url}: {error}") from error
+            except (OSError, HTTPException) as error:
+                why = first_line(error)
+                if self.stopped.wait(POLL_S):
+                    raise HostLost("the command was stopped") from error
+        self._patiently("/queue")
+        self.torn += 1
+        films = f"{self.torn} films one after the other and sent none of them" if self.torn > 1 else "a film and did not send it"
+        raise Torn(f"{self.server.url} made {films} whole in {TRANSFERS} tries ({why})", self.torn >= FILMS_TORN)
 
 
 @dataclass

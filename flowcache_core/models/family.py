@@ -198,6 +198,8 @@ class Family:
     """The same for the noise levels of a run."""
     one_length: bool = False
     """Whether it makes chunks of the trained length alone."""
+    whole_chunks: bool = False
+    """Whether the last chunk of a film has to be full too."""
     clean_pass: bool = True
     """Whether a finished chunk is passed through the network once more; without it later chunks see what its last computed step left."""
     recache: bool = False
@@ -217,6 +219,18 @@ class Family:
                 f"{fps} frames per second were asked for: the network has learnt {' and '.join(map(str, self.rates))}, choose one of them"
             )
         return fps
+
+    def require_frames(self, pixels: int, chunk: int) -> int:
+        """Of a film of so many frames in chunks of `chunk` latent frames, the latent frames. Raises ValueError, with the nearest that work, for a
+        film that the family does not make."""
+        if not self.whole_chunks:
+            return self.frames.require(pixels)
+        below, above = self.frames.nearest(pixels, chunk)
+        if below != pixels:
+            raise ValueError(
+                f"{self.title} makes whole chunks of {self.frames.pixel(chunk)} frames, and {pixels} do not divide: use {below} or {above}"
+            )
+        return self.frames.latent(pixels)
 
     def require_chunk(self, frames: int, layout: ChunkLayout) -> None:
         """Raises ValueError for chunks of so many latent frames where the network was trained with others and can make no others."""

@@ -148,7 +148,7 @@ def is_last_stage(sigma: float) -> bool:
 
 
 def require_stages(schedule: ChunkSchedule) -> None:
-    """Raises ValueError for steps that do not make four stages, a stagger that does not divide them, chunks that are not full, given last frames."""
+    """Raises ValueError for steps that do not make four stages, a stagger that does not divide them, given last frames."""
     steps, n = schedule.steps, STAGES
     if schedule.suffix:
         raise ValueError("MAGI-1 takes given frames at the start of a film, and was not trained with given last frames: leave them out")
@@ -161,12 +161,6 @@ def require_stages(schedule: ChunkSchedule) -> None:
         raise ValueError(
             f"MAGI-1 denoises at most {n} chunks together, each as many steps behind the one before; with ar_step {schedule.ar_step} and "
             f"{steps} steps they do not divide: use ar_step {least} (published), or {', '.join(map(str, sorted(others)))}"
-        )
-    if schedule.frames % schedule.chunk_frames:
-        frames, pixels, whole = schedule.frames, schedule.pixels, schedule.chunk_frames
-        below, above = pixels.pixel(max(frames // whole, 1) * whole), pixels.pixel((frames // whole + 1) * whole)
-        raise ValueError(
-            f"MAGI-1 makes whole chunks of {pixels.pixel(whole)} frames, and {pixels.pixel(frames)} do not divide: use {below} or {above}"
         )
 
 
@@ -217,6 +211,7 @@ def magi(distilled: bool, ranges: Sequence[int] = RANGES, clean_pass: bool = Tru
         bundled=None if distilled else Bundled("tiny-magi", "tiny-magi-vae", MagiVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
         blocks=LAYERS,
         check=require_stages,
+        whole_chunks=True,
         check_levels=require_step_lengths if distilled else any_levels,
         clean_pass=clean_pass,
         published=Published("euler", lambda steps: steps // STAGES, given_noise=0, scale=None if distilled else 7.5),

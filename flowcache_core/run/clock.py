@@ -25,17 +25,17 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.steps = np.zeros((chunks, steps), np.float32)
         self._started = time.perf_counter()
-        self._events: list[tuple[str, Sequence[Place], Any, Any]] = []
+        self._events: list[tuple[str, Sequence[Place], torch.device, Any, Any]] = []
 
     @contextmanager
     def measure(self, part: str, device: torch.device, at: Sequence[Place] = ()) -> Iterator[None]:
         """Adds the time of a block to `seconds[part]`, and in equal parts to `steps` at these places. On CUDA it records events and never waits."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(torch.cuda.current_stream(device))
             yield
-            end.record()
-            self._events.append((part, at, begin, end))
+            end.record(torch.cuda.current_stream(device))
+            self._events.append((part, at, device, begin, end))
             return
         begin_at = time.perf_counter()
         yield
@@ -57,9 +57,9 @@ class Clock:
         self._started = time.perf_counter() - self.seconds.pop("total")
 
     def _read(self) -> None:
-        if self._events:
-            torch.cuda.synchronize()
-        for part, at, begin, end in self._events:
+        for device in {device for _, _, device, _, _ in self._events}:
+            torch.cuda.synchronize(device)
+        for part, at, _, begin, end in self._events:
             self._add(part, at, begin.elapsed_time(end) / 1000)
         self._events.clear()
 

@@ -102,7 +102,7 @@ class Job:
                 nearest = max(multiple, side // multiple * multiple)
                 raise ValueError(f"a picture of {side} pixels does not fit: use a multiple of {multiple}, such as {nearest}")
         family.require_rate(self.fps)
-        return family.frames.require(self.frames)
+        return family.require_frames(self.frames, bundle.layout.chunk_frames)
 
 
 @dataclass(frozen=True)

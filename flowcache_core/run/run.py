@@ -104,6 +104,7 @@ class Run:
     def __post_init__(self) -> None:
         require_levels(self.sigmas)
         self._require_latents()
+        self.family.require_frames(self.family.frames.pixel(self.schedule.frames), self.schedule.chunk_frames)
         self.family.check(self.schedule)
         self.family.check_levels(self.sigmas)
         object.__setattr__(self, "solver", self.family.solving(self.solver))
