@@ -11,7 +11,7 @@ import comfy.model_base
 import torch
 from torch import nn
 
-from ..flowcache_core.models.causal_wan_adapter import CausalWanAdapter
+from ..flowcache_core.models.causal_wan_adapter import CausalWanAdapter, WholeTimesteps
 from ..flowcache_core.models.family import Family
 from ..flowcache_core.models.skyreels import HEAD_DIM, PATCH, SkyReelsConfig
 from .host_model import HostConfig, HostModel
@@ -25,7 +25,7 @@ SAMPLER, FUNCTION, BLOCK = "Sampler AR Video", "sample_ar_video", "num_frame_per
 
 def host_has(family: Family) -> bool:
     """Whether the host has a model of its own for the family."""
-    return BASE is not None and family.adapter is CausalWanAdapter
+    return BASE is not None and family.adapter in (CausalWanAdapter, WholeTimesteps)
 
 
 class NativeConfig(HostConfig):
@@ -92,6 +92,7 @@ def native_network(family: Family) -> type[Any]:
 
         def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # type: ignore[no-untyped-def]  # noqa: B006 (the host's signature)
             if TURN not in transformer_options:
+                timestep = timestep.round() if family.adapter is WholeTimesteps else timestep
                 return super().forward(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
             for mine, theirs in self._modulated():
                 mine._parameters["modulation"] = theirs.modulation

@@ -37,7 +37,7 @@ class PromptSchedule(io.ComfyNode):
                                         "a number goes on with the prompt above."),
                 io.Combo.Input("recache", options=[KEPT, ANEW], default=KEPT, optional=True,
                                tooltip="For few-step causal models. at every change: what is kept of history is evaluated once more with the new "
-                                       "prompt, one evaluation for each chunk of which something is left, as LongLive does, so that history does "
+                                       "prompt, one evaluation for each chunk of which something is left, so that history does "
                                        "not hold on to the old prompt. off: history stays as the old prompts have made it."),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the guider, as its positive or negative input.")],

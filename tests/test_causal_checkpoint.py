@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowcache_core.models.bundle import NETWORK
-from flowcache_core.models.causal_wan_family import CAUSAL, FRAMEWISE, KREA_REALTIME, SELF_FORCING
+from flowcache_core.models.causal_wan_family import CAUSAL, CAUSAL_FORCING, CAUSVID, FRAMEWISE, KREA_REALTIME, LONGLIVE, SELF_FORCING
 from flowcache_core.models.checkpoint import load_network_file, recognise
 from flowcache_core.models.magi_family import MAGI
 from flowcache_core.models.shards import open_checkpoint
@@ -49,6 +49,16 @@ def test_a_torch_file_gives_the_network_that_it_holds(form: str, weights: dict[s
     assert holds(load_network_file(tmp_path / "net.pt", family="self-forcing"), weights)
 
 
+@pytest.mark.parametrize("family", CAUSAL, ids=lambda family: family.name)
+def test_of_two_generators_the_one_is_read_that_the_published_settings_read(family: Any, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """Averaged or as trained last, as the released inference does; the other where a file has one alone."""
+    one, other = ("generator", "generator_ema") if family in (CAUSAL_FORCING, CAUSVID, LONGLIVE) else ("generator_ema", "generator")
+    mine, far = ({f"model.{key}": scale * weight for key, weight in weights.items()} for scale in (1, 2))
+    for held in ({one: mine, other: far}, {other: far, one: mine}, {other: mine}, {"model": mine}):
+        torch.save(held, tmp_path / "net.pt")
+        assert holds(load_network_file(tmp_path / "net.pt", family=family.name), weights)
+
+
 @pytest.mark.parametrize("form", [*PUBLISHED, *SILENT])
 def test_a_repack_gives_the_network_that_it_holds(form: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
     """As safetensors, the dictionaries joined by dots."""
@@ -56,7 +66,7 @@ def test_a_repack_gives_the_network_that_it_holds(form: str, weights: dict[str, 
     flat = {key: value for key, value in held.items() if isinstance(value, Tensor)}
     flat |= {f"{part}.{key}": value.clone() for part, some in held.items() if isinstance(some, dict) for key, value in some.items()}
     save_file(flat, tmp_path / "net.safetensors", TO_HOST)
-    assert holds(load_network_file(tmp_path / "net.safetensors", family="causvid"), weights)
+    assert holds(load_network_file(tmp_path / "net.safetensors", family="krea-realtime"), weights)
     with pytest.raises(ValueError, match=f"could be {AT_SMALL}|could be .* or Krea Realtime"):
         load_network_file(tmp_path / "net.safetensors")
 

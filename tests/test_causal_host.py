@@ -176,10 +176,10 @@ def test_a_file_is_loaded_as_the_hosts_own_causal_model(host: Host, graph: Graph
 
 @pytest.mark.parametrize("family", [FRAMEWISE, CAUSVID], ids=lambda family: family.name)
 def test_other_recipes_are_sampled_alike_by_both(host: Host, graph: Graph, family: Family) -> None:
-    """Blocks of one latent frame; three noise levels."""
+    """Blocks of one latent frame; three noise levels, for which the network is given whole timesteps."""
     steps = len(family.noise.levels(family.usual.steps, family.noise.shift)) - 1
     graph = put(put(graph, "FlowCacheScheduler", steps=steps), "FlowCacheLatent", length=17)
-    graph["model"]["inputs"]["family"] = family.name
+    graph["model"]["inputs"] |= {"model_name": LONE, "family": family.name}
     ours = host.latents(graph)
     close(ours, host.latents(by_host(graph, family.layout.chunk_frames)))
     close(normalise(ours), alone(family, frames=17))

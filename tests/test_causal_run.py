@@ -18,7 +18,7 @@ from flowcache_core.kv.scores.even import Even
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.bundle import Bundle
 from flowcache_core.models.causal_wan import HORIZON
-from flowcache_core.models.causal_wan_family import CAUSAL, CAUSVID, FRAMEWISE, KREA_REALTIME, SELF_FORCING
+from flowcache_core.models.causal_wan_family import CAUSAL, CAUSVID, FRAMEWISE, KREA_REALTIME, LONGLIVE, SELF_FORCING
 from flowcache_core.models.family import Family
 from flowcache_core.models.lora_names import lora_names
 from flowcache_core.run.generate import Given, Job, generate, generate_upstream
@@ -126,7 +126,7 @@ def published_loop(family: Family, frames: int, side: int, seed: int, scale: flo
         end = min(start + size, frames)
         ends = [place * side * side // 4 for place in (before, *range(before + size, end, size), end) if place]
         for step, (now, to) in enumerate(pairwise(levels)):
-            t = torch.tensor([[0.0] * start + [1000 * now] * (end - start)])
+            t = torch.tensor([[0.0] * start + [round(1000 * now) if family is CAUSVID else 1000 * now] * (end - start)])
             each = [network(x[:, :, :end], t, text, BlockCausal(ends))[:, :, start:] for text in texts]
             velocity = each[0] if scale == 1 else each[1] + scale * (each[0] - each[1])
             clean = x[:, :, start:end] - now * velocity
@@ -178,9 +178,11 @@ def test_a_budget_with_room_for_all_is_none() -> None:
 def test_noise_levels_are_the_published_ones() -> None:
     assert SELF_FORCING.noise.levels(4, 5.0) == pytest.approx((1, 0.9375, 5 / 6, 0.625, 0))
     assert FRAMEWISE.noise == SELF_FORCING.noise
-    assert CAUSVID.noise.levels(3, CAUSVID.noise.shift) == (1, 0.757, 0.522, 0)
+    assert CAUSVID.noise.levels(3, CAUSVID.noise.shift) == pytest.approx((1, 28 / 37, 12 / 23, 0))
     assert KREA_REALTIME.noise.levels(4, 5.0) == (1, 0.937, 0.833, 0.625, 0)
     assert [SELF_FORCING.noise.timestep(sigma) for sigma in (1.0, 0.9375, 0.625, 0.0)] == [1000, 937.5, 625, 0]
+    for level, whole in zip(CAUSVID.noise.levels(3, CAUSVID.noise.shift), (1000, 757, 522, 0), strict=True):
+        assert CAUSVID.noise.timestep(level) == bundle(CAUSVID).adapter().timestep(level) == whole
     assert SELF_FORCING.noise.levels(4, 3.0) == pytest.approx((1, 0.9, 0.75, 0.5, 0))
 
 
@@ -234,7 +236,7 @@ def test_what_the_network_was_not_made_for_is_refused() -> None:
 @EACH
 def test_a_family_looks_back_over_the_frames_of_its_training(family: Family) -> None:
     layout = family.layout
-    assert layout.window * layout.chunk_frames == HORIZON
+    assert layout.window * layout.chunk_frames == (12 if family is LONGLIVE else HORIZON)
     assert (layout.fps, layout.causal, family.known_by_shapes) == (16, True, False)
 
 

@@ -14,3 +14,10 @@ class CausalWanAdapter(WanAdapter):
 
     def timestep(self, sigma: float) -> float:
         return TRAIN_STEPS * sigma
+
+
+class WholeTimesteps(CausalWanAdapter):
+    """Of models that were published with whole timesteps, each for the noise level next to it."""
+
+    def timestep(self, sigma: float) -> float:
+        return (TRAIN_STEPS * sigma + 0.5) // 1

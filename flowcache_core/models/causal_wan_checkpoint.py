@@ -14,12 +14,13 @@ from .skyreels_checkpoint import refuse_image_to_video
 
 SMALL, KREA = (1536, 8960, 30), (5120, 13824, 40)
 """Width, width of the feed-forward layer, layers: of Wan 2.1 T2V 1.3B and 14B."""
-GENERATORS = ("generator_ema.", "generator.")
-"""Parts of a training state that hold the network, the better one first; the others are critics and the like."""
+AVERAGED, LATEST = "generator_ema.", "generator."
+"""Parts of a training state that hold the network: averaged over the training, and as the last step left it. The others are critics and the like."""
+GENERATORS = (AVERAGED, LATEST)
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """Of modules that training wraps around others, at any depth."""
 MODEL = "model."
-"""How training names the network inside a generator."""
+"""How training names the network inside a generator, and LongLive's loader a file of a generator alone."""
 HOST_CONFIG, HOST_KEY = "config", "causal_ar"
 """Where the metadata say to ComfyUI that a model is causal."""
 
@@ -38,15 +39,15 @@ def _declared_to_host(text: str) -> bool:
     return isinstance(transformer, dict) and transformer.get(HOST_KEY) is True
 
 
-def original_names(keys: Iterable[str], keep: Iterable[str] = ()) -> dict[str, str]:
-    """Key in the file -> name in the released checkpoint of Wan 2.1; of a training state, those of one generator."""
+def original_names(keys: Iterable[str], keep: Iterable[str] = (), first: str = AVERAGED) -> dict[str, str]:
+    """Key in the file -> name in the released checkpoint of Wan 2.1; of a training state, those of one generator: `first`, where the file has it."""
     names = {key: key for key in keys}
-    for part in GENERATORS:
+    for part in (first, *GENERATORS):
         if any(key.startswith(part) for key in names):
             names = {key: key.removeprefix(part) for key in names if key.startswith(part)}
             break
     plain = {key: WRAPPERS.sub("", name) for key, name in names.items()}
-    if MODEL + ANCHOR in plain.values():
+    while {MODEL + ANCHOR, 2 * MODEL + ANCHOR} & set(plain.values()):
         plain = {key: name.removeprefix(MODEL) for key, name in plain.items() if name.startswith(MODEL) or name in keep}
     released = key_names.original_names(plain.values(), keep)
     return {key: released[name] for key, name in plain.items() if name in released}

@@ -20,8 +20,8 @@ from ..sampling.guidance import ClassifierFree
 from ..sampling.noise import TRAIN_STEPS, steps_in_all
 from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
-from .causal_wan_adapter import CausalWanAdapter
-from .causal_wan_checkpoint import KREA, SMALL, claims, config_of, declares_causal, original_names, release_of
+from .causal_wan_adapter import CausalWanAdapter, WholeTimesteps
+from .causal_wan_checkpoint import AVERAGED, KREA, LATEST, SMALL, claims, config_of, declares_causal, original_names, release_of
 from .family import OUR_RATE, Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual
 from .skyreels import PATCH, SkyReelsV2
 from .skyreels_family import TINY_PREVIEW
@@ -47,11 +47,14 @@ class FewSteps:
     """The few noise levels that a model was distilled on, `trained`, falling from 1; the last step goes to 0.
 
     Another number of steps, or another shift, gives levels on the line through these (`require_trained` says which of them the network knows).
+    `whole`: the network is given the whole timestep next to a level, as in CausVid's published settings, which list timesteps; the level itself is
+    then the nearest of a thousand shifted ones.
     """
 
     trained: tuple[float, ...]
     shift: float = SHIFT
     commit: float = 0.0
+    whole: bool = False
 
     def levels(self, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
         """`denoise` < 1 keeps the last `steps` of int(steps / denoise) steps. Raises ValueError for what cannot be made."""
@@ -70,7 +73,7 @@ class FewSteps:
         return shifted(left, shift)
 
     def timestep(self, sigma: float) -> float:
-        return TRAIN_STEPS * sigma
+        return (TRAIN_STEPS * sigma + 0.5) // 1 if self.whole else TRAIN_STEPS * sigma
 
     def require_trained(self, title: str, levels: Sequence[float]) -> None:
         """Raises ValueError for a noise level that the network of this title was not distilled on."""
@@ -92,7 +95,8 @@ def _within(part: Any) -> Any:
 
 FOUR = FewSteps(tuple(shifted(time, SHIFT) for time in (1.0, 0.75, 0.5, 0.25)))
 KREA_FOUR = FewSteps((1.0, 0.937, 0.833, 0.625))
-THREE = FewSteps((1.0, 0.757, 0.522), shift=8.0)
+THREE = FewSteps(tuple(shifted(time, 8.0) for time in (1.0, 0.28, 0.12)), shift=8.0, whole=True)
+"""Of timesteps 1000, 757, 522."""
 
 
 def require_sequence(title: str, schedule: ChunkSchedule) -> None:
@@ -107,18 +111,19 @@ def require_sequence(title: str, schedule: ChunkSchedule) -> None:
 
 
 def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int = 3, sizes: tuple[int, int, int] = SMALL,
-               bundled: Bundled | None = None) -> Family:  # fmt: skip
-    """`chunk_frames`: latent frames that are denoised together; `sizes`: width, width of the feed-forward layer, layers as released."""
+               horizon: int = HORIZON, generator: str = AVERAGED, bundled: Bundled | None = None) -> Family:  # fmt: skip
+    """`chunk_frames`: latent frames that are denoised together; `sizes`: width, width of the feed-forward layer, layers as released; `horizon`:
+    latent frames that are attended to together at most; `generator`: which of a training state the published settings read."""
     return Family(
         name=name,
         title=title,
         network=SkyReelsV2,
-        adapter=CausalWanAdapter,
-        original_names=original_names,
+        adapter=WholeTimesteps if noise.whole else CausalWanAdapter,
+        original_names=partial(original_names, first=generator),
         claims=partial(claims, sizes=sizes),
         config_of=partial(config_of, title=title),
         release=partial(release_of, title=title, sizes=sizes),
-        layout=ChunkLayout(chunk_frames, window=HORIZON // chunk_frames, fps=FPS, causal=True),
+        layout=ChunkLayout(chunk_frames, window=horizon // chunk_frames, fps=FPS, causal=True),
         frames=FOUR_N_PLUS_1,
         latents=Latents(LATENT_CHANNELS, SPATIAL, PATCH, "Wan21"),
         noise=noise,
@@ -141,9 +146,9 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
 
 TINY = Bundled("tiny-causal", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt, TINY_PREVIEW)
 SELF_FORCING = causal_wan("self-forcing", "Self-Forcing", bundled=TINY)
-CAUSAL_FORCING = causal_wan("causal-forcing", "Causal-Forcing")
+CAUSAL_FORCING = causal_wan("causal-forcing", "Causal-Forcing", generator=LATEST)
 FRAMEWISE = causal_wan("causal-forcing-framewise", "Causal-Forcing frame-wise", chunk_frames=1)
-CAUSVID = causal_wan("causvid", "CausVid", THREE)
-LONGLIVE = causal_wan("longlive", "LongLive")
+CAUSVID = causal_wan("causvid", "CausVid", THREE, generator=LATEST)
+LONGLIVE = causal_wan("longlive", "LongLive", horizon=12, generator=LATEST)
 KREA_REALTIME = causal_wan("krea-realtime", "Krea Realtime", KREA_FOUR, sizes=KREA)
 CAUSAL = (SELF_FORCING, CAUSAL_FORCING, FRAMEWISE, CAUSVID, LONGLIVE, KREA_REALTIME)
