@@ -29,8 +29,8 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
 
     `family`: its name, where the user says so; otherwise what the file says.
 
-    fp8 matrices stay fp8; everything else has the dtype that the host chooses, or computes in; on a processor a bfloat16 file stays bfloat16 where
-    that is multiplied natively. Without a conversion, weights
+    fp8 matrices stay fp8, and what our networks ask for in float32 has it; everything else has the dtype that the host chooses, or computes in; on a
+    processor a bfloat16 file stays bfloat16 where that is multiplied natively. Without a conversion, weights
     stay views of the mapped file.
     """
     file = open_model(path, name, family)
@@ -56,7 +56,11 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     weights = file.weights
     if file.operations is None and not patcher.is_dynamic():
         as_stored = {key for key in weights if is_companion(key, weights) or f"{key.removesuffix('.weight')}.comfy_quant" in weights}
-        weights = {k: v if k in as_stored else _placed(k, v, dtype, cast or dtype, file.found.family.blocks) for k, v in weights.items()}
+        wide = set() if native else {key for key, slot in model.diffusion_model.named_parameters() if slot.dtype == torch.float32}
+        blocks = file.found.family.blocks
+        weights = {
+            k: v if k in as_stored else _placed(k, v, torch.float32 if k in wide else dtype, cast or dtype, blocks) for k, v in weights.items()
+        }
     model.load_model_weights(weights, "", assign=True)
     if patcher.is_dynamic():
         _keep_small_weights(model.diffusion_model, cast or dtype)

@@ -19,7 +19,7 @@ from flowcache_core.models.magi import MagiConfig
 from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED
 from flowcache_core.models.magi_vae import normalise
 from flowcache_core.run.generate import Job, generate
-from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, node, put, refused, report_of, said, with_nodes, without_cache
+from tests.host import NEEDS_HOST, PACK, Graph, Host, after_loader, error_of, inside, node, put, refused, report_of, said, with_nodes, without_cache
 from tests.test_magi_checkpoint import fp8_of
 from tests.tiny_magi import tiny_magi
 
@@ -249,6 +249,31 @@ def test_files_whole_sharded_fp8_and_with_a_lora(host: Host, graph: Graph) -> No
     lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["model", 0], "lora_name": "q.safetensors", "strength_model": 1.0}}
     wired = {**put(loading(graph, "base.safetensors"), "CFGGuider", model=["lora", 0]), "lora": lora}
     assert not torch.equal(host.latents(wired), film)
+
+
+BANDS = """
+import pathlib
+import comfy.model_management
+from comfy.cli_args import args
+
+args.fp32_unet, args.bf16_unet = False, True
+bands = []
+for name in ("plain", "fp8"):
+    for static in (True, False):
+        model = node("patcher").load(pathlib.Path(base, name + ".safetensors"), name, "magi-1", static)
+        comfy.model_management.load_models_gpu([model])
+        network = model.model.diffusion_model
+        bands.append([str(network.x_embedder.weight.dtype), network.rope.bands.tolist()])
+print(json.dumps(bands))
+"""
+
+
+def test_rotary_bands_stay_in_float32_where_the_rest_is_computed_in_16_bits(tmp_path: Path) -> None:
+    bands = torch.tensor([0.95, 0.31, 0.123, 0.0111])
+    weights = {**tiny_magi(SMALL).state_dict(), "rope.bands": bands}
+    save_file(weights, tmp_path / "plain.safetensors")
+    save_file(fp8_of(weights, last=2), tmp_path / "fp8.safetensors")
+    assert inside(tmp_path, BANDS) == [["torch.bfloat16", bands.tolist()]] * 4
 
 
 def test_base_and_distilled_are_never_mistaken(host: Host, graph: Graph) -> None:

@@ -145,10 +145,12 @@ def load_network_file(path: str | Path, dtype: torch.dtype | None = None, device
 
 def _filled(found: Found, weights: Iterator[tuple[str, Tensor]], scales: Mapping[str, Tensor], dtype: torch.dtype | None,
             device: torch.device) -> nn.Module:  # fmt: skip
+    with torch.device("meta"):
+        meant = {} if dtype is None else {key: slot.dtype for key, slot in found.family.network(found.config, dtype=dtype).named_parameters()}
     state: dict[str, Tensor] = {}
     for key, weight in weights:
         scale = scale_key(key, scales.keys())
-        state[key] = restored(key, weight, scales[scale] if scale else None, dtype, column_factors(key, scales)).to(device)
+        state[key] = restored(key, weight, scales[scale] if scale else None, meant.get(key, dtype), column_factors(key, scales)).to(device)
     sizes: Counter[torch.dtype] = Counter()
     for weight in state.values():
         sizes[weight.dtype] += weight.numel()

@@ -186,9 +186,12 @@ class CaptionEmbedder(nn.Module):
 
 
 class Bands(nn.Module):
-    def __init__(self, size: int, **kw: Any) -> None:
+    """In float32 at least, whatever the network computes in: positions multiply them, so that 16 bits would turn far tokens wrongly."""
+
+    def __init__(self, size: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.bands = nn.Parameter(torch.empty(size, **kw))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.bands = nn.Parameter(torch.empty(size, device=device, dtype=wide))
 
 
 class Final(nn.Module):
@@ -256,7 +259,7 @@ class Magi(nn.Module):
         self.x_embedder = operations.Conv3d(config.channels, d, (1, PATCH, PATCH), stride=(1, PATCH, PATCH), bias=False, **kw)
         self.t_embedder = TimeEmbedder(d, operations, **kw)
         self.y_embedder = CaptionEmbedder(config, operations, **kw)
-        self.rope = Bands(config.bands, **kw)
+        self.rope = Bands(config.bands, device, self.dtype)
         self.videodit_blocks = Blocks(config, operations, **kw)
         self.final_linear = Final(d, config.channels * PATCH * PATCH, operations, **kw)
 
