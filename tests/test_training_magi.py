@@ -173,6 +173,8 @@ def test_a_few_steps_of_training_go_on_where_they_stopped(tmp_path: Path, basis:
     assert all(torch.equal(weight, pieces[name]) for name, weight in whole.items())
     assert all(torch.allclose(weight, on[name], atol=0.05) for name, weight in whole.items()), "a step goes on from the weights to start with"
     assert any(not torch.equal(weight, on[name]) for name, weight in whole.items())
+    assert {name for name, weight in whole.items() if weight.dtype != torch.bfloat16} == {"rope.bands"}
+    assert torch.equal(whole["rope.bands"], magi.SLOWEST ** (torch.arange(len(whole["rope.bands"])) / (len(whole["rope.bands"]) - 1))), "as set"
 
 
 def test_fresh_weights_say_nothing_and_every_parameter_learns(basis: Basis) -> None:

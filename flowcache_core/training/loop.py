@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,12 +111,14 @@ def load_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
-def export(out: Path, architecture: str, chunk_frames: int, window_chunks: int, **more: str) -> None:
-    """`dit.pt` in `out` -> `dit.safetensors`: the averaged weights in bfloat16, with what a loader has to know of them; `more`: further metadata."""
+def export(out: Path, architecture: str, chunk_frames: int, window_chunks: int, wide: Collection[str] = (), **more: str) -> None:
+    """`dit.pt` in `out` -> `dit.safetensors`: the averaged weights in bfloat16, but `wide` ones in float32, with what a loader has to know of them;
+    `more`: further metadata."""
     saved = load_saved(out / "dit.pt")
     meta = {"format": "pt", "architecture": architecture, "chunk_frames": str(chunk_frames), "window_chunks": str(window_chunks), **more}
     with whole(out / "dit.safetensors") as partial:
-        save_file({k: v.bfloat16().contiguous() for k, v in saved["average"].items()}, partial, {**meta, "steps_trained": str(saved["step"])})
+        weights = {k: v.contiguous() if k in wide else v.bfloat16().contiguous() for k, v in saved["average"].items()}
+        save_file(weights, partial, {**meta, "steps_trained": str(saved["step"])})
 
 
 class Loop(Generic[Model]):

@@ -49,6 +49,8 @@ BASIS_CLIPS = 64
 FRESH = {"layer_norm.weight": 1.0, "post_norm.weight": -0.7, "ada_modulate_layer.proj.0.bias": 1.0}
 """Endings of names of vectors that do not begin at 0. What post-norms multiply by is 1 more than their weight."""
 OUTER = ("x_embedder", "final_linear")
+WIDE = ("rope.bands",)
+"""What keeps its 32 bits in the file."""
 THREADS = 2
 
 
@@ -316,4 +318,4 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
             return side_by_side(losses, parameters, pool)
 
         loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", options)
-    export(out, MAGI.name, CHUNK_FRAMES, CHUNKS)
+    export(out, MAGI.name, CHUNK_FRAMES, CHUNKS, WIDE)
