@@ -9,20 +9,28 @@ Modules of distributed runs, Diffusers, and the one pattern of einops are stand-
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import MethodType, ModuleType, SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from flowcache_core.bench.increment import incremental
 from flowcache_core.kernels.tokens import mask_over
 from flowcache_core.models.adapter import Call
+from flowcache_core.models.checkpoint import load_network
 from flowcache_core.models.magi_family import MAGI
+from flowcache_core.models.skyreels import SkyReelsV2
+from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_family import SKYREELS
+from flowcache_core.models.skyreels_polynomials import POLYNOMIALS
 from flowcache_core.network import Attend
 from flowcache_core.policies.motion import PRESETS, Motion
 from flowcache_core.policies.presets import preset
@@ -31,6 +39,7 @@ from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.chunk import Chunk
 from flowcache_core.sampling.loop import sample_chunks
+from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
 from tests.driven import Driven
@@ -232,9 +241,9 @@ def noise_of_chunks(chunks: int, seed: int) -> Tensor:
     return torch.randn(1, CHANNELS, chunks * WIDTH, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def letters(made: Made, index: int) -> str:
+def letters(made: Made, index: int, steps: int = STEPS) -> str:
     """Of a chunk: C whole, r not at all, f in part."""
-    return "".join("C" if (now := made[index, step]).all() else "f" if now.any() else "r" for step in range(STEPS))
+    return "".join("C" if (now := made[index, step]).all() else "f" if now.any() else "r" for step in range(steps))
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +318,145 @@ def test_magi_tokens_are_refreshed_when_the_released_rule_refreshes_them(motion_
     assert mine.keys() == expected.keys()
     assert {*letters(mine, 0)} == {*"Crf"}
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+# SkyReels-V2: the released network, small and of random weights, row after row of the released schedule
+
+DIM, FFN, LAYERS, TEXT, GROUP, GROUPS, LEVELS, LAG, SCALE = 256, 256, 2, 64, 3, 3, 30, 5, 3.0
+POLYNOMIAL = POLYNOMIALS[1536, 30]
+quiet = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """[B, L, heads, D] each."""
+    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k.to(q), v.to(q)))).transpose(1, 2)
+
+
+def released_network(root: Path, name: str, seed: int) -> Any:
+    """In float32 throughout; its blocks return bfloat16."""
+    package = "skyreels_v2_infer.modules"
+    stubs = {
+        **{key: module(key) for key in ("diffusers", "diffusers.models")},
+        "diffusers.configuration_utils": module("configuration_utils", ConfigMixin=type("ConfigMixin", (), {}), register_to_config=lambda made: made),
+        "diffusers.loaders": module("loaders", PeftAdapterMixin=type("PeftAdapterMixin", (), {})),
+        "diffusers.models.modeling_utils": module("modeling_utils", ModelMixin=nn.Module),
+        f"{package}.attention": module(f"{package}.attention", flash_attention=attend),
+    }
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(torch, "compile", lambda made=None, **_: made or (lambda function: function))
+        out = imported(root, f"{package}.{name}", stubs)
+    out.torch = Torch(bfloat16=torch.float32)
+    torch.manual_seed(seed)
+    network = out.WanModel(text_dim=TEXT, dim=DIM, ffn_dim=FFN, num_heads=DIM // 128, num_layers=LAYERS, inject_sample_info=True)
+    for p in network.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.05)
+    network.group_size, network.num_groups, network.inference_steps = GROUP, GROUPS, LEVELS
+    for count in ("cnt_even", "cnt_odd"):
+        setattr(network, count, [0] * GROUPS)
+    return network.eval().requires_grad_(False)
+
+
+def released_rows(root: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Timesteps, step numbers from 1, and what moves, each [rows, frames]."""
+    package = "skyreels_v2_infer"
+    names = {
+        "diffusers": {}, "diffusers.utils": {}, "diffusers.image_processor": {"PipelineImageInput": None},
+        "diffusers.utils.torch_utils": {"randn_tensor": None}, "diffusers.video_processor": {"VideoProcessor": None}, "decord": {"VideoReader": None},
+        f"{package}.modules": dict.fromkeys(("get_text_encoder", "get_transformer", "get_vae")), f"{package}.scheduler": {},
+        f"{package}.scheduler.fm_solvers_unipc": {"FlowUniPCMultistepScheduler": None},
+    }  # fmt: skip
+    pipeline = imported(root, f"{package}.pipelines.diffusion_forcing_pipeline", {name: module(name, **held) for name, held in names.items()})
+    template = torch.tensor([timestep(sigma) for sigma in flow_sigmas(LEVELS)[:-1]])
+    frames = GROUP * GROUPS
+    return pipeline.DiffusionForcingPipeline.generate_timestep_matrix(None, frames, template, frames, LAG, 0, GROUP)[:3]
+
+
+def released_groups(network: Any, root: Path, noise: Tensor, texts: Tensor) -> tuple[Tensor, Made]:
+    """A film by Euler; which tokens of which group went through the blocks of the conditional branch, by group and step."""
+    computed: Made = {}
+    counts, tokens = [0] * GROUPS, GROUP * noise.shape[3] * noise.shape[4] // 4
+    block, sigmas = network.blocks[0].self_attn, flow_sigmas(LEVELS)
+
+    def noted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args: Any, **kw: Any) -> Tensor:
+            group, conditional = (args[4], args[5]) if len(args) > 6 else (args[3], args[4])
+            if conditional:
+                chosen = args[0] if len(args) > 6 else torch.arange(tokens)
+                computed[group, counts[group]] = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, chosen, True)
+            return function(x, *args, **kw)
+
+        return run
+
+    block.forward = noted(block.forward)
+    if hasattr(block, "forward_selective"):
+        block.forward_selective = noted(block.forward_selective)
+    x = noise.clone()
+    for times, numbers, moves in zip(*released_rows(root), strict=True):
+        conditional, unconditional = (network(x, t=times[None], context=text[None], update_mask_i=moves, fps=[1]) for text in texts)
+        velocity = unconditional + SCALE * (conditional - unconditional)
+        for frame in moves.nonzero().flatten().tolist():
+            step = int(numbers[frame]) - 1
+            x[:, :, frame] += velocity[:, :, frame] * (sigmas[step + 1] - sigmas[step])
+        for group in moves.view(GROUPS, GROUP).any(1).nonzero().flatten().tolist():
+            counts[group] += 1
+    none = torch.zeros(tokens, dtype=torch.bool)
+    return x, {(group, step): computed.get((group, step), none) for group in range(GROUPS) for step in range(LEVELS)}
+
+
+class AsReleased(SkyReelsAdapter):
+    """The polynomial of 1.3B, and no clean pass of finished chunks, which the released code does not have. It notes which tokens it was asked for."""
+
+    polynomial = POLYNOMIAL
+
+    def __init__(self, network: SkyReelsV2) -> None:
+        super().__init__(network)
+        self.ran: Made = {}
+
+    def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        tokens = call.chunk.frames * self.tokens_per_frame(*call.x.shape[3:])
+        if call.chunk.committing:
+            return torch.zeros_like(call.x), call.x.new_zeros(len(call.x), tokens, self.width)
+        self.ran[call.chunk.index, call.chunk.step] = torch.ones(tokens, dtype=torch.bool)
+        return super().forward(call, attend)
+
+    def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        out = super().refresh(call, tokens, attend)
+        self.ran[call.chunk.index, call.chunk.step] = torch.zeros(out[0][0, 0].numel() // 4, dtype=torch.bool).index_fill_(0, tokens, True)
+        return out
+
+
+def our_groups(network: Any, noise: Tensor, texts: Tensor, policy: CachePolicy) -> tuple[Tensor, Made]:
+    weights = {key: value for key, value in network.state_dict().items() if "_cache_" not in key}
+    loaded = load_network(weights, "released.safetensors", torch.float32, family=SKYREELS.name)
+    adapter, schedule, sigmas = AsReleased(loaded), ChunkSchedule(noise.shape[2], GROUP, LEVELS, LAG), flow_sigmas(LEVELS)  # type: ignore[arg-type]
+    with Session(adapter, schedule, sigmas, tuple(noise.shape[3:]), policy=policy) as session:  # type: ignore[arg-type]
+
+        def guided(x: Tensor, chunk: Chunk) -> Tensor:
+            one, other = (session.denoise(x, chunk, texts[i : i + 1], (name,)) for i, name in enumerate(("cond", "uncond")))
+            return other + SCALE * (one - other)
+
+        film = sample_chunks(Driven(guided, session), noise, schedule, sigmas, Euler())
+    none = torch.zeros_like(next(iter(adapter.ran.values())))
+    return film, {(group, step): adapter.ran.get((group, step), none) for group in range(GROUPS) for step in range(LEVELS)}
+
+
+@quiet
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("name", "threshold"), [("flowcache-slow-exact", 0.1), ("flowcache-fast-exact", 0.15)])
+def test_skyreels_chunks_are_computed_when_the_released_rule_computes_them(name: str, threshold: float, seed: int) -> None:
+    root = checkout("FLOWCACHE_PATH", f"{SKYREELS_FOLDER}/generate_video_df.py") / SKYREELS_FOLDER
+    network = released_network(root, "transformer_flowcache", seed)
+    network.initialize_asynchronous_teacache(True, LEVELS, threshold, True, "1.3B", LEVELS)
+    for branch in ("even", "odd"):
+        for what, start in (("accumulated_rel_l1_distance", 0.0), ("previous_e0", None), ("previous_residual", None)):
+            setattr(network, f"{what}_{branch}", [start] * GROUPS)
+        setattr(network, f"skip_{branch}", [[] for _ in range(GROUPS)])
+    noise, texts = torch.randn(1, 16, GROUP * GROUPS, 4, 4), torch.randn(2, 6, TEXT)
+    theirs, expected = released_groups(network, root, noise, texts)
+    ours, made = our_groups(network, noise, texts, preset(name))
+    for index in range(GROUPS):
+        assert letters(made, index, LEVELS) == letters(expected, index, LEVELS)
+    assert 5 < letters(made, 0, LEVELS).count("C") < LEVELS - 5
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
