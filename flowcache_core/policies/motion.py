@@ -236,6 +236,6 @@ PRESETS: Mapping[str, Motion] = {
         base=Chunkwise(threshold=0.0065, warmup_steps=5, max_reuse=1000, signature="latent", order=0),
     ),
 }  # fmt: skip
-"""The published constants (released configurations), and the released code's decisions but for these: here the polynomial of SkyReels-V2 is clamped at
-0 and one mask serves all branches; a chunk's last step is computed; for MAGI-1 drift is measured on the latents and the velocity is replayed, there
-behind the patch embedding and the latent increment."""
+"""The constants of the released configurations, and what the released code decides with them, but for these: the polynomial of SkyReels-V2 is clamped
+at 0, one mask serves all branches, and a chunk's last step is computed; for MAGI-1 drift is measured on the latents, there behind the patch
+embedding, and the velocity is replayed, there the latent increment."""
