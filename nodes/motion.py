@@ -96,7 +96,8 @@ def _summary(policy: Motion | Multirate) -> str:
     goal = f"target {base.share:.0%} of chunk-steps" if isinstance(base, Target) else f"threshold {base.threshold:g}"
     counted = policy.coarse_computed if isinstance(policy, Released) else 0
     until = f"until {counted} steps behind the warm-up are computed" if counted else f"first {policy.coarse:.0%} of the steps"
-    return f"{until} by chunk: {goal}, warm-up {base.warmup_steps}; then by token: threshold {policy.threshold:g}, weights {policy.alpha:g} to 1 by motion in '{policy.measure}'"
+    coarse = f"{until} by chunk: {goal}, warm-up {base.warmup_steps}"
+    return f"{coarse}; then by token: threshold {policy.threshold:g}, weights {policy.alpha:g} to 1 by motion in '{policy.measure}'"
 
 
 class RefreshOverlay(io.ComfyNode):
