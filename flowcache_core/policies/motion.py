@@ -238,5 +238,5 @@ PRESETS: Mapping[str, Motion] = {
 }  # fmt: skip
 """The constants of the released configurations, and what the released code decides with them, but for these: the polynomial of SkyReels-V2 is clamped
 at 0, one mask serves all branches, a chunk's last step is computed, and motion in the output is seen on the last residual over present latents,
-there over those of the step before; for MAGI-1 drift is measured on the latents, there behind the patch embedding, and the velocity is replayed, there
-the latent increment."""
+there over those of the step before; for MAGI-1 drift is measured on the latents, there behind the patch embedding, and the velocity is replayed,
+there the latent increment."""
