@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..flowcache_core.policies.chunkwise import Chunkwise
-from ..flowcache_core.policies.motion import PRESETS, Motion
+from ..flowcache_core.policies.motion import PRESETS, Motion, Released
 from ..flowcache_core.policies.multirate import COMPARISON, Multirate
 from ..flowcache_core.policies.planned import Planned
 from ..flowcache_core.policies.protocol import CachePolicy
@@ -94,7 +94,9 @@ def _summary(policy: Motion | Multirate) -> str:
         return f"a plan {spent}; every other step of a chunk computes the {policy.partial:.0%} of its tokens that change fastest; {COMPARISON}"
     base = policy.chunkwise
     goal = f"target {base.share:.0%} of chunk-steps" if isinstance(base, Target) else f"threshold {base.threshold:g}"
-    coarse = f"first {policy.coarse:.0%} of the steps by chunk: {goal}, warm-up {base.warmup_steps}"
+    counted = policy.coarse_computed if isinstance(policy, Released) else 0
+    until = f"until {counted} steps behind the warm-up are computed" if counted else f"first {policy.coarse:.0%} of the steps"
+    coarse = f"{until} by chunk: {goal}, warm-up {base.warmup_steps}"
     return f"{coarse}; then by token: threshold {policy.threshold:g}, weights {policy.alpha:g} to 1 by motion in '{policy.measure}'"
 
 

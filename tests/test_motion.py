@@ -19,7 +19,7 @@ from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
 from flowcache_core.models.skyreels_polynomials import POLYNOMIALS
 from flowcache_core.network import Attend
 from flowcache_core.policies import Chunkwise, Motion
-from flowcache_core.policies.motion import BUCKETS, PRESETS
+from flowcache_core.policies.motion import BUCKETS, PRESETS, Released
 from flowcache_core.policies.protocol import Compute, Decision, Outlook, Refresh, Reuse, Signals, Signature
 from flowcache_core.policies.state import ChunkState
 from flowcache_core.run.session import Session
@@ -196,6 +196,50 @@ def test_a_rescaled_change_below_zero_counts_as_none() -> None:
     changes = [0.0] * 5 + [0.001] * 14 + [0.0]
     assert letters(decide_all(policy, changes, torch.rand(GRID))[0]) == "C" * 5 + "r" * 14 + "C"
     assert letters(decide_all(policy, [0.0] * 5 + [0.05] * 14 + [0.0], torch.rand(GRID))[0]) != "C" * 5 + "r" * 14 + "C"
+
+
+def by_token(rule: Motion, changes: list[float], weights: Tensor, warmup: int, coarse: Callable[[int, int], bool]) -> list[set[int]]:
+    """The published rule as it is described, for weights that stay: the computed tokens. `coarse`: of the step, and the steps computed so far."""
+    tokens, made, computed, drift = weights.flatten().tolist(), [], 0, 0.0
+    each = [0.0] * len(tokens)
+    for step, change in enumerate(changes):
+        if coarse(step, computed):
+            drift += change
+            due = {*range(len(tokens))} if computed < warmup or drift >= rule.threshold else set()
+            drift = 0.0 if due else drift
+        else:
+            each = [a + change * w for a, w in zip(each, tokens, strict=True)]
+            due = {*range(len(tokens))} if step == len(changes) - 1 else {i for i, a in enumerate(each) if a >= rule.threshold}
+            each = [0.0 if i in due else a for i, a in enumerate(each)]
+        computed += len(due) == len(tokens)
+        made.append(due)
+    return made
+
+
+@pytest.mark.parametrize("steps", [30, 64])
+@pytest.mark.parametrize("released", [{"coarse_computed": 4}, {"coarse": 0.4}, {"coarse": 0.4, "opening": True}])
+def test_as_released_exactly_the_due_tokens_are_computed_from_no_drift_on(released: dict[str, Any], steps: int) -> None:
+    """Here changes and motion are multiples of a sixty-fourth, so that no sum is rounded."""
+    rng, seen = random.Random(steps), set()
+    for seed in range(10):
+        rule = Released(**{**FINE, "alpha": 0.5, "threshold": 0.125, "base": replace(BASE, threshold=0.125, warmup_steps=3), **released})
+        changes = [0.0, *(rng.randint(0, 6) / 64 for _ in range(steps - 1))]
+        motion = torch.randint(9, GRID, generator=torch.Generator().manual_seed(seed)) / 8
+        motion[:, 0, 0], motion[:, 0, 1] = 0.0, 1.0
+        weights = 0.5 + 0.5 * motion
+        weights[0] = 1.0 if rule.opening else weights[0]
+
+        def coarse(step: int, computed: int, rule: Released = rule) -> bool:
+            return computed < 3 + rule.coarse_computed if rule.coarse_computed else step < round(0.4 * steps)
+
+        expected = by_token(rule, changes, weights, 3, coarse)
+        made = [
+            {*decision.tokens.tolist()} if isinstance(decision, Refresh) else {*range(48)} if isinstance(decision, Compute) else set[int]()
+            for decision in decide_all(rule, changes, motion)[0]
+        ]
+        assert made == expected
+        seen |= {len(due) for due in made}
+    assert len(seen) > 5, "some steps must compute some of the tokens"
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from typing import cast
 
 from torch import Tensor
 
-from ..models.adapter import Call, ModelAdapter
+from ..models.adapter import Call, ModelAdapter, TokenAdapter
 from ..network import Attend
 from .around import Around
 
 
 class Incremental(Around):
-    """Keeps velocity * step size where others keep the residual; `sigmas`: steps + 1 noise levels."""
+    """Keeps velocity * step size where others keep the residual, as tokens [B, T, cells of a token]; `sigmas`: steps + 1 noise levels."""
 
     def __init__(self, inner: ModelAdapter, sigmas: Sequence[float]) -> None:
         super().__init__(inner)
@@ -26,12 +26,21 @@ class Incremental(Around):
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
         velocity, residual = self.inner.forward(call, attend)
-        if call.chunk.committing:
-            return velocity, residual
-        return velocity, velocity.float() * self._sizes[call.chunk.step]
+        return velocity, residual if call.chunk.committing else self._kept(call, velocity)
+
+    def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        velocity, _ = cast(TokenAdapter, self.inner).refresh(call, tokens, attend)
+        return velocity, self._kept(call, velocity)[:, tokens]
 
     def replay(self, call: Call, increment: Tensor) -> Tensor:
-        return increment / self._sizes[call.chunk.step]
+        frames, (height, width), h, w = call.chunk.frames, self.inner.token_grid(*call.x.shape[3:]), *call.x.shape[3:]
+        cells = increment.unflatten(2, (-1, h // height, w // width)).unflatten(1, (frames, height, width))
+        return cells.permute(0, 4, 1, 2, 5, 3, 6).reshape(len(increment), -1, frames, h, w) / self._sizes[call.chunk.step]
+
+    def _kept(self, call: Call, velocity: Tensor) -> Tensor:
+        height, width = self.inner.token_grid(*velocity.shape[3:])
+        cells = (velocity.float() * self._sizes[call.chunk.step]).unflatten(4, (width, -1)).unflatten(3, (height, -1))
+        return cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
 def incremental(adapter: ModelAdapter, sigmas: Sequence[float]) -> ModelAdapter:

@@ -28,7 +28,7 @@ from ..kv.scores.importance import ImportanceRedundancy
 from ..models.bundle import Bundle
 from ..models.magi_family import MAGI, STAGES, magi
 from ..policies.chunkwise import Chunkwise
-from ..policies.motion import Motion
+from ..policies.motion import PRESETS as MOTION_RULES
 from ..policies.planned import Planned
 from ..policies.presets import preset
 from ..policies.protocol import CachePolicy
@@ -92,11 +92,11 @@ def as_published(bundle: Bundle, film: Film, name: str) -> Made:
 
 
 def motion_published(bundle: Bundle, film: Film) -> Made:
-    """Five steps whole, twenty by chunk, the rest by token, of `RULED_FOR`; motion of the noisy latents, weight 0.6 where there is none."""
-    threshold, coarse = 0.0065 * RULED_FOR / film.setting.steps, 25 / RULED_FOR
-    base = Chunkwise(threshold, warmup_steps=5, max_reuse=1000, signature="latent", order=0)
-    rule = Motion(threshold, alpha=0.6, coarse=coarse, measure="noisy", min_refresh=0.0, full_share=1.0, max_age=1000, base=base)
-    return make(changed(bundle, ranges=(), clean_pass=False), film.job, film.setting, rule)
+    """MotionCache with the increments of the latents replayed, its thresholds rescaled as FlowCache's are."""
+    rule = MOTION_RULES["magi-1"]
+    threshold = rule.threshold * RULED_FOR / film.setting.steps
+    rescaled = replace(rule, threshold=threshold, base=replace(rule.chunkwise, threshold=threshold, replay="residual"))
+    return make(changed(bundle, ranges=(), clean_pass=False), film.job, film.setting, rescaled, adapter=incremental)
 
 
 def compressed(bundle: Bundle, film: Film, chunks: int, policy: CachePolicy | None = None) -> Made:

@@ -108,10 +108,10 @@ class Motion:
     def decide(self, chunk: Chunk, signals: Signals, state: ChunkState) -> Decision | Deferred:
         if self.threshold == 0:
             return Compute()
-        if self.alpha == 1 or chunk.step < round(self.coarse * chunk.steps):
+        if self.alpha == 1 or self._coarse(chunk, state):
             return self.chunkwise.decide(chunk, signals, state)
         change = self.chunkwise.change(signals)
-        return self._whole(state) if self._must_compute(chunk, state) else self._fine(change, signals, state)
+        return self._whole(state) if self._must_compute(chunk, state) else self._fine(change, chunk, signals, state)
 
     def check_run(self, steps: int) -> None:
         """Any number of steps will do."""
@@ -122,6 +122,9 @@ class Motion:
     def findings(self, memory: RunMemory) -> tuple[str, ...]:
         return ()
 
+    def _coarse(self, chunk: Chunk, state: ChunkState) -> bool:
+        return chunk.step < round(self.coarse * chunk.steps)
+
     def _must_compute(self, chunk: Chunk, state: ChunkState) -> bool:
         base, progress = self.chunkwise, chunk.step / chunk.steps
         return (
@@ -131,13 +134,25 @@ class Motion:
             or base.threshold == 0
         )
 
-    def _fine(self, change: Tensor | float, signals: Signals, state: ChunkState) -> Deferred:
+    def _weights(self, chunk: Chunk, signals: Signals) -> Tensor:
+        """alpha to 1, [frames, height, width]."""
+        return self.alpha + (1 - self.alpha) * normalised(signals.motion(self.measure), self.quantile, self.scale == "chunk")
+
+    def _carried(self, state: ChunkState) -> tuple[float, int]:
+        """With which drift and age all tokens enter the fine phase."""
+        return state.drift, state.reused_in_a_row
+
+    def _length(self, count: int, size: int) -> int:
+        """How many tokens run where `count` are due. `size`: of a bucket."""
+        return -(-count // size) * size
+
+    def _fine(self, change: Tensor | float, chunk: Chunk, signals: Signals, state: ChunkState) -> Deferred:
         """Which tokens are due. What is asked of the device is how many."""
-        motion = signals.motion(self.measure)
-        weight = self.alpha + (1 - self.alpha) * normalised(motion, self.quantile, self.scale == "chunk")
+        weight = self._weights(chunk, signals)
         if state.token_drift is None or state.token_age is None:
-            state.token_drift = torch.full_like(weight, state.drift)
-            state.token_age = torch.full_like(weight, state.reused_in_a_row, dtype=torch.int32)
+            drifted, replayed = self._carried(state)
+            state.token_drift = torch.full_like(weight, drifted)
+            state.token_age = torch.full_like(weight, replayed, dtype=torch.int32)
         drift, age = state.token_drift + weight * change, state.token_age
         old = age >= self.max_age
         due = self._voted(drift >= self.threshold) | old
@@ -149,8 +164,7 @@ class Motion:
         """`count` tokens are due, `forced` of them by their age; `mean`: of all drifts."""
         due, drift, age = found.due, found.drift, found.age
         total, state.drift = due.numel(), mean
-        size = math.ceil(total / BUCKETS)
-        run = -(-count // size) * size
+        run = self._length(count, math.ceil(total / BUCKETS))
         if count > self.full_share * total or run >= total:
             return self._whole(state)
         state.token_drift, state.token_age = drift, age + 1
@@ -182,15 +196,47 @@ _FIRST = 1e6
 """Puts what is due before everything that only comes near."""
 
 
+@dataclass(frozen=True)
+class Released(Motion):
+    """Where the released code decides otherwise than `Motion` does at the same constants. The tokens that are due run and no others, whatever the
+    shapes; drift begins anew with the fine phase.
+
+    `coarse_computed`: the coarse phase ends with so many computed steps behind the warm-up (0: as `coarse` says); `opening`: the film's first frame,
+    which has none before it, has the weight of what moves most, instead of the second frame's weights.
+    """
+
+    coarse_computed: int = 0
+    opening: bool = False
+
+    def _coarse(self, chunk: Chunk, state: ChunkState) -> bool:
+        if self.coarse_computed:
+            return state.computed < self.chunkwise.warmup_steps + self.coarse_computed
+        return super()._coarse(chunk, state)
+
+    def _weights(self, chunk: Chunk, signals: Signals) -> Tensor:
+        weights = super()._weights(chunk, signals)
+        if self.opening and chunk.start == 0:
+            weights[0] = 1.0
+        return weights
+
+    def _carried(self, state: ChunkState) -> tuple[float, int]:
+        return 0.0, 0
+
+    def _length(self, count: int, size: int) -> int:
+        return count
+
+
 PRESETS: Mapping[str, Motion] = {
-    "skyreels-v2": Motion(
-        threshold=0.1, alpha=0.6, coarse=0.42, measure="output", vote="agree", min_refresh=0.4, full_share=1.0, max_age=1000,
+    "skyreels-v2": Released(
+        threshold=0.1, alpha=0.6, measure="output", vote="agree", min_refresh=0.4, full_share=1.0, max_age=1000, coarse_computed=6,
         base=Chunkwise(threshold=0.1, warmup_steps=5, max_reuse=1000, signature="time", replay="residual", order=0, rescale="clamped"),
     ),
-    "magi-1": Motion(
-        threshold=0.0065, alpha=0.6, coarse=25 / 64, measure="noisy", min_refresh=0.0, full_share=1.0, max_age=1000,
+    "magi-1": Released(
+        threshold=0.0065, alpha=0.6, coarse=25 / 64, measure="noisy", min_refresh=0.0, full_share=1.0, max_age=1000, opening=True,
         base=Chunkwise(threshold=0.0065, warmup_steps=5, max_reuse=1000, signature="latent", order=0),
     ),
 }  # fmt: skip
-"""The published constants (released configurations). SkyReels-V2's coarse phase is published as six computed steps after a
-warm-up of five: at 50 steps, and the published rate of computing, that is about 0.42 of them."""
+"""The constants of the released configurations, and what the released code decides with them, but for these: the polynomial of SkyReels-V2 is clamped
+at 0, one mask serves all branches, a chunk's last step is computed, and motion in the output is seen on the last residual over present latents,
+there over those of the step before; for MAGI-1 drift is measured on the latents, there behind the patch embedding, and the velocity is replayed,
+there the latent increment."""
