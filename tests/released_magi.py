@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,9 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from tests.released import importing, module, sdpa
+
 CHECKOUT = os.environ.get("MAGI_PATH")
 TEXT_DIM = 12
 MODULES = ("common", "model.dit.dit_model", "model.dit.dit_module", "model.vae.vae_model", "pipeline.video_generate", "pipeline.prompt_process")
+TOPS = {"inference", "triton", "flashinfer", "flash_attn", "ffmpeg", "diffusers", "timm"}
 GROUPS = "get_tp_group", "get_pp_group", "get_cp_group", "get_dp_group"
 NEEDS_RELEASED = pytest.mark.skipif(not CHECKOUT, reason="set MAGI_PATH to a checkout of the released MAGI-1 code to compare with it")
 
@@ -43,20 +45,14 @@ class OnProcessor(TorchFunctionMode):
         return func(*["cpu" if isinstance(arg, str) and arg.startswith("cuda") else arg for arg in args], **kwargs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """[B, T, heads, head_dim], key heads shared."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)
-    return y.transpose(1, 2)
-
-
 def attend_packed(qkv: Tensor, **_: Any) -> Tensor:
-    return attend(*qkv.unbind(2))
+    return sdpa(*qkv.unbind(2))
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any) -> Tensor:
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     spans = zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True)
-    return torch.cat([attend(q[None, a:b], k[None, c:d], v[None, c:d])[0] for a, b, c, d in spans])
+    return torch.cat([sdpa(q[None, a:b], k[None, c:d], v[None, c:d])[0] for a, b, c, d in spans])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,12 +85,6 @@ class Anything(ModuleType):
         return SimpleNamespace()
 
 
-def module(name: str, **members: Any) -> ModuleType:
-    made = ModuleType(name)
-    vars(made).update(members)
-    return made
-
-
 def stand_ins() -> dict[str, ModuleType]:
     activation, gemm = SimpleNamespace(silu_and_mul=silu_and_mul), module("flashinfer.gemm", bmm_fp8=fp8_product)
     language = module("triton.language", constexpr=int)
@@ -103,8 +93,8 @@ def stand_ins() -> dict[str, ModuleType]:
         "triton.language": language,
         "flashinfer": module("flashinfer", activation=activation, gemm=gemm),
         "flashinfer.gemm": gemm,
-        "flash_attn": module("flash_attn", flash_attn_varlen_func=attend_varlen, flash_attn_func=attend, flash_attn_qkvpacked_func=attend_packed),
-        "flash_attn.flash_attn_interface": module("flash_attn.flash_attn_interface", flash_attn_func=attend),
+        "flash_attn": module("flash_attn", flash_attn_varlen_func=attend_varlen, flash_attn_func=sdpa, flash_attn_qkvpacked_func=attend_packed),
+        "flash_attn.flash_attn_interface": module("flash_attn.flash_attn_interface", flash_attn_func=sdpa),
         "flash_attn.layers": module("flash_attn.layers"),
         "flash_attn.layers.rotary": module("flash_attn.layers.rotary", apply_rotary_emb=rotate),
         "inference.model.t5": module("inference.model.t5", T5Embedder=None),
@@ -138,12 +128,9 @@ class Released:
 
     def __init__(self, checkout: Path, special_tokens: Path) -> None:
         self.checkout, self.special_tokens = checkout, special_tokens
-        with pytest.MonkeyPatch.context() as patch, self.running(), warnings.catch_warnings():
+        with pytest.MonkeyPatch.context() as patch, self.running(), warnings.catch_warnings(), importing(checkout, stand_ins(), TOPS):
             warnings.simplefilter("ignore")
-            patch.syspath_prepend(str(checkout))
             patch.setenv("SPECIAL_TOKEN_PATH", str(special_tokens))
-            for name, stand_in in stand_ins().items():
-                patch.setitem(sys.modules, name, stand_in)
             for name in MODULES:
                 setattr(self, name.rpartition(".")[2], importlib.import_module(f"inference.{name}"))
             self._groups = importlib.import_module("inference.infra.distributed.parallel_state")

@@ -12,8 +12,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.scores.streaming import StreamingLLM
@@ -34,10 +32,17 @@ from flowcache_core.models.checkpoint import load_network_file
 from flowcache_core.models.family import Family
 from flowcache_core.models.wan_vae import WanVAE
 from flowcache_core.run.generate import Given, Job, generate
+from tests.released import checkout, importing, module, sdpa
 
 pytestmark = pytest.mark.slow
-CHECKOUTS = {"self-forcing": "SELF_FORCING_PATH", "causal-forcing": "CAUSAL_FORCING_PATH", "causvid": "CAUSVID_PATH", "longlive": "LONGLIVE_PATH"}
-"""Released code -> the variable that names the folder of its checkout."""
+LOOP = "pipeline/causal_inference.py"
+CHECKOUTS = {
+    "self-forcing": ("SELF_FORCING_PATH", LOOP),
+    "causal-forcing": ("CAUSAL_FORCING_PATH", LOOP),
+    "causvid": ("CAUSVID_PATH", "causvid/models/wan/causal_inference.py"),
+    "longlive": ("LONGLIVE_PATH", LOOP),
+}
+"""Released code -> the variable that names the folder of its checkout, and a file by which it is known."""
 HEADS, LAYERS, FFN, TEXT_DIM, WORDS = 2, 2, 384, 64, 512
 SIDE, TOKENS = 4, 4
 """Height and width of the latents, and tokens of a latent frame."""
@@ -56,20 +61,6 @@ class Released:
     wrapper: ModuleType
     loop: ModuleType
     vae: ModuleType
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """[B, L, heads, D] each."""
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-def module(name: str, path: Path | None = None, **held: Any) -> ModuleType:
-    """`path`: of a package, whose __init__ is then not run."""
-    made = ModuleType(name)
-    made.__dict__.update(held)
-    if path:
-        made.__path__ = [str(path)]
-    return made
 
 
 def stand_ins(root: Path) -> dict[str, ModuleType]:
@@ -94,40 +85,19 @@ def stand_ins(root: Path) -> dict[str, ModuleType]:
     }
 
 
-@contextmanager
-def importing(root: Path) -> Iterator[None]:
-    """Modules of the checkout are found, and forgotten afterwards: several checkouts have modules of the same names."""
-    before, compiled = dict(sys.modules), torch.compile
-    tops = {"wan", "utils", "pipeline", "causvid", "demo_utils", "diffusers"}
-    for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-        del sys.modules[name]
-    sys.modules.update(stand_ins(root))
-    sys.path.insert(0, str(root))
-    torch.compile = lambda made, **_: made  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiled
-        sys.path.remove(str(root))
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update({name: held for name, held in before.items() if name.partition(".")[0] in tops})
-
-
+TOPS = {"wan", "utils", "pipeline", "causvid", "demo_utils", "diffusers"}
 _LOADED: dict[str, Released] = {}
 
 
 def released(name: str) -> Released:
     """Skips the test without a checkout."""
-    folder = os.environ.get(CHECKOUTS[name])
-    if not folder:
-        pytest.skip(f"set {CHECKOUTS[name]} to the folder of a checkout of the released code")
+    root = checkout(*CHECKOUTS[name])
     pytest.importorskip("einops")
     if name not in _LOADED:
         parts = ("causvid.models.wan.causal_model", "causvid.models.wan.wan_wrapper", "causvid.models.wan.causal_inference",
                  "causvid.models.wan.wan_base.modules.vae") if name == "causvid" else \
                 ("wan.modules.causal_model", "utils.wan_wrapper", "pipeline.causal_inference", "wan.modules.vae")  # fmt: skip
-        with importing(Path(folder)):
+        with importing(root, stand_ins(root), TOPS):
             if name == "causvid":
                 models: Any = sys.modules["causvid.models"]
                 models.get_diffusion_wrapper = models.get_text_encoder_wrapper = models.get_vae_wrapper = None
@@ -213,7 +183,7 @@ class OnProcessor:
 
 def settings_in(code: Released, file: str) -> dict[str, Any]:
     """What a published configuration says of noise levels, chunks and history."""
-    text = (Path(os.environ[CHECKOUTS[code.name]]) / "configs" / file).read_text()
+    text = (Path(os.environ[CHECKOUTS[code.name][0]]) / "configs" / file).read_text()
     steps = re.search(r"^denoising_step_list:\n((?:- \d+.*\n)+)", text, re.M)
     assert steps
     counts = {key: re.search(rf"^ *{key}: (\d+)", text, re.M) for key in ("num_frame_per_block", "local_attn_size", "sink_size", "context_noise")}

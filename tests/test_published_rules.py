@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from flowcache_core.bench.increment import incremental
 from flowcache_core.kernels.tokens import mask_over
@@ -45,7 +44,7 @@ from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler
 from tests.driven import Driven
 from tests.formula import Fields
-from tests.released import Torch, checkout, imported, module
+from tests.released import Torch, checkout, imported, module, sdpa
 
 MAGI_FOLDER, SKYREELS_FOLDER = "FlowCache4MAGI-1", "FlowCache4SkyReels-V2"
 Made = dict[tuple[int, int], Tensor]
@@ -320,11 +319,6 @@ POLYNOMIAL = POLYNOMIALS[1536, 30]
 quiet = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """[B, L, heads, D] each."""
-    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k.to(q), v.to(q)))).transpose(1, 2)
-
-
 def released_network(root: Path, name: str, seed: int) -> Any:
     """In float32 throughout; its blocks return bfloat16. The frame rate has most of the time modulation, so that this changes as slowly as in the
     released weights, for which the polynomial was made."""
@@ -334,7 +328,7 @@ def released_network(root: Path, name: str, seed: int) -> Any:
         "diffusers.configuration_utils": module("configuration_utils", ConfigMixin=type("ConfigMixin", (), {}), register_to_config=lambda made: made),
         "diffusers.loaders": module("loaders", PeftAdapterMixin=type("PeftAdapterMixin", (), {})),
         "diffusers.models.modeling_utils": module("modeling_utils", ModelMixin=nn.Module),
-        f"{package}.attention": module(f"{package}.attention", flash_attention=attend),
+        f"{package}.attention": module(f"{package}.attention", flash_attention=sdpa),
     }
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")

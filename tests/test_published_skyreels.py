@@ -13,9 +13,7 @@ import functools
 import importlib
 import inspect
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,7 +24,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from flowcache_core.models.attention import BlockCausal, bidirectional
 from flowcache_core.models.bundle import Bundle
@@ -41,6 +38,7 @@ from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.path import Path as Levels
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import UniPC, UniPCMemory
+from tests.released import Torch, importing, module, sdpa
 
 VARIABLE = "SKYREELS_V2_PATH"
 PACKAGE = "skyreels_v2_infer"
@@ -77,20 +75,6 @@ def remembering(init: Callable[..., None]) -> Callable[..., None]:
     return noted
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """[B, L, heads, D] each."""
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-def module(name: str, path: Path | None = None, **held: Any) -> ModuleType:
-    """`path`: of a package, whose __init__ is then not run."""
-    made = ModuleType(name)
-    made.__dict__.update(held)
-    if path:
-        made.__path__ = [str(path)]
-    return made
-
-
 def stand_ins(root: Path) -> dict[str, ModuleType]:
     package = root / PACKAGE
     makers = dict.fromkeys(("get_text_encoder", "get_transformer", "get_vae", "get_image_encoder"))
@@ -121,34 +105,15 @@ def stand_ins(root: Path) -> dict[str, ModuleType]:
     }
 
 
-class InFloat32:
-    """`torch` as a released module sees it: with float32 under the name of bfloat16, and random numbers from `rng`."""
-
-    bfloat16 = torch.float32
+class InFloat32(Torch):
+    """`torch` with float32 under the name of bfloat16, and random numbers from `rng`."""
 
     def __init__(self) -> None:
+        super().__init__(bfloat16=torch.float32)
         self.rng = torch.Generator()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
 
     def randn_like(self, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self.rng)
-
-
-@contextmanager
-def importing(root: Path) -> Iterator[None]:
-    """Modules of the checkout are found, their compiled functions left as they are, and forgotten afterwards."""
-    tops, before, compiled = {PACKAGE, "diffusers", "decord"}, dict(sys.modules), torch.compile
-    sys.modules.update(stand_ins(root))
-    torch.compile = lambda made=None, **_: made or (lambda function: function)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiled
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update({name: held for name, held in before.items() if name.partition(".")[0] in tops})
 
 
 @dataclass(frozen=True)
@@ -164,7 +129,8 @@ class Released:
 def released() -> Released:
     pytest.importorskip("einops", reason="the released VAE needs einops")
     parts = ("modules.transformer", "scheduler.fm_solvers_unipc", "modules.vae", "pipelines.diffusion_forcing_pipeline")
-    with importing(Path(os.environ[VARIABLE]).absolute()):
+    root = Path(os.environ[VARIABLE]).absolute()
+    with importing(root, stand_ins(root), {PACKAGE, "diffusers", "decord"}):
         out = Released(*(importlib.import_module(f"{PACKAGE}.{part}") for part in parts))
     out.transformer.torch = out.pipeline.torch = out.torch  # type: ignore[attr-defined]
     out.pipeline.tqdm = lambda rows: rows  # type: ignore[attr-defined]
