@@ -14,7 +14,7 @@ from torch import Tensor
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.policy import STORED, KVPolicy
 from flowcache_core.kv.scores import KV_POLICIES, Even, Salience
-from flowcache_core.policies import POLICIES
+from flowcache_core.policies import OF_PRESETS, POLICIES
 from flowcache_core.policies.chunkwise import Chunkwise
 from flowcache_core.policies.motion import PRESETS, Motion
 from flowcache_core.policies.multirate import Multirate
@@ -54,7 +54,7 @@ def test_under_every_policy(name: str, resumable: Callable[..., Setup], tmp_path
 
 
 def test_every_policy_is_among_them() -> None:
-    assert {type(policy) for policy in POLICIES_TESTED.values()} == set(POLICIES)
+    assert {type(policy) for policy in POLICIES_TESTED.values()} == {*POLICIES, *OF_PRESETS}
 
 
 @pytest.mark.parametrize("kind", KV_POLICIES, ids=lambda kind: kind.name)

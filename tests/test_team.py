@@ -19,7 +19,8 @@ from flowcache_core.kv.scores.importance import ImportanceRedundancy
 from flowcache_core.models.adapter import DurationTexts, ModelAdapter
 from flowcache_core.models.bundle import NETWORK, Bundle, files_of, load_bundle
 from flowcache_core.models.magi_family import MAGI
-from flowcache_core.policies import Motion, Planned
+from flowcache_core.policies import POLICIES, Motion, Planned
+from flowcache_core.policies.motion import PRESETS
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.ranks.workers import IDLE, WorkerLost
 from flowcache_core.run.follow import FilmWorker
@@ -372,6 +373,12 @@ def test_settings_of_a_film_are_the_same_on_the_other_side(bundle: Bundle) -> No
         run = run_of(bundle, case.get("job", JOB), case.get("policy"), case.get("compressor"))
         settings = FilmSettings.of(run, ("positive", "negative"))
         assert FilmSettings.from_json(settings.as_json()) == settings
+
+
+@pytest.mark.parametrize("policy", [*PRESETS.values(), *(kind() for kind in POLICIES)], ids=lambda policy: type(policy).__name__)
+def test_every_policy_is_the_same_on_the_other_side(policy: CachePolicy, bundle: Bundle) -> None:
+    settings = FilmSettings.of(run_of(bundle, replace(JOB, steps=20), policy), ("positive", "negative"))
+    assert FilmSettings.from_json(settings.as_json()) == settings
 
 
 def test_a_policy_of_another_package_is_refused_before_a_process_starts(bundle: Bundle) -> None:

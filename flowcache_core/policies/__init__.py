@@ -5,10 +5,12 @@ Whatever is in POLICIES can be chosen by its `name` in the Cache Policy node, in
 
 from .always import Always
 from .chunkwise import Chunkwise
-from .motion import Motion
+from .motion import Motion, Released
 from .multirate import Multirate
 from .planned import Planned
 from .protocol import CachePolicy
 from .target import Target
 
 POLICIES: tuple[type[CachePolicy], ...] = (Always, Planned, Chunkwise, Target, Motion, Multirate)
+OF_PRESETS: tuple[type[CachePolicy], ...] = (Released,)
+"""Kinds that presets have and nobody chooses by name."""

@@ -16,7 +16,7 @@ from ..kv.scores import KV_POLICIES
 from ..models.adapter import DurationTexts, ModelAdapter
 from ..models.bundle import BUNDLED
 from ..models.family import Family
-from ..policies import POLICIES
+from ..policies import OF_PRESETS, POLICIES
 from ..policies.protocol import CachePolicy
 from ..ranks.world import Spread, World
 from ..sampling.frames import Frames
@@ -93,7 +93,7 @@ def _no_tensor(place: int) -> Tensor:
 
 @cache
 def _kinds() -> Mapping[str, type]:
-    every = (FilmSettings, ChunkSchedule, Frames, Profile, GivenNoise, Compressor, *SOLVERS, *POLICIES, *KV_POLICIES, *KINDS)
+    every = (FilmSettings, ChunkSchedule, Frames, Profile, GivenNoise, Compressor, *SOLVERS, *POLICIES, *OF_PRESETS, *KV_POLICIES, *KINDS)
     return {kind.__qualname__: kind for kind in every}
 
 
