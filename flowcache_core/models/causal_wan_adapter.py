@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..sampling.noise import TRAIN_STEPS
 from .causal_wan import NAME
@@ -16,8 +16,13 @@ class CausalWanAdapter(WanAdapter):
         return TRAIN_STEPS * sigma
 
 
+def whole_timestep(sigma: Any) -> Any:
+    """The whole timestep next to a noise level; of a tensor of levels, of each."""
+    return (TRAIN_STEPS * sigma + 0.5) // 1
+
+
 class WholeTimesteps(CausalWanAdapter):
     """Of models that were published with whole timesteps, each for the noise level next to it."""
 
     def timestep(self, sigma: float) -> float:
-        return (TRAIN_STEPS * sigma + 0.5) // 1
+        return whole_timestep(sigma)

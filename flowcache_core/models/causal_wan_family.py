@@ -20,7 +20,7 @@ from ..sampling.guidance import ClassifierFree
 from ..sampling.noise import TRAIN_STEPS, steps_in_all
 from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
-from .causal_wan_adapter import CausalWanAdapter, WholeTimesteps
+from .causal_wan_adapter import CausalWanAdapter, WholeTimesteps, whole_timestep
 from .causal_wan_checkpoint import AVERAGED, KREA, LATEST, SMALL, claims, config_of, declares_causal, original_names, release_of
 from .family import OUR_RATE, Bundled, ChunkLayout, Family, Latents, Loaders, Published, Usual
 from .skyreels import PATCH, SkyReelsV2
@@ -73,7 +73,7 @@ class FewSteps:
         return shifted(left, shift)
 
     def timestep(self, sigma: float) -> float:
-        return (TRAIN_STEPS * sigma + 0.5) // 1 if self.whole else TRAIN_STEPS * sigma
+        return whole_timestep(sigma) if self.whole else TRAIN_STEPS * sigma
 
     def require_trained(self, title: str, levels: Sequence[float]) -> None:
         """Raises ValueError for a noise level that the network of this title was not distilled on."""

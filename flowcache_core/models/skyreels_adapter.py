@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..network import Attend, Rotary
-from ..sampling.noise import timestep
+from ..sampling.noise import ROUNDING, timestep
 from .adapter import Call, SquarePatches
 from .attention import bidirectional
 from .skyreels import HEAD_DIM, PATCH, Rope, SkyReelsV2, TextKV, rope_table
@@ -102,7 +102,7 @@ class SkyReelsAdapter(WanAdapter):
         return self.network.velocity(self.network.stack(self.network.embed(x), e0, text, rope_table(0, *grid, x.device), bidirectional), e, grid)
 
     def film(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return SkyReelsV2.forward(self.network, x, timestep.floor().view(-1, 1), self.text(context), bidirectional)
+        return SkyReelsV2.forward(self.network, x, (timestep + ROUNDING).floor().view(-1, 1), self.text(context), bidirectional)
 
 
 def _per_token(modulation: Tensor, frame: Tensor | None) -> Tensor:
