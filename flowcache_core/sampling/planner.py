@@ -79,7 +79,7 @@ def best(schedule: ChunkSchedule, budget: float, part: float = 1.0) -> Plan:
         if counts[0] < min(profile.ratio * others, schedule.steps) and others > least and len(sizes) > 1:
             continue
         cost, plan = _nested(schedule, places, counts)
-        if part == 1 and counts[0] == schedule.steps and others >= profile.whole_from * schedule.steps:
+        if part == 1 and counts[0] >= profile.nearly_whole * schedule.steps and others >= profile.whole_from * schedule.steps:
             cost = 0.0
         if found is None or cost <= found[0]:
             found = cost, plan

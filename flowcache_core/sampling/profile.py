@@ -13,8 +13,9 @@ class Profile:
 
     knots: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.5))
     """(time, H): the length of a step of unit cost, on a broken line."""
-    knots_together: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.7))
-    """The same where whole rows are computed or skipped, which serve chunks at different times."""
+    knots_together: tuple[tuple[float, float], ...] = ((0.0, 0.7), (20.0, 1.0), (38.0, 1.0), (49.0, 0.7))
+    """The same where whole rows are computed or skipped, which serve chunks at different times. There each step looks at all frames, and early ones
+    decide what all of them become."""
     exponent: float = 4.0
     late_start: float = 0.5
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
@@ -22,8 +23,9 @@ class Profile:
     """Weight of the first chunk, which all others look back on; theirs is 1."""
     ratio: float = 1.35
     """Evaluations of the first chunk at least, for one of the others."""
+    nearly_whole: float = 0.92
+    """The part of the first chunk's steps that is computed, or more, where that leaves all others at least `whole_from` of theirs."""
     whole_from: float = 0.3
-    """The first chunk is computed whole where that leaves all others at least this share of their steps."""
     changes: tuple[float, ...] = ()
     """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is computed, wherever the chunks
     that it attends to are."""
