@@ -23,7 +23,9 @@ COMMANDS = {
     "frontier": f"{BENCH} frontier --workers 2",
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
-"""What makes the files that pages show of the first bundled model; `make measure` runs them all, so that they are of one commit."""
+"""What makes the files that pages show of the first bundled model; `make measure` runs them all."""
+TOGETHER = (("demo", "recall", "seam", "frontier", "frontier-drawn"), ("kv", "kv-float32", "kv-stands-for"))
+"""Of which each is of one commit: the second is of films in which all steps are computed, to which plans make no difference."""
 SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
 SCALE = {f"scale-{devices}": f"torchrun --nproc-per-node {devices} -m flowcache_core bench scale" for devices in (2, 4)}
 STEP = {
