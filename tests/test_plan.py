@@ -59,6 +59,16 @@ def test_the_first_chunk_is_nearly_whole_where_that_leaves_enough() -> None:
     ]  # fmt: skip
 
 
+def test_rows_of_a_window_are_denser_at_both_ends_than_in_the_middle() -> None:
+    """Of 60 rows of three chunks that start five rows apart, 34: how many of the first, the middle and the last twelve."""
+    schedule = ChunkSchedule(9, 3, 50, 5)
+    plan = plan_for(schedule, 34 / 60, together=True)
+    rows = [number for number, row in enumerate(schedule.rows) if any(plan.computes(chunk) for chunk in row.active)]
+    first, middle, last = (sum(begin <= number < begin + 12 for number in rows) for begin in (0, 24, 48))
+    assert len(rows) == 34
+    assert first > middle < last
+
+
 CASES = st.one_of(st.tuples(schedules(windows=True), st.just(False)), st.tuples(schedules(), st.just(True)))
 """A schedule, and whether attention is bidirectional: then there is no window."""
 

@@ -1,9 +1,9 @@
 """Plans from a budget: where to compute, if only so many evaluations may be spent.
 
 The model of the error is that of a second-order integrator: a step of length h at time t costs (h / H(t))^4 (its squared local error), and
-costs add up. H is longer early than late: near the end the clean latent still changes while its noise is nearly gone. A chunk's
-steps are then the path of least cost through its allowed steps, found exactly by dynamic programming. Chunks are planned in order:
-while earlier chunks run, only rows in which they are computed are allowed, so that the plan is in step (`plan.py`).
+costs add up. H is shorter near the end, where the clean latent still changes while its noise is nearly gone, and for whole rows at the
+beginning. A chunk's steps are then the path of least cost through its allowed steps, found exactly by dynamic programming. Chunks are planned
+in order: while earlier chunks run, only rows in which they are computed are allowed, so that the plan is in step (`plan.py`).
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ class Profile:
     knots: tuple[tuple[float, float], ...] = ((0.0, 1.0), (38.0, 1.0), (49.0, 0.5))
     """(time, H): the length of a step of unit cost, on a broken line."""
     knots_together: tuple[tuple[float, float], ...] = ((0.0, 0.7), (20.0, 1.0), (38.0, 1.0), (49.0, 0.7))
-    """The same where whole rows are computed or skipped, which serve chunks at different times. There each step looks at all frames, and early ones
-    decide what all of them become."""
+    """The same where whole rows are computed or skipped, which serve chunks at different times: denser at the beginning too, milder at the end."""
     exponent: float = 4.0
     late_start: float = 0.5
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
@@ -24,8 +23,9 @@ class Profile:
     ratio: float = 1.35
     """Evaluations of the first chunk at least, for one of the others."""
     nearly_whole: float = 0.92
-    """The part of the first chunk's steps that is computed, or more, where that leaves all others at least `whole_from` of theirs."""
+    """At least this part of the first chunk's steps is computed where that leaves all others at least `whole_from` of theirs."""
     whole_from: float = 0.3
+    """Above 1: never."""
     changes: tuple[float, ...] = ()
     """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is computed, wherever the chunks
     that it attends to are."""
