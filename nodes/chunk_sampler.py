@@ -24,7 +24,7 @@ from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
 from .fit import require_ours
-from .guidance import alone, conds_of, scale_of, unread
+from .guidance import alone, conds_of, evaluates_alike, scale_of, unread
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
@@ -51,9 +51,8 @@ def place_of(guider: Any, model: HostModel, noise: torch.Tensor, film: Film) -> 
     at_once = max(2, *(len(row.active) for row in film.rows)) if isinstance(film, ChunkSchedule) else 1
     tokens = sum(min(len(some), at_once) * tokens_of(some) for some in branches)
     patcher = guider.model_patcher
-    return Place(
-        noise.shape[0], max(len(branches), 1), tokens * noise.shape[0], patcher.model_size(), model.dtype_of(patcher).itemsize, patcher.load_device
-    )
+    return Place(noise.shape[0], max(len(branches), 1), tokens * noise.shape[0], patcher.model_size(), model.dtype_of(patcher).itemsize,
+                 patcher.load_device, evaluates_alike(guider))  # fmt: skip
 
 
 @dataclass(frozen=True)

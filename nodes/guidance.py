@@ -10,9 +10,15 @@ import comfy.samplers
 import torch
 
 from ..flowcache_core.models.family import Family
+from .other_nodes import blocks_of, changes_guidance
+from .texts import FROM
 
 PROMPT, OTHER = "positive", "negative"
 """Names of a guider's texts."""
+TIMED = ("timestep_start", "timestep_end", "start_percent", "end_percent")
+"""Keys of a conditioning that counts at some steps alone."""
+PLACED = ("hooks", "area", "mask", "control", "gligen", "strength")
+"""Keys of one that changes the model, counts in a part of the picture, or by a part."""
 CALC = "sampler_calc_cond_batch_function"
 """Key in model_options of what evaluates the texts of a guider."""
 
@@ -39,6 +45,22 @@ def _prompts(guider: Any, family: Family) -> list[dict[str, Any]]:
             "BasicGuider"
         )
     return list(guider.conds.get(PROMPT, ()))
+
+
+def evaluates_alike(guider: Any) -> bool:
+    """Whether it does the same at every step with whatever latents it is given, and with one text a branch: then chunks can be evaluated together."""
+    patcher, options = guider.model_patcher, guider.model_options
+    usual = type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise and not changes_guidance(patcher, options)
+    texts = [one for many in guider.conds.values() for one in many]
+    plain = not any(one.get(key) is not None for one in texts for key in (*TIMED, *PLACED, FROM))
+    return usual and plain and not blocks_of(options.get("transformer_options", {}))
+
+
+def evaluates_every_text(guider: Any) -> bool:
+    """Whether its texts are evaluated all at every step, so that devices may have texts of their own."""
+    plain = type(guider) is comfy.samplers.CFGGuider and not changes_guidance(guider.model_patcher, guider.model_options)
+    texts = [one for many in guider.conds.values() for one in many]
+    return plain and not any(one.get(key) is not None for one in texts for key in (*TIMED, "hooks"))
 
 
 def scale_of(guider: Any, family: Family) -> float:

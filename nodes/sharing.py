@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
-import comfy.samplers
 import torch
 
 from ..flowcache_core.run.lead import Leader
@@ -17,9 +16,9 @@ from ..flowcache_core.run.run import Run
 from ..flowcache_core.run.states import States
 from ..flowcache_core.run.team import Source, Team
 from .gguf import SUFFIX
-from .guidance import conds_of
+from .guidance import conds_of, evaluates_every_text
 from .host_model import HostModel
-from .other_nodes import blocks_of, changes_guidance, made_by
+from .other_nodes import blocks_of, made_by
 from .settings_on_model import DEVICES_NODE, OPTIONS, devices_of
 from .texts import named_branches
 
@@ -31,8 +30,6 @@ PATCHED = {
     "injections": "a node that injects something into the model",
 }
 """What other nodes put on a MODEL, which a network that was loaded from the same file does not have -> its name for people."""
-TIMED = ("timestep_start", "timestep_end", "start_percent", "end_percent")
-"""Keys of a conditioning that counts at some steps alone."""
 _teams: dict[tuple[str, ...], Team] = {}
 """By their devices; at most one of them runs."""
 
@@ -69,13 +66,6 @@ def _not_reproduced(patcher: Any, model: HostModel) -> Iterator[str]:
         yield "this one holds scaled 8-bit weights, which ComfyUI multiplies in its own way"
     if blocks := blocks_of(patcher.model_options.get("transformer_options", {})):
         yield f"{made_by(next(iter(blocks.values())))} replaces blocks of this MODEL"
-
-
-def evaluates_every_text(guider: Any) -> bool:
-    """Whether its texts are evaluated all at every step, so that devices may have texts of their own."""
-    plain = type(guider) is comfy.samplers.CFGGuider and not changes_guidance(guider.model_patcher, guider.model_options)
-    texts = [one for many in guider.conds.values() for one in many]
-    return plain and not any(one.get(key) is not None for one in texts for key in (*TIMED, "hooks"))
 
 
 @contextmanager

@@ -58,6 +58,12 @@ class Driven:
     def predict(self, x: Tensor, chunk: Chunk) -> Tensor:
         return self.evaluate(x, chunk)
 
+    def together(self, chunks: Sequence[Chunk]) -> bool:
+        return False
+
+    def predict_row(self, parts: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sequence[Tensor]:
+        raise AssertionError("chunks come one after the other")
+
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         assert self.session
         return self.session.choose(chunk, rate)

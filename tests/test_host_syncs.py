@@ -137,20 +137,20 @@ def sent(network: SkyReelsV2) -> SkyReelsV2:
 
 @dataclass(frozen=True)
 class RowByRow(Driven):
-    """Notes where a row begins. `together` False: every chunk is decided when its turn comes, as if it were alone in its row."""
+    """Notes where a row begins. `by_row` False: every chunk is decided when its turn comes, as if it were alone in its row."""
 
     watch: Any = None
-    together: bool = True
+    by_row: bool = True
 
     def begin_row(self, chunks: Sequence[Chunk], film: Tensor) -> None:
         if isinstance(self.watch, Watch):
             self.watch.rows.append(len(self.watch.waits))
-        if self.together:
+        if self.by_row:
             super().begin_row(chunks, film)
 
 
 def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, kv: KVPolicy | None = None, given: int = 0, frames: int = 9,
-         steps: int = 8, window: int | None = 3, around: Callable[[], Any] = Watch, together: bool = True,
+         steps: int = 8, window: int | None = 3, around: Callable[[], Any] = Watch, by_row: bool = True,
          **settings: Any) -> tuple[Tensor, RunReport, Any]:  # fmt: skip
     """Chunk by chunk, two branches in one batch -> latents, the report, and what watched the loop."""
     adapter, schedule, levels = SkyReelsAdapter(network), ChunkSchedule(frames, 3, steps, 3, window, prefix=given), flow_sigmas(steps)
@@ -168,7 +168,7 @@ def film(network: SkyReelsV2, texts: Tensor, policy: CachePolicy | None = None, 
             noise = noise.to(device)
             session.forecast(device)
         with around() as watch:
-            out = sample_chunks(RowByRow(predict, session, watch=watch, together=together), noise, schedule, levels, UniPC(), light)
+            out = sample_chunks(RowByRow(predict, session, watch=watch, by_row=by_row), noise, schedule, levels, UniPC(), light)
         with aside():
             session.close()
     return out, session.report, watch
@@ -233,7 +233,7 @@ def test_every_wait_is_counted(name: str, net: SkyReelsV2, texts: Tensor) -> Non
 @pytest.mark.parametrize("name", RULES)
 def test_the_decisions_of_a_row_are_those_of_its_chunks_one_by_one(name: str, net: SkyReelsV2, texts: Tensor) -> None:
     latents, report, _ = film(net, texts, around=torch.no_grad, **RULES[name])
-    alone, one_by_one, _ = film(net, texts, around=torch.no_grad, together=False, **RULES[name])
+    alone, one_by_one, _ = film(net, texts, around=torch.no_grad, by_row=False, **RULES[name])
     assert one_by_one.host_syncs > report.host_syncs, "several chunks of a row ask"
     assert torch.equal(latents, alone)
     assert (report.map == one_by_one.map).all()

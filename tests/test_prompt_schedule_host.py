@@ -146,13 +146,14 @@ def magi() -> Graph:
 
 @pytest.mark.parametrize(("family", "chunk", "begins"), [("SkyReels-V2", 3, 6), ("MAGI-1", 2, 6)])
 def test_under_our_sampler_it_changes_with_a_chunk(host: Host, ours: Graph, family: str, chunk: int, begins: int) -> None:
-    """`begins`: the chunk's first latent frame."""
+    """`begins`: the chunk's first latent frame. With one text for all chunks they are evaluated together, and round otherwise."""
     graph = ours if family == "SkyReels-V2" else magi()
     plain = host.latents(prompted(graph, RED, "CLIPTextEncode"))
-    assert torch.equal(host.latents(prompted(graph, f"1: {RED}\n{chunk}: {RED}")), plain)
+    same = host.latents(prompted(graph, f"1: {RED}\n{chunk}: {RED}"))
+    assert torch.allclose(same, plain, atol=1e-3)
     changing = host.latents(prompted(graph, f"1: {RED}\n{chunk}: {GREEN}"))
-    assert torch.equal(changing[:, :, :begins], plain[:, :, :begins]), "earlier chunks do not see the later ones"
-    assert not torch.equal(changing[:, :, begins:], plain[:, :, begins:])
+    assert torch.equal(changing[:, :, :begins], same[:, :, :begins]), "earlier chunks do not see the later ones"
+    assert not torch.allclose(changing[:, :, begins:], plain[:, :, begins:], atol=1e-1)
 
 
 def test_under_our_sampler_a_run_with_a_schedule_is_saved_and_goes_on(host: Host, ours: Graph) -> None:

@@ -1,4 +1,4 @@
-"""`bench row`: the chunks of a row in one pass through the network, beside one after the other as films are made.
+"""`bench row`: the chunks of a row in one pass through the network, beside one after the other. `run.SMALL` says which of the two makes films.
 
 All chunks of a window are denoised together, so that every row has all of them. Chunk by chunk each looks back on the keys and values that those
 before it have left in the KV cache; in one pass they lie side by side, block-causal in every layer, each at its own noise level. Both see the same
@@ -8,9 +8,11 @@ latents, in turn, row for row. `distance`: of the velocities, as a part of their
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -21,7 +23,6 @@ from ..models.adapter import Call, ModelAdapter
 from ..models.attention import BlockCausal
 from ..models.bundle import NAME as BUNDLED_NAME
 from ..models.bundle import Bundle, load_bundle
-from ..models.skyreels import SkyReelsV2
 from ..models.skyreels_adapter import SkyReelsAdapter
 from ..models.skyreels_family import SKYREELS
 from ..network import Attend
@@ -61,7 +62,6 @@ class Rows(Around):
 
     def __init__(self, inner: SkyReelsAdapter, chunks: int, rows: int) -> None:
         super().__init__(inner)
-        self.network: SkyReelsV2 = inner.network
         self.chunks, self.rows = chunks, rows
         self.timed: list[Timed] = []
         self._row: list[tuple[Call, float, Tensor]] = []
@@ -77,15 +77,11 @@ class Rows(Around):
 
     def _together(self) -> Timed:
         calls, spent, velocities = zip(*self._row, strict=True)
-        x, one = torch.cat([call.x for call in calls], 2), calls[0]
-        frames = [call.chunk.frames for call in calls]
-        levels = [level for call in calls for level in [cast(SkyReelsAdapter, self.inner).timestep(call.sigma)] * call.chunk.frames]
-        cells = x.shape[3] * x.shape[4] // 4
-        attend = BlockCausal([cells * sum(frames[: k + 1]) for k in range(self.chunks)])
-        times = torch.tensor([levels], device=x.device)
-        took, out = clocked(lambda: self.network(x, times, one.text, attend, fps=one.fps), x.device)
-        other = torch.cat(velocities, 2).float()
-        return Timed(sum(spent), took, float((out.float() - other).norm() / other.norm()))
+        lengths = [call.chunk.frames * math.prod(self.inner.token_grid(*call.x.shape[3:])) for call in calls]
+        attend = BlockCausal(tuple(accumulate(lengths)))
+        took, out = clocked(lambda: cast(SkyReelsAdapter, self.inner).forward_row(calls, attend), calls[0].x.device)
+        mine, other = (torch.cat(list(each), 2).float() for each in ((velocity for velocity, _ in out), velocities))
+        return Timed(sum(spent), took, float((mine - other).norm() / other.norm()))
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..device import fast_dtype
-from ..models.adapter import Call, ModelAdapter
+from ..models.adapter import Call, ModelAdapter, RowAdapter
 from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
 from ..models.bundle import NAME as BUNDLED_NAME
 from ..network import Attend
@@ -66,10 +66,22 @@ class Evaluations(Around):
         self.noted: list[tuple[float, float]] = []
 
     def forward(self, call: Call, attend: Attend) -> tuple[Tensor, Tensor]:
+        with self._noting():
+            return self.inner.forward(call, attend)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
         first = self.before()
-        out = self.inner.forward(call, attend)
+        yield
         self.noted.append((first, self.after()))
-        return out
+
+
+class RowEvaluations(Evaluations):
+    """The same of an adapter that takes rows in one pass, each of which is an evaluation."""
+
+    def forward_row(self, calls: Sequence[Call], attend: Attend) -> list[tuple[Tensor, Tensor]]:
+        with self._noting():
+            return cast(RowAdapter, self.inner).forward_row(calls, attend)
 
 
 @torch.inference_mode()
@@ -187,7 +199,8 @@ def _noted(bundle: Bundle, job: Job, before: Callable[[], float], after: Callabl
     around: list[Evaluations] = []
 
     def make(adapter: ModelAdapter, sigmas: object) -> ModelAdapter:
-        around.append(Evaluations(adapter, before, after))
+        kind = RowEvaluations if isinstance(adapter, RowAdapter) else Evaluations
+        around.append(kind(adapter, before, after))
         return cast(ModelAdapter, around[-1])
 
     generate(bundle, job, adapter=make)

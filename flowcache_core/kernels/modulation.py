@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from .choice import by_triton, path_for
 from .head_rotation import one_plus_norm, wide
 
+FEW = 8
+"""Noise levels of one call that are gone through one by one."""
 MODULATION, GATE, POST_NORM = "norm and modulation", "gate and residual", "gate, norm and residual"
 
 
@@ -63,9 +65,11 @@ def normed_modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Ten
 
 
 def in_pytorch(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`normed_modulated` without Triton. In 16 bits one noise level for all frames is weight and bias of the norm, applied in the same pass."""
-    if x.element_size() == 2 and shift.shape[:2] == (1, 1):
-        return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps)
+    """`normed_modulated` without Triton. In 16 bits a noise level that all films share is weight and bias of the norm, which rounds once."""
+    if x.element_size() == 2 and shift.shape[0] == 1 and shift.shape[1] <= FEW:
+        each = zip(x.chunk(shift.shape[1], 1), 1 + scale[0], shift[0], strict=True)
+        parts = [F.layer_norm(part, x.shape[-1:], weight, bias, eps) for part, weight, bias in each]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return modulated(F.layer_norm(x, x.shape[-1:], eps=eps), shift, scale)
 
 

@@ -26,8 +26,8 @@ is the best. A mask over gaps, or keys in another order, would round otherwise a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import ClassVar, TypeVar
 
 import torch
@@ -273,6 +273,32 @@ class CachedAttention(AttendBySlots):
         if not segments:
             return keys[:, :, first:]
         return torch.cat([self._turned(keeper, segments, keys, first), keys[:, :, segments[-1][1] :]], 2)
+
+
+class RowAttention(AttendBySlots):
+    """Attention of several chunks of a row whose tokens, `lengths` of each, lie one behind the other: each as `parts` has it, the earliest first.
+
+    A chunk sees the fresh keys and values of those before it, as if it came after them, and none of those behind it.
+    """
+
+    def __init__(self, parts: Sequence[CachedAttention], lengths: Sequence[int]) -> None:
+        self.parts, self.lengths = parts, tuple(lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        each = zip(self.parts, *(part.split(self.lengths, 2) for part in (q, k, v)), x.split(self.lengths, 1), strict=True)
+        return torch.cat([part(layer, *mine) for part, *mine in each], 2)
+
+    def slots(self, layer: int, like: Tensor) -> Slots | None:
+        """None where the chunks' slots are no one range, or one of them hands its keys and values over."""
+        each = [part.slots(layer, like) for part in self.parts]
+        places = [one.at for one in each if one is not None and isinstance(one.at, slice)]
+        if each[0] is None or len(places) < len(each) or any(a.stop != b.start for a, b in pairwise(places)):
+            return None
+        return replace(each[0], at=slice(places[0].start, places[-1].stop))
+
+    def look(self, layer: int, q: Tensor, x: Tensor) -> Tensor:
+        each = zip(self.parts, q.split(self.lengths, 2), x.split(self.lengths, 1), strict=True)
+        return torch.cat([part.look(layer, *mine) for part, *mine in each], 2)
 
 
 class BesideHistory:

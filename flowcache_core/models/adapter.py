@@ -133,6 +133,16 @@ def reach_of(adapter: ModelAdapter) -> Callable[[Chunk], int | None] | None:
 
 
 @runtime_checkable
+class RowAdapter(ModelAdapter, Protocol):
+    """An adapter that can take several chunks through the network side by side, each at its own noise level."""
+
+    def forward_row(self, calls: Sequence[Call], attend: Attend) -> list[tuple[Tensor, Tensor]]:
+        """`forward` of each. Their tokens lie one behind the other in the sequence; all calls have the same text. `attend` has every chunk see
+        what it would see by itself."""
+        ...
+
+
+@runtime_checkable
 class TokenAdapter(ModelAdapter, Protocol):
     """An adapter that can run single tokens. A token is a patch of latent cells of one frame."""
 

@@ -197,7 +197,7 @@ def _settled(bundle: Bundle, job: Job, film: ChunkSchedule | tuple[Section, ...]
     levels, like, spread = job.sigmas(bundle), bundle.like, guided.spread
     branches, whole = len(guided.branches[guided.own]), adapter(bundle.adapter(), levels)
     _, channels, _, height, width = job.noise_shape(bundle)
-    place = Place(1, branches, branches * guided.context.shape[1], 0, like.element_size(), like.device)
+    place = Place(1, branches, branches * guided.context.shape[1], 0, like.element_size(), like.device, alike=True)
     mine, compressor = spread.adapter(whole, policy, compressor), spread.compressor(compressor, whole.heads)
     return Run(bundle.family, mine, film, levels, (channels, height, width), place, policy, compressor, job.fps,
                GivenNoise(job.addnoise, job.seed), integrator or solver(job.solver), job.cfg, spread=spread)  # fmt: skip

@@ -18,11 +18,12 @@ from torch import Tensor
 from ..kv.cache import Branches, KVSizes
 from ..kv.compressor import Budget, Compressor
 from ..kv.layout import Capacity, capacity
-from ..models.adapter import ModelAdapter, OwnTexts, reach_of, require_bidirectional, require_time, require_tokens
+from ..models.adapter import ModelAdapter, OwnTexts, RowAdapter, reach_of, require_bidirectional, require_time, require_tokens
 from ..models.family import Family
 from ..models.numbers import finite, not_numbers
+from ..policies.always import Always
 from ..policies.planned import Planned
-from ..policies.protocol import CachePolicy, Forecasts, PartPolicy, SignaturePolicy, TokenPolicy
+from ..policies.protocol import CachePolicy, Forecasts, PartPolicy, PlanPolicy, SignaturePolicy, TokenPolicy
 from ..ranks.world import ALONE, Spread
 from ..sampling.chunk import Chunk
 from ..sampling.given import CLEAN, GivenNoise
@@ -40,6 +41,9 @@ from .sink import beyond, returned
 from .states import States
 from .turn import Evaluate
 
+SMALL = 1 << 19
+"""Numbers between two layers that a chunk has at most, all films and branches together, where the chunks of a row are evaluated in one pass. Measured
+on a processor (`bench row`)."""
 Film = ChunkSchedule | tuple[Section, ...]
 """Chunk by chunk against a KV cache, or bidirectional sections."""
 
@@ -74,6 +78,8 @@ class Place:
     itemsize: int = 4
     """Bytes of a number in the dtype of computation."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    alike: bool = False
+    """Whether who evaluates does the same at every step, with one text a branch for all chunks: then chunks can be evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +248,23 @@ class Run:
         )  # fmt: skip
         return replace(held, kv=0) if self.sections else held
 
+    @cached_property
+    def in_one_pass(self) -> bool:
+        """Whether the chunks of a row that are computed go through the network together: where that is the same film, and a chunk alone is so small
+        that it leaves the device with little to do."""
+        policy, place, grid = self.policy, self.place, self.latent[1:]
+        settled = policy is None or (isinstance(policy, Always | PlanPolicy) and not isinstance(policy, PartPolicy))
+        plain = not (self.sections or self.compressor or self.recache or self.family.guidance.inside) and self.spread.place is None
+        numbers = place.films * place.branches * self.schedule.chunk_frames * self.adapter.tokens_per_frame(*grid) * self.adapter.width
+        return isinstance(self.adapter, RowAdapter) and settled and plain and place.alike and numbers <= SMALL
+
     @property
     def longest(self) -> int:
         """Latent frames of the longest evaluation."""
         if self.sections:
             return max(section.schedule.frames for section in self.sections)
+        if self.in_one_pass:
+            return max(sum(chunk.frames for chunk in row.active) for row in self.schedule.rows)
         return max(self.schedule.span(k)[1] for k in range(self.schedule.chunks))
 
     @property
@@ -338,6 +356,36 @@ def through_session(session: Session | SectionSession, evaluate: Callable[[], Te
 
 
 @dataclass(frozen=True)
+class RowTurn:
+    """Chunks of a row in one pass: what is evaluated are their latents, one behind the other."""
+
+    session: Session
+    chunks: Sequence[Chunk]
+
+    @property
+    def index(self) -> int:
+        return self.chunks[0].index
+
+    @property
+    def step(self) -> int:
+        return min(chunk.step for chunk in self.chunks)
+
+    @property
+    def committing(self) -> bool:
+        return False
+
+    @property
+    def reads(self) -> int:
+        return self.index
+
+    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
+        return ()
+
+    def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
+        return self.session.denoise_row(x, self.chunks, context, branches, texts)
+
+
+@dataclass(frozen=True)
 class ChunkTurn:
     session: Session
     chunk: Chunk
@@ -406,6 +454,13 @@ class ChunkDenoiser:
         if chunk.committing and chunk.index >= self.run.schedule.given and not self.run.family.clean_pass:
             return x
         return through_session(self.session, lambda: self.evaluate(ChunkTurn(self.session, chunk, self.run), x))
+
+    def together(self, chunks: Sequence[Chunk]) -> bool:
+        return len(chunks) > 1 and self.run.in_one_pass
+
+    def predict_row(self, parts: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sequence[Tensor]:
+        turn, x = RowTurn(self.session, chunks), torch.cat(list(parts), 2)
+        return through_session(self.session, lambda: self.evaluate(turn, x)).split([chunk.frames for chunk in chunks], 2)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         return self.session.choose(chunk, rate)

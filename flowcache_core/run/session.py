@@ -18,12 +18,23 @@ from torch import Tensor
 
 from ..kernels.tokens import mask_over, pooled, spread
 from ..kernels.transfer import Inbox
-from ..kv.cache import BesideHistory, Branches, KVSizes, KVStore
+from ..kv.cache import BesideHistory, Branches, KVSizes, KVStore, RowAttention
 from ..kv.compressor import Budget
 from ..kv.forecast import forecast_history
 from ..kv.keeper import Keeper
 from ..kv.layout import Capacity, Layout, capacity
-from ..models.adapter import Call, ChunkTexts, ModelAdapter, OwnTexts, Ranged, TimeSignature, reach_of, require_time, require_tokens
+from ..models.adapter import (
+    Call,
+    ChunkTexts,
+    ModelAdapter,
+    OwnTexts,
+    Ranged,
+    RowAdapter,
+    TimeSignature,
+    reach_of,
+    require_time,
+    require_tokens,
+)
 from ..network import Attend
 from ..policies.always import Always
 from ..policies.forecast import nothing_skipped
@@ -251,6 +262,23 @@ class Session:
                 self._keep(call, state, which, velocity, residual)
                 return velocity
 
+    def denoise_row(self, x: Tensor, chunks: Sequence[Chunk], context: Tensor, branches: Branches, texts: Hashable = None) -> Tensor:
+        """Velocity of chunks of a row that are all computed whole, in one pass. x: [len(branches) * films, C, F, h, w], their latents one behind the
+        other. Every branch is evaluated once at a step.
+
+        The policy is one that settles its steps before the run, and nothing is replayed.
+        """
+        self.evaluations += 1
+        self.report.evaluates(x.device)
+        text, parts = self._text_of(context, branches, chunks[-1], texts), x.split([chunk.frames for chunk in chunks], 2)
+        calls = [Call(part, self.level(chunk), chunk, text, self.fps, branches) for part, chunk in zip(parts, chunks, strict=True)]
+        for call in calls if self.plan is not None else ():  # else the evaluation is only timed
+            state, tokens = self.state.of(call.chunk.index), call.chunk.frames * self._frame_tokens
+            state.arrive(call.chunk.step, branches)
+            self._decide(call, state)
+            self.report.ran(call.chunk, tokens, None)
+        return torch.cat([velocity for velocity, _ in self._compute_row(calls, branches)], 2)
+
     def unwritten(self, chunk: Chunk, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         """Of these branches, and of all that have run so far, those that the commit of a chunk has not run: history would lack them."""
         state, known = self.state.of(chunk.index), dict.fromkeys((*branches, *(branch for some, _ in self._text for branch in some)))
@@ -385,6 +413,18 @@ class Session:
         timed_only = self.plan is None or call.chunk.committing
         with self.report.clock.measure("network", call.x.device, () if timed_only else ((call.chunk.index, call.chunk.step),)):
             out = self.adapter.forward(call, attend) if only is None or self._tokens is None else self._tokens.refresh(call, only, attend)
+        self.report.kv_bytes(self._kv.bytes)
+        return out
+
+    def _compute_row(self, calls: Sequence[Call], branches: Branches) -> list[tuple[Tensor, Tensor]]:
+        assert isinstance(self.adapter, RowAdapter)
+        self._locate()
+        chunks = [call.chunk for call in calls]
+        lengths = [chunk.frames * self._frame_tokens for chunk in chunks]
+        attend = RowAttention([self._kv.attention(branches, chunk) for chunk in chunks], lengths)
+        at = [] if self.plan is None else [(chunk.index, chunk.step) for chunk in chunks]
+        with self.report.clock.measure("network", calls[0].x.device, at):
+            out = self.adapter.forward_row(calls, attend)
         self.report.kv_bytes(self._kv.bytes)
         return out
 

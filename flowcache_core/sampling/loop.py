@@ -44,6 +44,14 @@ class Denoiser(Protocol):
         """Latents of the chunk [B, C, F, h, w] -> velocity, same shape; in the commit pass the result is not used."""
         ...
 
+    def together(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether these chunks of a row go through the network in one pass."""
+        ...
+
+    def predict_row(self, parts: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sequence[Tensor]:
+        """`predict` of each, where they are `together`. A chunk sees those before it, as it does when they come one after the other."""
+        ...
+
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
         """Which latent cells are computed at a step that the plan computes in part, before `predict` is asked: as in `walk.Choose`."""
         ...
@@ -134,7 +142,7 @@ def sample_chunks(run: Denoiser, noise: Tensor, schedule: ChunkSchedule, sigmas:
     x = state.film
     if checkpoints.section is None:
         _show_prefix(run, x, schedule, given, state.rng)
-    plan = run.plan or run.settle(frame_seconds(schedule, lambda chunk: run.predict(_part(x, chunk), chunk), x.device))
+    plan = run.plan or run.settle(_timed(run, x, schedule))
     state.walk_of = walks(schedule, plan, tuple(sigmas), solver, given.rng)
     checkpoints.restore(state)
     for row in schedule.rows[state.row :]:
@@ -155,6 +163,7 @@ def _show_prefix(run: Denoiser, x: Tensor, schedule: ChunkSchedule, given: Given
 def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, plan: Plan, walk_of: dict[int, Walk]) -> None:
     """A row: every active chunk by a step, in place; those that are finished become history."""
     run.begin_row(row.active, x)
+    velocities = _together(run, x, [chunk for chunk in row.active if plan.computes(chunk)], walk_of)
     for chunk in row.active:
         clean = None
         if chunk.step == 0:
@@ -163,7 +172,8 @@ def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, pla
             walk = walk_of[chunk.index]
             chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
             arrived = _arrive(x, chunk, walk)
-            clean = _move(x, chunk, arrived, run.predict(arrived, chunk), walk, chosen)
+            velocity = velocities.pop(chunk) if chunk in velocities else run.predict(arrived, chunk)
+            clean = _move(x, chunk, arrived, velocity, walk, chosen)
         run.note(chunk, clean, x)
     for chunk in row.active:
         if chunk.step != chunk.steps - 1:
@@ -174,10 +184,36 @@ def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, pla
         del walk_of[chunk.index]
 
 
+def _together(run: Denoiser, x: Tensor, chunks: Sequence[Chunk], walk_of: dict[int, Walk]) -> dict[Chunk, Tensor]:
+    """Velocities of chunks that go through the network in one pass; {} where they come one after the other."""
+    if not run.together(chunks):
+        return {}
+    return dict(zip(chunks, run.predict_row([_arrive(x, chunk, walk_of[chunk.index]) for chunk in chunks], chunks), strict=True))
+
+
 def _recache(run: Denoiser, x: Tensor, chunk: Chunk) -> None:
     for before in run.anew(chunk):
         run.predict(_part(x, before), before)
         run.commit(before)
+
+
+def _timed(run: Denoiser, x: Tensor, schedule: ChunkSchedule) -> float:
+    """`frame_seconds`, and less where chunks go through the network in one pass: as much less as for the first chunks at their first step."""
+
+    def evaluate(chunk: Chunk) -> Tensor:
+        return run.predict(_part(x, chunk), chunk)
+
+    mine, first = frame_seconds(schedule, evaluate, x.device), schedule.rows[0].active[0].index
+    fullest = max((row.active for row in schedule.rows if row.active[0].index == first), key=len)
+    chunks = [schedule.at(chunk.index, 0) for chunk in fullest]
+    if not run.together(chunks):
+        return mine
+
+    def evaluate_all(chunk: Chunk) -> Sequence[Tensor]:
+        return run.predict_row([_part(x, one) for one in chunks], chunks)
+
+    evaluate_all(chunks[0])
+    return mine * seconds_of(evaluate_all, chunks[0], x.device) / sum(seconds_of(evaluate, chunk, x.device) for chunk in chunks)
 
 
 def frame_seconds(schedule: ChunkSchedule, evaluate: Callable[[Chunk], object], device: torch.device) -> float:
