@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .bench import causal, figures, fleet, frontier, kernels, kv, magi, model, motion, recall, rendered, reuse, row, scale, seam, step
+from .bench import causal, figures, fleet, frontier, kernels, kv, long, magi, model, motion, recall, rendered, reuse, row, scale, seam, step
 from .demo import run as demo
 from .device import commit, device_name
 from .files import refused, write_text
@@ -20,7 +20,7 @@ from .ranks.launch import first, world
 from .show.film import write_picture
 from .show.plot import line_plot
 
-BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, causal, model, kernels, scale, fleet, rendered, step, row)
+BENCHES = (frontier, magi, reuse, motion, recall, seam, kv, long, causal, model, kernels, scale, fleet, rendered, step, row)
 
 
 def main() -> int:

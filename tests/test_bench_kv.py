@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowcache_core.bench.kv import HIDDEN_CHUNK, LEVELS, WHOLE, Point, hidden_scene, jobs_of, levels_of, measure, points, reappearing
+from flowcache_core.bench.kv import LEVELS, WHOLE, Point, jobs_of, levels_of, measure, points, reappearing
 from flowcache_core.bench.prompts import PROMPTS, seed_of
 from flowcache_core.kv.scores import KV_POLICIES
 from flowcache_core.kv.scores.h2o import H2O
@@ -17,7 +17,7 @@ from flowcache_core.models.wan_vae import TEMPORAL
 from flowcache_core.run.generate import Job
 from flowcache_core.show.metrics import mean_and_error
 from flowcache_core.training.measures import colour_masks
-from flowcache_core.training.scenes import render
+from flowcache_core.training.scenes import HIDDEN_CHUNK, hidden_scene, render
 
 CHUNK = 3 * TEMPORAL
 

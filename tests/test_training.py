@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +14,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowcache_core.models.skyreels import SkyReelsConfig
+from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training import dit, loop
 from flowcache_core.training.basis import fit
 from flowcache_core.training.clips import FIRST, POOL, Clips
-from flowcache_core.training.dit import CHUNKS, draw_levels
+from flowcache_core.training.dit import CHUNKS, FINISHED, LATENTS, draw_levels, late_scene
 from flowcache_core.training.evaluate import vae_of
 from flowcache_core.training.loop import USUAL, Loop, TrainOptions, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
 from flowcache_core.training.recipes import RECIPES
-from flowcache_core.training.scenes import HELD_OUT, make_scene
+from flowcache_core.training.scenes import HELD_OUT, make_scene, render
 from flowcache_core.training.vae import crops, initialise
 
 
@@ -148,6 +149,38 @@ def test_orthogonalising_brings_all_singular_values_near_one(shape: tuple[int, i
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
     assert values.min() > 0.5
     assert values.max() < 1.4
+
+
+def test_a_piece_from_the_middle_has_history_and_no_special_first_frame() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        levels, counts = draw_levels(rng, begun=True)
+        assert not counts[0]
+        assert levels[0] < FINISHED
+    scene = late_scene(3)
+    film, whole = render(scene), replace(scene, late=0, frames=scene.late + 60)
+    assert len(film) == 60
+    assert torch.equal(film[:4], render(whole, scene.late, 4))
+    latents = fit(1, lambda seed: make_scene(seed, 5, 64)).encode(film[:, :, :64, :64].transpose(0, 1))
+    assert latents.shape[1] == LATENTS
+
+
+def test_worn_history_is_not_what_is_learnt() -> None:
+    """Only chunks that are finished are worn: with none of them a worn batch is the usual one."""
+    clips = Clips(fit(3, lambda seed: make_scene(seed, 9, 64)), dit.scene, LATENTS)
+    torch.manual_seed(0)
+    net = SkyReelsV2(SkyReelsConfig(128, 128, 1, text_dim=256, fps=True))
+    net.initialise()
+    torch.nn.init.normal_(net.head.head.weight, std=0.1)
+
+    def loss(seed: int, worn: float) -> float:
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(dit, "WORN", worn)
+            return float(dit.loss_of(net, clips, clips, 0, 1, seed, 0.0))
+
+    losses = [(loss(seed, 0.0), loss(seed, 1.0)) for seed in range(12)]
+    assert any(usual == worn for usual, worn in losses)
+    assert any(usual != worn for usual, worn in losses)
 
 
 def test_drawn_noise_levels_are_those_that_sampling_meets() -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowcache_core.training.measures import Tally, blobs, colour_masks, number_of, score, shape_of, unit_area
-from flowcache_core.training.scenes import SHAPES, Scene, Sprite, make_scene, render
+from flowcache_core.training.evaluate import SEEN_AGAIN
+from flowcache_core.training.measures import Tally, blobs, came_out, colour_masks, number_of, score, shape_of, unit_area
+from flowcache_core.training.scenes import COLOURS, SHAPES, Scene, Sprite, hidden_scene, make_scene, render
 
 FRAMES = 21
 
@@ -60,3 +61,13 @@ def test_true_clips_are_right_and_those_of_other_prompts_are_not() -> None:
     assert min(figures["shape_right"], figures["number_right"]) >= 0.8
     assert figures["background_drift_levels"] < 1
     assert max(other.figures()[name] for name in ("colour_present", "direction_right", "shape_right", "number_right")) < 0.6
+
+
+def test_what_was_hidden_is_seen_where_it_comes_out_and_not_elsewhere() -> None:
+    for seed in range(6):
+        scene = hidden_scene(seed)
+        film, (sprite,) = render(scene, frames=SEEN_AGAIN), scene.sprites
+        assert came_out(film, scene)
+        other = next(colour for colour in COLOURS if colour != sprite.colour)
+        for wrong in (replace(sprite, colour=other), replace(sprite, y=128 - sprite.y if abs(sprite.y - 64) > 8 else 20.0), replace(sprite, vx=0.2)):
+            assert not came_out(render(replace(scene, sprites=(wrong,)), frames=SEEN_AGAIN), scene)

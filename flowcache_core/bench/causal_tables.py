@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .causal import NAME, WINDOW
+from .causal import NAME
 from .kv_tables import FRACTIONS, MIB, SHOWN
+from .long import WINDOW
 from .measured import data, origin, table
 
 KV = "kv-causal"

@@ -37,7 +37,7 @@ from ..run.generate import Job, decode, generate
 from ..run.session import Session
 from ..sampling.schedule import ChunkSchedule
 from ..show.metrics import mean_and_error, psnr, ssim
-from ..training.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Sprite, motion_mask, render
+from ..training.scenes import HIDDEN_CHUNK, hidden_scene, motion_mask, render
 from .around import Around
 from .prompts import PROMPTS, seed_of
 from .sweep import over
@@ -54,8 +54,6 @@ COMPARED = 2
 """The last chunks of a film: those before them have looked back on less."""
 LEVELS = (0.95, 0.8, 0.6)
 """Noise levels at which the true clips are looked at; a model that was distilled to a few has its own."""
-HIDDEN_CHUNK = 4
-"""The chunk in which the hidden sprite comes out; the one before it does not show it at all."""
 
 
 @dataclass(frozen=True)
@@ -207,14 +205,6 @@ class Watched(Around):
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
-
-
-def hidden_scene(seed: int) -> Scene:
-    """A sprite crosses the picture from left to right, for some two chunks wholly behind a bar; no word of it is in a prompt."""
-    rng = np.random.default_rng(HELD_OUT + 900_000 + seed)
-    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-    sprite = Sprite(colour, shape, 12.0, 16.0, float(rng.uniform(24, 104)), 1.3, 0.0, "moves", "right", "quickly", walls=False)
-    return Scene(128, 57, HELD_OUT + 900_000 + seed, (sprite,), (0.0, 0.0), "", (36.0, 56.0))
 
 
 @torch.inference_mode()

@@ -12,11 +12,12 @@ from PIL import Image
 from ..device import fast_dtype
 from ..files import whole, write_text
 from ..models import bundle
+from ..models.skyreels_family import SKYREELS
 from ..run.generate import decode, generate
 from ..show.film import write_picture
 from . import preview
 from .clips import POOL
-from .evaluate import contact_sheet, evaluate, vae_of
+from .evaluate import contact_sheet, evaluate, hidden, vae_of
 from .loop import TrainOptions
 from .recipes import RECIPES, Recipe
 from .vae import reconstruction
@@ -108,7 +109,10 @@ def _evaluate(recipe: Recipe, prompts: int, path: Path | None) -> None:
     model, teacher = bundle.load_bundle(fast_dtype(), family=recipe.family), None
     if recipe.teacher:
         teacher = bundle.load_bundle(fast_dtype(), family=recipe.teacher[0]), recipe.teacher[1]
-    figures = json.dumps(evaluate(model, recipe.job, recipe.scene, prompts, teacher), indent=1)
+    found = evaluate(model, recipe.job, recipe.scene, prompts, teacher)
+    if recipe.family is SKYREELS:
+        found["hidden_sprite_seen_again"] = hidden(model, recipe.job)
+    figures = json.dumps(found, indent=1)
     print(figures)
     if path:
         write_text(path, figures + "\n")

@@ -3,7 +3,8 @@
 One set of weights has to be right for everything that sampling does, so every batch draws how it is run: block-causal
 (with or without a limited window) or bidirectional, and which noise levels its chunks have: a row of the real
 asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk. Some batches
-begin with a single given frame, as image to video does, and their chunks are shifted by it.
+begin with a single given frame, as image to video does, and their chunks are shifted by it. Some are a piece from the middle of a long film,
+and in some the finished chunks are worn: not true clips, but what the network itself makes of them, as in a film that rolls on for a minute.
 Loss: mean squared error of the velocity (noise - clean), on the chunks that a step would move. What moves fills a tenth
 of the picture, so its cells count more, the more the earlier the training is; at the end every cell counts alike.
 """
@@ -11,6 +12,8 @@ of the picture, so its cells count more, the more the earlier the training is; a
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
 from .clips import POOL, Clips, moving, velocity_loss
-from .loop import USUAL, Loop, TrainOptions, export, optimisers, training_device
+from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
 CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
@@ -34,6 +37,14 @@ STEPS, BATCH = 9000, 6
 EMPHASIS = 6.0
 """How much more a moving cell counts at step 0."""
 CHUNKS = LATENTS // CHUNK
+LATE, LATEST = 0.35, 1440
+"""Share of the batches that are from the middle of a film, and the frame at which they begin at the latest."""
+FINISHED = 0.06
+"""Chunks that do not count and are less noisy than this are history."""
+WORN = 0.3
+"""Share of the block-causal batches in which history is worn."""
+THREADS = 2
+"""That compute a share of a batch each, where there is no GPU."""
 
 
 def fps(index: int) -> int:
@@ -45,8 +56,15 @@ def scene(index: int) -> Scene:
     return make_scene(index, FRAMES, SIZE, fps(index))
 
 
-def draw_levels(rng: random.Random) -> tuple[list[float], list[bool]]:
-    """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss: if it is begun and not finished."""
+def late_scene(index: int) -> Scene:
+    """A piece from the middle of a film: its first latent frame covers four frames, like all others."""
+    return replace(scene(index), frames=FRAMES + 3, late=4 * random.Random(index).randint(1, LATEST // 4) + 1)
+
+
+def draw_levels(rng: random.Random, begun: bool = False) -> tuple[list[float], list[bool]]:
+    """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss: if it is begun and not finished.
+
+    `begun`: the first chunk is finished."""
     steps = rng.randint(16, 60)
     table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, rng.choice([3.0, 5.0, 8.0, 8.0])))
     kind = rng.random()
@@ -65,53 +83,76 @@ def draw_levels(rng: random.Random) -> tuple[list[float], list[bool]]:
     if rng.random() < 0.3:
         prefix = rng.uniform(0, 50) / TRAIN_STEPS
         levels = [level or prefix for level in levels]
-    if not any(counts):
-        return draw_levels(rng)
+    if not any(counts) or (begun and counts[0]):
+        return draw_levels(rng, begun)
     return levels, counts
 
 
-def loss_of(net: SkyReelsV2, clips: Clips, step: int, batch: int, emphasis: float) -> Tensor:
-    rng = random.Random(step)
+def picked(clips: Clips, step: int, count: int, rng: random.Random) -> tuple[Tensor, list[str], int]:
+    """-> latents [B, 16, F, h, w], captions, frames per second, the same of all."""
     slow = rng.random() < 1 / 8
-    picked = [8 * rng.randrange(clips.pool(step) // 8) + (7 if slow else rng.randrange(7)) for _ in range(batch)]
-    latents, captions = zip(*(clips[i] for i in picked), strict=True)
-    clean = torch.stack(latents).float()
+    indices = [8 * rng.randrange(clips.pool(step) // 8) + (7 if slow else rng.randrange(7)) for _ in range(count)]
+    latents, captions = zip(*(clips[i] for i in indices), strict=True)
+    return torch.stack(latents).float(), list(captions), fps(indices[0])
+
+
+def loss_of(net: SkyReelsV2, usual: Clips, late: Clips, step: int, batch: int, seed: int, emphasis: float) -> Tensor:
+    """Of `batch` clips that are run alike."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    middle = rng.random() < LATE
+    clean, captions, rate = picked(late if middle else usual, step, batch, rng)
     prompts = ["" if rng.random() < 0.1 else c for c in captions]
     text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts]).to(clean)
-    drawn = [draw_levels(rng) for _ in range(batch)]
+    drawn = [draw_levels(rng, begun=middle) for _ in range(batch)]
     spans = torch.full((CHUNKS,), CHUNK)
-    if rng.random() < 0.15:
+    if not middle and rng.random() < 0.15:
         drawn = [([rng.choice([0.0, 0.02]), *levels], [False, *counts]) for levels, counts in drawn]
         spans = torch.tensor([1, *[CHUNK] * (CHUNKS - 1), CHUNK - 1])
     sigma = torch.tensor([levels for levels, _ in drawn]).repeat_interleave(spans, 1).to(clean)
     counts = torch.tensor([c for _, c in drawn], dtype=torch.float32).repeat_interleave(spans, 1)[:, None, :, None, None].to(clean)
-    noise = torch.randn_like(clean)
-    s = sigma[:, None, :, None, None]
-    noisy = (1 - s) * clean + s * noise
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
 
     ends = (spans.cumsum(0) * TOKENS_PER_FRAME).tolist()
-    causal = rng.random() < 0.72
-    window = rng.choice([2, 3, 4]) if rng.random() < 0.25 else None
+    causal = middle or rng.random() < 0.62
+    window = rng.choice([2, 3, 4]) if rng.random() < 0.3 else None
     attend: Attend = BlockCausal(ends, window) if causal else bidirectional
-    times = (sigma * TRAIN_STEPS).floor()
-    with torch.autocast(clean.device.type, torch.bfloat16):
-        v = net(noisy, times, net.text_kv(text), attend, fps=fps(picked[0]))
-    return velocity_loss(v, noise, clean, counts, moving(clean), emphasis)
+
+    def velocity(history: Tensor, level: Tensor) -> Tensor:
+        s = level[:, None, :, None, None]
+        noisy = (1 - s) * history + s * noise
+        with torch.autocast(clean.device.type, torch.bfloat16, cache_enabled=False):
+            out: Tensor = net(noisy, (level * TRAIN_STEPS).floor(), net.text_kv(text), attend, fps=rate)
+        return out
+
+    history = clean
+    if causal and rng.random() < WORN:
+        wear = torch.tensor([rng.uniform(0.15, 0.75) for _ in range(batch)]).to(clean)[:, None].expand_as(sigma)
+        with torch.no_grad():
+            guess = (1 - wear[:, None, :, None, None]) * clean + wear[:, None, :, None, None] * (noise - velocity(clean, wear).float())
+        finished = ((counts == 0) & (sigma < FINISHED)[:, None, :, None, None]).to(clean)
+        history = torch.lerp(clean, guess, finished)
+    return velocity_loss(velocity(history, sigma), noise, clean, counts, moving(clean), emphasis)
 
 
 def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USUAL) -> None:
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
-    clips = Clips(load_or_fit(out), scene, LATENTS, most=options.clips or POOL, device=training_device())
+    basis, most, device = load_or_fit(out), options.clips or POOL, training_device()
+    usual, late = (Clips(basis, drawn, LATENTS, most=most, device=device) for drawn in (scene, late_scene))
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
     if options.start:
         net.load_state_dict(load_file(options.start))
-    net.to(training_device())
-    loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2), decay=0.998)
+    net.to(device)
+    parameters = list(net.parameters())
+    shares = [batch] if device.type == "cuda" else [batch - batch // THREADS * (THREADS - 1), *[batch // THREADS] * (THREADS - 1)]
+    with threads(THREADS) as pool:
+        loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, pool=pool), decay=0.998)
 
-    def loss(step: int) -> Tensor:
-        return loss_of(net, clips, step, batch, EMPHASIS * (1 - step / steps))
+        def loss(step: int) -> Tensor:
+            emphasis = EMPHASIS * (1 - step / steps)
+            parts = [partial(loss_of, net, usual, late, step, share, THREADS * step + k, emphasis) for k, share in enumerate(shares) if share]
+            return side_by_side(parts, parameters, pool)
 
-    loop.run(loss, net.parameters(), lambda: f"clips {len(clips.captions)}", options)
+        loop.run(loss, parameters, lambda: f"clips {len(usual.captions) + len(late.captions)}", options)
     export(out, "skyreels-v2-df", CHUNK, CHUNKS)

@@ -19,14 +19,18 @@ from tqdm import tqdm
 from ..models.bundle import Bundle, files_of
 from ..models.checkpoint import read
 from ..models.family import Family
-from ..run.generate import Job, decode, generate
+from ..run.generate import Given, Job, decode, generate
 from ..show.metrics import mean_and_error, psnr
-from .measures import Tally, score
-from .scenes import HELD_OUT, Scene, make_scene, render
+from .measures import Tally, came_out, score
+from .scenes import HELD_OUT, HIDDEN_CHUNK, Scene, hidden_scene, make_scene, render
 from .vae import reconstruction
 
 BY_CHANCE = ("colour_present", "direction_right", "shape_right", "number_right")
 """What a film may show of a prompt that it was not made of."""
+
+
+SEEN_AGAIN = 69
+"""Frames of a film by whose end a sprite that was hidden is seen nearly whole."""
 
 
 @dataclass
@@ -86,6 +90,24 @@ def evaluate(bundle: Bundle, job: Job, scene: Callable[[int], Scene] = make_scen
         "films_against_other_prompts": {name: value for name, value in other.figures().items() if name in BY_CHANCE},
         **({"teacher": likeness.figures()} if likeness else {}),
     }  # fmt: skip
+
+
+def hidden(bundle: Bundle, job: Job, clips: int = 16) -> dict[str, float]:
+    """Of true clips the share in which a sprite that was hidden for two chunks comes out again: of `measures.came_out`.
+
+    The film is theirs up to there and made without a prompt from there on. `whole`: with all of history; `none`: chunks that see themselves alone;
+    `ceiling`: the true clip through the VAE.
+    """
+    alone, counts = replace(bundle, layout=replace(bundle.layout, window=1)), dict.fromkeys(("whole", "none", "ceiling"), 0)
+    for seed in range(clips):
+        scene = hidden_scene(seed)
+        latents = bundle.vae.encode((render(scene, frames=SEEN_AGAIN).transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
+        asked = replace(job, prompt="", cfg=1.0, frames=SEEN_AGAIN, seed=seed, ar_step=job.steps)
+        start = Given(latents[:, :, : HIDDEN_CHUNK * bundle.layout.chunk_frames])
+        films = {"whole": generate(bundle, asked, given=start)[0], "none": generate(alone, asked, given=start)[0], "ceiling": latents}
+        for name, made in films.items():
+            counts[name] += came_out(decode(bundle, made), scene)
+    return {name: round(count / clips, 3) for name, count in counts.items()}
 
 
 def vae_of(family: Family, path: Path | None = None) -> Any:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from .scenes import COLOURS, DIRECTIONS, SHAPES, Scene, Sprite, outline
+from .scenes import COLOURS, DIRECTIONS, SHAPES, Scene, Sprite, outline, render
 
 NEAR, ENOUGH = 0.2, 40
 """A pixel shows a colour within this distance (RGB in 0..1); this many pixels show a sprite."""
+LAST, CELL = 4, 8
+"""Frames at the end of a film in which what was hidden has to be seen, in more than half of them; pixels from where it should be."""
 LOOKED_AT = 8
 """Frames of a film in which shapes are compared, and in which sprites are counted."""
 
@@ -57,13 +59,29 @@ def colour_masks(film: Tensor) -> dict[str, Tensor]:
 
 
 def went(mask: Tensor, sprite: Sprite) -> str:
-    """The direction in which the centre of a mask [T, H, W] moved: over all its visible frames, or before the bounce."""
+    """The direction in which the centre of a mask [T, H, W] moved: over all its visible frames, or before the bounce.
+
+    Jumps of a quarter of the picture do not count: there it has come in again on the other side.
+    """
     until = len(mask) // 3 if sprite.verb == "bounces" else len(mask)
-    seen = (mask[:until].sum((1, 2)) >= ENOUGH).nonzero().flatten()
+    seen = (mask[:until].sum((1, 2)) >= ENOUGH).nonzero().flatten().tolist()
     if len(seen) < 2:
         return ""
-    first, last = (torch.tensor(_centre(mask[int(seen[i])])) for i in (0, -1))
-    return max(DIRECTIONS, key=lambda d: float((last - first) @ torch.tensor(DIRECTIONS[d], dtype=torch.float32)))
+    steps = torch.tensor([_centre(mask[i]) for i in seen]).diff(dim=0)
+    way = (steps * (steps.abs().amax(1, keepdim=True) < mask.shape[-1] / 4)).sum(0)
+    return max(DIRECTIONS, key=lambda d: float(way @ torch.tensor(DIRECTIONS[d], dtype=torch.float32)))
+
+
+def came_out(film: Tensor, scene: Scene) -> bool:
+    """Whether the sprite of a `hidden_scene` is seen at the end of a film [T, 3, H, W]: in its colour, no farther than a latent cell from where
+    it is in the true clip."""
+    colour = scene.sprites[0].colour
+    seen, true = (colour_masks(each)[colour] for each in (film[-LAST:], render(scene, len(film) - LAST, LAST)))
+    near = [
+        bool(mine.sum() >= ENOUGH) and max(abs(a - b) for a, b in zip(_centre(mine), _centre(theirs), strict=True)) <= CELL
+        for mine, theirs in zip(seen, true, strict=True)
+    ]
+    return sum(near) > LAST / 2
 
 
 def shape_of(mask: Tensor) -> str:

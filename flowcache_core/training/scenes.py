@@ -30,10 +30,15 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.4, 0.6), "": (0.8, 1.1), "quickly": (1.3, 1.6)}
 """Pixels per frame at 24 frames per second, for a picture 128 pixels wide."""
 
+WIDEST = 1.1
+"""No part of a shape is farther from its centre, in radii."""
+WIDE_BARS = 0.4
+"""Share of the bars that are wider than sprites, if none begins behind them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sprite:
-    """One object. `x`, `y`: centre at frame 0; `vx`, `vy`: pixels per frame; `walls`: bounce at the borders."""
+    """One object. `x`, `y`: centre at frame 0; `vx`, `vy`: pixels per frame. At a border `verb` says what it does (`_path`)."""
 
     colour: str
     shape: str
@@ -45,7 +50,6 @@ class Sprite:
     verb: str
     direction: str = ""
     pace: str = ""
-    walls: bool = True
 
     @property
     def clause(self) -> str:
@@ -54,7 +58,8 @@ class Sprite:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A clip before it is drawn. `pan`: camera velocity in pixels per frame; `occluder`: x, width of a grey bar or None."""
+    """A clip before it is drawn. `pan`: camera velocity in pixels per frame; `occluder`: x, width of a grey bar or None; `late`: frames that have
+    passed when it begins."""
 
     size: int
     frames: int
@@ -63,6 +68,7 @@ class Scene:
     pan: tuple[float, float]
     pan_word: str
     occluder: tuple[float, float] | None
+    late: int = 0
 
     @property
     def caption(self) -> str:
@@ -96,9 +102,7 @@ def _mover(rng: np.random.Generator, size: int, frames: int, colour: str, still:
     def along() -> float:
         """Where to start on the axis of motion so that the verb is true of the whole clip."""
         if kind == "moves":
-            room = max(high - low - way, 0.0)
-            start = low + float(rng.uniform(0, 1)) * room
-            return start if forward else size - start
+            return float(rng.uniform(low, high))
         if kind == "bounces":
             hit = float(rng.uniform(0.35, 0.6)) * way
             return max(high - hit, low) if forward else min(low + hit, high)
@@ -112,11 +116,14 @@ def _mover(rng: np.random.Generator, size: int, frames: int, colour: str, still:
         x = along()
     else:
         y = along()
-    return Sprite(colour, shape, radius, x, y, dx * speed, dy * speed, kind, word, pace, walls=kind in ("moves", "bounces"))
+    return Sprite(colour, shape, radius, x, y, dx * speed, dy * speed, kind, word, pace)
 
 
 def make_scene(seed: int, frames: int = 57, size: int = 128, fps: int = 24) -> Scene:
-    """Draw a scene: one to four sprites; 12 % of the clips are still, 22 % pan, 12 % have a bar that hides what passes behind."""
+    """Draw a scene: one to four sprites; 12 % of the clips are still, 22 % pan, 12 % have a bar that hides what passes behind, some of it wholly.
+
+    Verbs are true of its first `frames` frames, and of as many more as are drawn: what enters or leaves has done so by then.
+    """
     rng = np.random.default_rng(seed)
     still = rng.random() < 0.12
     count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.2, 0.15]))
@@ -129,8 +136,23 @@ def make_scene(seed: int, frames: int = 57, size: int = 128, fps: int = 24) -> S
         pan = (DIRECTIONS[word][0] * speed, DIRECTIONS[word][1] * speed)
     occluder = None
     if rng.random() < 0.12:
-        occluder = (float(rng.uniform(0.2, 0.65)) * size, float(rng.uniform(0.1, 0.18)) * size)
+        left, width = float(rng.uniform(0.2, 0.65)) * size, float(rng.uniform(0.1, 0.18)) * size
+        wide = float(rng.uniform(0.15, 0.5)) * size, float(rng.uniform(0.3, 0.45)) * size
+        seen = all(not wide[0] < s.x < sum(wide) for s in sprites)
+        occluder = wide if rng.random() < WIDE_BARS and seen else (left, width)
     return Scene(size, frames, seed, sprites, pan, word, occluder)
+
+
+HIDDEN_CHUNK = 4
+"""The chunk of three latent frames in which the hidden sprite comes out; the one before it does not show it at all."""
+
+
+def hidden_scene(seed: int) -> Scene:
+    """A sprite crosses the picture from left to right, for some two chunks wholly behind a bar; no word of it is in a prompt."""
+    rng = np.random.default_rng(HELD_OUT + 900_000 + seed)
+    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+    sprite = Sprite(colour, shape, 12.0, 16.0, float(rng.uniform(24, 104)), 1.3, 0.0, "moves", "right", "quickly")
+    return Scene(128, 57, HELD_OUT + 900_000 + seed, (sprite,), (0.0, 0.0), "", (36.0, 56.0))
 
 
 def outline(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
@@ -146,19 +168,25 @@ def outline(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
     return ((dx * dx + dy * dy).sqrt() - 1.1 * radius * wave) * 0.75
 
 
-def _path(start: float, speed: float, radius: float, size: int, walls: bool, time: Tensor) -> Tensor:
+def _path(start: float, speed: float, sprite: Sprite, size: int, time: Tensor) -> Tensor:
+    """Of the centre along one axis. What bounces turns round at a border; what moves, or has entered, goes out and comes in again on the other
+    side, for ever; what leaves is gone."""
     where = start + speed * time
-    if not walls or speed == 0:
+    if speed == 0 or sprite.verb == "leaves":
         return where
-    low, high = radius, size - radius
-    span = max(high - low, 1.0)
-    folded = torch.remainder(where - low, 2 * span)
-    return low + torch.where(folded > span, 2 * span - folded, folded)
+    if sprite.verb == "bounces":
+        low, high = sprite.radius, size - sprite.radius
+        span = max(high - low, 1.0)
+        folded = torch.remainder(where - low, 2 * span)
+        return low + torch.where(folded > span, 2 * span - folded, folded)
+    low, high = -WIDEST * sprite.radius, size + WIDEST * sprite.radius
+    out = where > high if speed > 0 else where < low
+    return torch.where(out, low + torch.remainder(where - low, high - low), where)
 
 
 def _reached(path: Tensor, radius: float, size: int) -> slice:
     """The pixels along one axis that a sprite whose centre goes along `path` can cover."""
-    margin = 1.1 * radius + 2
+    margin = WIDEST * radius + 2
     return slice(max(int(path.min() - margin), 0), max(min(int(path.max() + margin), size), 0))
 
 
@@ -181,15 +209,15 @@ def _background(scene: Scene, gx: Tensor, gy: Tensor) -> Tensor:
 def render(scene: Scene, start: int = 0, frames: int | None = None) -> Tensor:
     """Frames `start` .. `start + frames` (default: all) -> float32 [T, 3, H, W] in 0..1."""
     frames = scene.frames - start if frames is None else frames
-    size, time = scene.size, torch.arange(start, start + frames, dtype=torch.float32)
+    size, time = scene.size, torch.arange(start, start + frames, dtype=torch.float32) + scene.late
     ys, xs = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     moving = scene.pan != (0.0, 0.0)
     shift = time if moving else time[:1]
     camera_x, camera_y = shift[:, None, None] * scene.pan[0], shift[:, None, None] * scene.pan[1]
     film = _background(scene, xs + camera_x, ys + camera_y).expand(frames, -1, -1, -1).clone()
     for s in scene.sprites:
-        px = _path(s.x, s.vx, s.radius, size, s.walls, time)[:, None, None]
-        py = _path(s.y, s.vy, s.radius, size, s.walls, time)[:, None, None]
+        px = _path(s.x, s.vx, s, size, time)[:, None, None]
+        py = _path(s.y, s.vy, s, size, time)[:, None, None]
         rows, columns = _reached(py, s.radius, size), _reached(px, s.radius, size)
         cover = (0.5 - outline(s.shape, xs[rows, columns] - px, ys[rows, columns] - py, s.radius)).clamp(0, 1)[:, None]
         colour = torch.tensor(COLOURS[s.colour], dtype=torch.float32).view(1, 3, 1, 1) / 255

@@ -1,0 +1,184 @@
+"""`bench long`: does what was asked for stay in a long film? Films of a minute of held-out scenes in which nothing leaves for good.
+
+Of every ten seconds the last chunks are looked at: which prompted colours are there, how far the mean picture has moved from that of the first
+chunk, how much contrast and saturation there is for that of the first chunk, and PSNR to the film of the plain window. The arms differ in what
+history keeps. `chance`: the colours of another prompt; `ceiling`: the same of the true clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import fast_dtype
+from ..kv.compressor import Compressor
+from ..kv.policy import KVPolicy
+from ..kv.scores.even import Even
+from ..kv.scores.random import Random
+from ..kv.scores.salience import Salience
+from ..kv.scores.streaming import StreamingLLM
+from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
+from ..models.bundle import NAME as BUNDLED_NAME
+from ..run.generate import Job, decode, generate
+from ..run.sink import returns
+from ..show.metrics import mean_and_error, psnr
+from ..training.evaluate import held_out
+from ..training.measures import ENOUGH, colour_masks
+from ..training.scenes import Scene, make_scene, render
+from .sweep import over
+
+NAME = "long"
+STRETCH = 10
+"""Seconds."""
+LOOKED = 2
+"""Chunks at the end of a stretch."""
+SINK = 3
+"""Latent frames of the film's beginning that every budget keeps: the first chunk, as in LongLive (arXiv 2509.22622)."""
+FRAMES_SEEN = 5
+"""Frames in which a colour has to be, as in the figures of the model card."""
+WINDOW = "window"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What history keeps: all that the window holds (None), or a budget. `grows`: positions are what they are, however far back."""
+
+    policy: KVPolicy | None = None
+    grows: bool = False
+
+    def made(self, bundle: Bundle, job: Job, budget: float) -> tuple[Tensor, Any]:
+        """-> latents, report. `budget`: in chunks."""
+        if self.grows:
+            chunks = job.schedule(bundle).chunks
+            bundle = replace(bundle, layout=replace(bundle.layout, window=chunks))
+        return generate(bundle, job, compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
+
+
+ARMS = {
+    WINDOW: Arm(),
+    StreamingLLM.name: Arm(StreamingLLM()),
+    "sink-recent, positions grow": Arm(StreamingLLM(), grows=True),
+    **{policy.name: Arm(policy) for policy in (Random(), Even(), Salience())},
+}
+MEASURES = ("colour", "chance", "ceiling", "moved", "contrast", "saturation")
+Values = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=tuple(BUNDLED), default=BUNDLED_NAME, help="which of the bundled models (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="films of an arm (default %(default)s)")
+    parser.add_argument("--seconds", type=int, default=60, help="length of the films, in whole tens (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="default: those of the model")
+    parser.add_argument("--budget", type=float, default=3.0, help="history of the arms that have a budget, in chunks (default %(default)s)")
+    parser.add_argument("--arms", default=f"{WINDOW}; even", help=f"which arms, separated by semicolons, of {'; '.join(ARMS)} (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """-> {"rows": by arm and stretch}. Raises ValueError, before any film is made, for what cannot work."""
+    require_seconds(args.seconds)
+    if args.prompts < 2 or args.workers < 1:
+        raise ValueError(f"{args.prompts} prompts and {args.workers} workers were asked for: use at least 2 and 1")
+    family, arms = BUNDLED[args.model], named_arms(args.arms)
+    bundle, numbers = load_bundle(fast_dtype(), family=family), lasting_scenes(args.prompts)
+    work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps)
+    films = over([(number, arm) for arm in arms for number in numbers], work, args.workers, bundle)
+    by_arm = {arm: films[k * len(numbers) : (k + 1) * len(numbers)] for k, arm in enumerate(arms)}
+    settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "budget", "workers")}
+    return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "scenes": numbers,
+            "rows": [row for arm in arms for row in rows_of(arm, by_arm[arm], by_arm[WINDOW])]}  # fmt: skip
+
+
+def require_seconds(seconds: int) -> None:
+    """Raises ValueError for a film that is no whole number of stretches."""
+    if seconds < STRETCH or seconds % STRETCH:
+        raise ValueError(f"films of {seconds} seconds were asked for: use a whole number of tens")
+
+
+def named_arms(asked: str) -> list[str]:
+    """The plain window first; all where none is named. Raises ValueError for one that there is not."""
+    names = [name.strip() for name in asked.split(";") if name.strip()] or list(ARMS)
+    if unknown := set(names) - set(ARMS):
+        raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {'; '.join(ARMS)}")
+    return [WINDOW, *(name for name in names if name != WINDOW)]
+
+
+def lasting_scenes(count: int) -> list[int]:
+    """The first held-out scenes in which nothing leaves for good."""
+    found: list[int] = []
+    number = 0
+    while len(found) < count:
+        if all(sprite.verb != "leaves" for sprite in scene_of(number).sprites):
+            found.append(number)
+        number += 1
+    return found
+
+
+def scene_of(number: int) -> Scene:
+    """Those on which the model card's figures are taken."""
+    return make_scene(held_out(number))
+
+
+def stretches(bundle: Bundle) -> int:
+    """Chunks of a stretch; a film has a whole number of them."""
+    frames = bundle.layout.chunk_frames * bundle.family.frames.each
+    return round(STRETCH * bundle.layout.fps / frames)
+
+
+def present(film: Tensor, colours: Sequence[str]) -> float:
+    """Which part of these colours a film [T, 3, H, W] in 0..1 shows."""
+    masks = colour_masks(film)
+    return sum(int((masks[colour].sum((1, 2)) >= ENOUGH).sum()) >= FRAMES_SEEN for colour in colours) / len(colours)
+
+
+@torch.inference_mode()
+def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float, steps: int | None = None) -> Values:
+    """A scene's film in one arm. `pictures`: what is looked at of every stretch, by byte."""
+    number, arm = which
+    each, frames = stretches(bundle), bundle.layout.chunk_frames
+    scene, chunks = scene_of(number), stretches(bundle) * seconds // STRETCH
+    pixels, more = bundle.family.frames, {"steps": steps} if steps else {}
+    job = Job.usual(bundle.family, scene.caption, frames=pixels.pixel(chunks * frames), seed=number, **more)
+    latents, report = ARMS[arm].made(bundle, job, budget)
+    first = decode(bundle, latents[:, :, :frames])
+    own, others = ([sprite.colour for sprite in one.sprites] for one in (scene, scene_of(number + 1)))
+    out: list[Values] = []
+    pictures = []
+    for end in range(each * frames, chunks * frames + 1, each * frames):
+        film = decode(bundle, latents[:, :, end - LOOKED * frames : end])
+        true = render(scene, pixels.pixel(end) - len(film), len(film))
+        out.append({"colour": present(film, own), "chance": present(film, others), "ceiling": present(true, own),
+                    "moved": float((film.mean(0) - first.mean(0)).abs().mean()) * 255, "contrast": float(film.std() / first.std()),
+                    "saturation": float(saturation(film) / saturation(first))})  # fmt: skip
+        pictures.append((film * 255).round().byte())
+    found = returns(latents, job.schedule(bundle), SINK)
+    return {"stretches": out, "pictures": pictures, "returned": found.chunks[0], "nearest": found.nearest[0], "seconds": report.wall_s,
+            "peak": report.kv_peak_bytes}  # fmt: skip
+
+
+def saturation(film: Tensor) -> Tensor:
+    """Of a film [T, 3, H, W]: the mean distance of the channels of a pixel."""
+    return (film.amax(1) - film.amin(1)).mean()
+
+
+def rows_of(arm: str, films: Sequence[Values], window: Sequence[Values]) -> list[Values]:
+    """A row for each stretch: means over the films, with their standard errors."""
+    out = []
+    for k in range(len(films[0]["stretches"])):
+        values = {key: mean_and_error([film["stretches"][k][key] for film in films]) for key in MEASURES}
+        close, other = likeness(films, window, k), likeness(films, [*window[1:], window[0]], k)
+        out.append({"arm": arm, "until": (k + 1) * STRETCH, **values, "psnr_to_window": None if arm == WINDOW else close, "psnr_to_other": other,
+                    "returned": sum(len(film["returned"]) > 0 for film in films), "nearest": round(min(film["nearest"] for film in films), 2),
+                    "kv_peak_bytes": max(film["peak"] for film in films)})  # fmt: skip
+    return out
+
+
+def likeness(films: Sequence[Values], others: Sequence[Values], stretch: int) -> tuple[float, float | None]:
+    """PSNR of a stretch, film by film: mean and standard error."""
+    return mean_and_error([psnr(a["pictures"][stretch] / 255, b["pictures"][stretch] / 255) for a, b in zip(films, others, strict=True)])

@@ -1,0 +1,99 @@
+"""What `bench long` measures: colours that are there, and films in all arms, far beyond the trained horizon."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from flowcache_core.bench import long
+from flowcache_core.bench.long import ARMS, WINDOW, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
+from flowcache_core.models.bundle import load_bundle
+from flowcache_core.models.causal_wan_family import SELF_FORCING
+from flowcache_core.run.generate import Job
+from flowcache_core.training.scenes import COLOURS, render
+
+GROWS = "sink-recent, positions grow"
+USUAL = Job.usual
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Films of a quarter of the usual picture."""
+    monkeypatch.setattr(long.Job, "usual", lambda family, prompt, **settings: USUAL(family, prompt, size=64, **settings))
+
+
+def test_a_true_clip_shows_its_colours_and_no_others() -> None:
+    for number in lasting_scenes(3):
+        scene = scene_of(number)
+        own = [sprite.colour for sprite in scene.sprites]
+        film = render(scene)
+        assert present(film, own) == 1
+        assert present(film, [colour for colour in COLOURS if colour not in own]) == 0
+
+
+def test_ten_seconds_are_twenty_chunks_of_the_bundled_model() -> None:
+    bundle = load_bundle(family=SELF_FORCING)
+    assert bundle.layout.fps == 24
+    assert stretches(bundle) == 20
+
+
+def test_arms_differ_where_history_does(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Films of eight chunks: up to the sixth one positions that grow are those that are bounded, at eight only these of history differ."""
+    monkeypatch.setattr(long, "STRETCH", 2)
+    bundle = load_bundle(family=SELF_FORCING)
+    number = lasting_scenes(1)[0]
+    films = {arm: long_film(bundle, (number, arm), 4, 3.0) for arm in (WINDOW, "sink-recent", GROWS)}
+    assert set(films) <= set(ARMS)
+    first = {arm: film["pictures"][0] for arm, film in films.items()}
+    final = {arm: film["pictures"][-1] for arm, film in films.items()}
+    assert torch.equal(first["sink-recent"], first[WINDOW])
+    assert torch.equal(first[GROWS], first[WINDOW])
+    assert not torch.equal(final["sink-recent"], final[WINDOW])
+    assert not torch.equal(final["sink-recent"], final[GROWS])
+    rows = rows_of(GROWS, [films[GROWS]] * 2, [films[WINDOW]] * 2)
+    assert [row["until"] for row in rows] == [2, 4]
+    assert rows[0]["psnr_to_window"] == (100.0, 0.0)
+    assert rows[-1]["psnr_to_window"][0] < 40
+    assert rows[-1]["kv_peak_bytes"] < films[WINDOW]["peak"]
+
+
+def test_what_was_asked_for_stays_in_true_clips_of_a_minute() -> None:
+    for number in lasting_scenes(6):
+        scene = scene_of(number)
+        assert all(sprite.verb != "leaves" for sprite in scene.sprites)
+        for start in (200, 700, 1400):
+            assert present(render(scene, start, 24), [sprite.colour for sprite in scene.sprites]) == 1, scene.caption
+
+
+def test_grey_has_no_saturation() -> None:
+    assert saturation(torch.rand(3, 1, 8, 8).expand(3, 3, 8, 8)) == 0
+    assert saturation(torch.tensor([1.0, 0.0, 0.5]).view(1, 3, 1, 1)) == 1
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    long.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--seconds", "15"), "15 seconds were asked for"),
+        (("--prompts", "1"), "1 prompts and 1 workers"),
+        (("--arms", "none"), "no arm is called none"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_film_is_made(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        long.run(arguments(*words))
+
+
+def test_the_bundled_model_is_measured_arm_by_arm(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "STRETCH", 2)
+    found = long.run(arguments("--seconds", "4", "--prompts", "2", "--steps", "2"))
+    assert [(row["arm"], row["until"]) for row in found["rows"]] == [(WINDOW, 2), (WINDOW, 4), ("even", 2), ("even", 4)]
+    assert all(row["ceiling"][0] == 1 for row in found["rows"])
+    assert found["model"] == "tiny-skyreels"
