@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ class Counted:
 @pytest.fixture
 def run(net: SkyReelsV2) -> Callable[..., Run]:
     def make(films: int = 1, **changes: Any) -> Run:
-        adapter = SkyReelsAdapter(net.double(), torch.float64)
+        adapter = SkyReelsAdapter(copy.deepcopy(net).double(), torch.float64)
         usual = Run(SKYREELS, adapter, ChunkSchedule(9, 3, STEPS, 1, 3), flow_sigmas(STEPS), (16, 4, 4), Place(films, 2, alike=True))
         return replace(usual, **changes)
 

@@ -172,8 +172,7 @@ def _go_through(run: Denoiser, x: Tensor, schedule: ChunkSchedule, row: Row, pla
             walk = walk_of[chunk.index]
             chosen = run.choose(chunk, walk.rate(chunk.step)) if plan.computes_part(chunk) else None
             arrived = _arrive(x, chunk, walk)
-            velocity = velocities.pop(chunk) if chunk in velocities else run.predict(arrived, chunk)
-            clean = _move(x, chunk, arrived, velocity, walk, chosen)
+            clean = _move(x, chunk, arrived, velocities.pop(chunk) if velocities else run.predict(arrived, chunk), walk, chosen)
         run.note(chunk, clean, x)
     for chunk in row.active:
         if chunk.step != chunk.steps - 1:
