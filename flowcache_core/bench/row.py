@@ -80,8 +80,8 @@ class Rows(Around):
         lengths = [call.chunk.frames * math.prod(self.inner.token_grid(*call.x.shape[3:])) for call in calls]
         attend = BlockCausal(tuple(accumulate(lengths)))
         took, out = clocked(lambda: cast(SkyReelsAdapter, self.inner).forward_row(calls, attend), calls[0].x.device)
-        mine, other = (torch.cat(list(each), 2).float() for each in ((velocity for velocity, _ in out), velocities))
-        return Timed(sum(spent), took, float((mine - other).norm() / other.norm()))
+        other = torch.cat(velocities, 2).float()
+        return Timed(sum(spent), took, float((out.float() - other).norm() / other.norm()))
 
 
 @torch.inference_mode()

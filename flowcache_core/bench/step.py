@@ -79,7 +79,7 @@ class Evaluations(Around):
 class RowEvaluations(Evaluations):
     """The same of an adapter that takes rows in one pass, each of which is an evaluation."""
 
-    def forward_row(self, calls: Sequence[Call], attend: Attend) -> list[tuple[Tensor, Tensor]]:
+    def forward_row(self, calls: Sequence[Call], attend: Attend) -> Tensor:
         with self._noting():
             return cast(RowAdapter, self.inner).forward_row(calls, attend)
 

@@ -136,9 +136,9 @@ def reach_of(adapter: ModelAdapter) -> Callable[[Chunk], int | None] | None:
 class RowAdapter(ModelAdapter, Protocol):
     """An adapter that can take several chunks through the network side by side, each at its own noise level."""
 
-    def forward_row(self, calls: Sequence[Call], attend: Attend) -> list[tuple[Tensor, Tensor]]:
-        """`forward` of each. Their tokens lie one behind the other in the sequence; all calls have the same text. `attend` has every chunk see
-        what it would see by itself."""
+    def forward_row(self, calls: Sequence[Call], attend: Attend) -> Tensor:
+        """-> the velocities of all, one behind the other along the frames, as their tokens lie in the sequence. All calls have the same text;
+        `attend` has every chunk see what it would see by itself."""
         ...
 
 

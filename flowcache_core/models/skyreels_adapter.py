@@ -47,18 +47,14 @@ class WanAdapter(SquarePatches):
         out = self.network.stack(tokens, e0, call.text, self._rope(call), attend)
         return self.network.velocity(out, e, self._grid(call)), out - tokens
 
-    def forward_row(self, calls: Sequence[Call], attend: Attend) -> list[tuple[Tensor, Tensor]]:
+    def forward_row(self, calls: Sequence[Call], attend: Attend) -> Tensor:
         first, x = calls[0], torch.cat([call.x for call in calls], 2)
-        frames, held = [call.chunk.frames for call in calls], any(call.chunk.held for call in calls)
         levels = [(call.sigma, 1) for call in calls]
-        if held or len(set(frames)) > 1:
+        if any(call.chunk.held or call.chunk.frames != first.chunk.frames for call in calls):
             levels = [level for call in calls for level in ((call.sigma, call.chunk.frames - call.chunk.held), (0.0, call.chunk.held))]
         e, e0 = self.network.modulation(self._timesteps(levels, x.device)[None], first.fps, x.dtype)
-        tokens = self.network.embed(x)
-        out = self.network.stack(tokens, e0, first.text, torch.cat([self._rope(call) for call in calls]), attend)
-        velocity = self.network.velocity(out, e, (x.shape[2], *self._grid(first)[1:]))
-        lengths = [math.prod(self._grid(call)) for call in calls]
-        return list(zip(velocity.split(frames, 2), (out - tokens).split(lengths, 1), strict=True))
+        out = self.network.stack(self.network.embed(x), e0, first.text, torch.cat([self._rope(call) for call in calls]), attend)
+        return self.network.velocity(out, e, (x.shape[2], *self._grid(first)[1:]))
 
     def refresh(self, call: Call, tokens: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         e, e0 = self._modulation(call)

@@ -356,10 +356,9 @@ def through_session(session: Session | SectionSession, evaluate: Callable[[], Te
 
 
 @dataclass(frozen=True)
-class RowTurn:
-    """Chunks of a row in one pass: what is evaluated are their latents, one behind the other."""
+class SeveralChunks:
+    """What turns of several chunks have in common."""
 
-    session: Session
     chunks: Sequence[Chunk]
 
     @property
@@ -380,6 +379,13 @@ class RowTurn:
 
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         return ()
+
+
+@dataclass(frozen=True)
+class RowTurn(SeveralChunks):
+    """Chunks of a row in one pass: what is evaluated are their latents, one behind the other."""
+
+    session: Session
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
         return self.session.denoise_row(x, self.chunks, context, branches, texts)
@@ -459,7 +465,7 @@ class ChunkDenoiser:
         return len(chunks) > 1 and self.run.in_one_pass
 
     def predict_row(self, parts: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sequence[Tensor]:
-        turn, x = RowTurn(self.session, chunks), torch.cat(list(parts), 2)
+        turn, x = RowTurn(chunks, self.session), torch.cat(list(parts), 2)
         return through_session(self.session, lambda: self.evaluate(turn, x)).split([chunk.frames for chunk in chunks], 2)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
@@ -474,33 +480,14 @@ class ChunkDenoiser:
 
 
 @dataclass(frozen=True)
-class SectionTurn:
+class SectionTurn(SeveralChunks):
+    """A row of a section. `chunks`: those that move; `levels`: of every latent frame."""
+
     session: SectionSession
     levels: tuple[float, ...]
-    """Of every latent frame."""
-    row: Row
-
-    @property
-    def index(self) -> int:
-        return self.row.active[0].index
-
-    @property
-    def step(self) -> int:
-        return min(chunk.step for chunk in self.row.active)
-
-    @property
-    def committing(self) -> bool:
-        return False
-
-    @property
-    def reads(self) -> int:
-        return self.index
-
-    def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
-        return ()
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
-        return self.session.denoise(x, self.levels, context, branches, self.row.active)
+        return self.session.denoise(x, self.levels, context, branches, self.chunks)
 
 
 @dataclass(frozen=True)
@@ -521,7 +508,7 @@ class FilmDenoiser:
         return plans
 
     def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        return through_session(self.session, lambda: self.evaluate(SectionTurn(self.session, levels, row), x))
+        return through_session(self.session, lambda: self.evaluate(SectionTurn(row.active, self.session, levels), x))
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)

@@ -277,7 +277,7 @@ class Session:
             state.arrive(call.chunk.step, branches)
             self._decide(call, state)
             self.report.ran(call.chunk, tokens, None)
-        return torch.cat([velocity for velocity, _ in self._compute_row(calls, branches)], 2)
+        return self._compute_row(calls, branches)
 
     def unwritten(self, chunk: Chunk, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         """Of these branches, and of all that have run so far, those that the commit of a chunk has not run: history would lack them."""
@@ -416,7 +416,7 @@ class Session:
         self.report.kv_bytes(self._kv.bytes)
         return out
 
-    def _compute_row(self, calls: Sequence[Call], branches: Branches) -> list[tuple[Tensor, Tensor]]:
+    def _compute_row(self, calls: Sequence[Call], branches: Branches) -> Tensor:
         assert isinstance(self.adapter, RowAdapter)
         self._locate()
         chunks = [call.chunk for call in calls]
