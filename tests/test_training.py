@@ -18,15 +18,18 @@ from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training import dit, loop
 from flowcache_core.training.basis import fit
-from flowcache_core.training.clips import FIRST, POOL, Clips
-from flowcache_core.training.dit import CHUNKS, FINISHED, LATENTS, draw_levels, late_scene
+from flowcache_core.training.clips import FIRST, POOL, Clips, standing_out
+from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, Beginning, beginning_at, draw_levels, first_chunk, late_scene
 from flowcache_core.training.evaluate import vae_of
 from flowcache_core.training.loop import USUAL, Loop, TrainOptions, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
 from flowcache_core.training.preview import cells
 from flowcache_core.training.recipes import RECIPES
-from flowcache_core.training.scenes import HELD_OUT, make_scene, render
+from flowcache_core.training.scenes import HELD_OUT, Sprite, make_scene, render
 from flowcache_core.training.vae import crops, initialise
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
+"""Of a norm under autocast, once a process."""
 
 
 class Tiny(nn.Module):
@@ -92,7 +95,6 @@ def test_a_larger_pool_grows_faster_from_the_same_start() -> None:
     assert [large.pool(step) for step in (0, 1, 2, 3, 10**6)] == [FIRST, FIRST + 2, FIRST + 4, FIRST + 6, 4 * POOL]
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))])
 def test_the_network_learns_where_it_is_put_and_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     basis = fit(3, lambda seed: make_scene(seed, 9, 64))
@@ -181,6 +183,55 @@ def test_worn_history_is_not_what_is_learnt() -> None:
     losses = [(loss(seed, 0.0), loss(seed, 1.0)) for seed in range(12)]
     assert any(usual == worn for usual, worn in losses)
     assert any(usual != worn for usual, worn in losses)
+
+
+def test_a_training_goes_from_pictures_to_whole_clips() -> None:
+    draws = [(k + 0.5) / 1000 for k in range(1000)]
+
+    def shares(progress: float) -> list[float]:
+        kinds = [beginning_at(progress, draw) for draw in draws]
+        return [kinds.count(kind) / len(kinds) for kind in (*BEGINNINGS, None)]
+
+    assert shares(0.0) == pytest.approx([0.7, 0.25, 0.05], abs=2e-3)
+    assert shares(0.5) == pytest.approx([0.4, 0.25, 0.35], abs=2e-3)
+    assert shares(1.0) == pytest.approx([0.1, 0.25, 0.65], abs=2e-3)
+
+
+def test_beginnings_of_clips_are_what_the_clips_begin_with() -> None:
+    basis = fit(3, lambda seed: make_scene(seed, 9, 64))
+    whole, first = (Clips(basis, drawn, frames) for drawn, frames in ((dit.scene, LATENTS), (first_chunk, CHUNK)))
+    for index in (2, 7):
+        (clip, caption), (begun, same) = whole[index], first[index]
+        assert caption == same
+        assert torch.equal(begun, clip[:, :CHUNK])
+
+
+@pytest.mark.parametrize("kind", BEGINNINGS)
+def test_beginnings_are_learnt(kind: Beginning) -> None:
+    """Steps down the gradient of a batch lower its loss."""
+    clips = Clips(fit(3, lambda seed: make_scene(seed, 9, 64)), first_chunk, CHUNK)
+    torch.manual_seed(0)
+    net = SkyReelsV2(SkyReelsConfig(128, 128, 1, text_dim=256, fps=True))
+    net.initialise()
+    optimiser, losses = torch.optim.Adam(net.parameters(), 1e-2), list[float]()
+    with torch.enable_grad():
+        for _ in range(8):
+            optimiser.zero_grad()
+            loss = dit.beginning_loss_of(net, clips, kind, 0, 1, 5, 2.0)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_cells_that_show_sprites_stand_out() -> None:
+    """And what is next to them; the ground does not."""
+    scene = replace(make_scene(3, 9), sprites=(Sprite("red", "square", 16.0, 64.0, 64.0, 0.0, 0.0, "stands still"),), occluder=None)
+    latents = fit(40, lambda seed: make_scene(seed, 9)).encode(render(scene).transpose(0, 1) * 2 - 1)
+    found = standing_out(latents[None])[0, 0]
+    assert found[:, 6:10, 6:10].all()
+    found[:, 5:11, 5:11] = 0
+    assert not found.any()
 
 
 def test_drawn_noise_levels_are_those_that_sampling_meets() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..models.wan_vae import LATENT_CHANNELS, SPATIAL
 from .basis import Basis
@@ -15,6 +16,8 @@ POOL, FIRST = 4096, 256
 """Clips at the end of a training, unless it is told otherwise, and at its first step."""
 MOVED = 0.05
 """The mean square change of a unit-variance latent from which a cell moves."""
+STANDS_OUT = 1.5
+"""The mean square distance from the median of its picture from which a cell shows a sprite."""
 
 
 class Clips:
@@ -58,6 +61,13 @@ def moving(clean: Tensor) -> Tensor:
     """Latents [B, C, F, h, w] -> [B, 1, F, h, w], 1 where a cell changed since the latent frame before (the first two like the third)."""
     change = clean.diff(dim=2).square().mean(1, keepdim=True)[:, :, 1:]
     return (torch.cat([change[:, :, :1].expand(-1, -1, 2, -1, -1), change], 2) > MOVED).float()
+
+
+def standing_out(clean: Tensor) -> Tensor:
+    """Latents [B, C, F, h, w] -> [B, 1, F, h, w], 1 where a cell is unlike most of its picture, as sprites are, and next to such cells."""
+    usual = clean.flatten(3).median(3).values[..., None, None]
+    unlike = ((clean - usual).square().mean(1) > STANDS_OUT).float()
+    return functional.max_pool2d(unlike, 3, stride=1, padding=1)[:, None]
 
 
 def velocity_loss(velocity: Tensor, noise: Tensor, clean: Tensor, counts: Tensor, moves: Tensor, emphasis: float) -> Tensor:

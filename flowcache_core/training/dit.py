@@ -5,6 +5,8 @@ One set of weights has to be right for everything that sampling does, so every b
 asynchronous schedule, all chunks alike, a clean or slightly noised prefix, or levels that rise from chunk to chunk. Some batches
 begin with a single given frame, as image to video does, and their chunks are shifted by it. Some are a piece from the middle of a long film,
 and in some the finished chunks are worn: not true clips, but what the network itself makes of them, as in a film that rolls on for a minute.
+What a film shows, of which shape, and where is decided in its first chunk, so most batches are at first of first pictures alone and of first
+chunks alone, of which many cost what a clip does; in the end most are of whole clips.
 Loss: mean squared error of the velocity (noise - clean), on the chunks that a step would move. What moves fills a tenth
 of the picture, so its cells count more, the more the earlier the training is; at the end every cell counts alike.
 """
@@ -12,7 +14,8 @@ of the picture, so its cells count more, the more the earlier the training is; a
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +25,12 @@ from torch import Tensor
 
 from ..models.attention import BlockCausal, bidirectional
 from ..models.skyreels import SkyReelsConfig, SkyReelsV2
+from ..models.wan_vae import TEMPORAL
 from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
-from .clips import POOL, Clips, moving, velocity_loss
+from .clips import POOL, Clips, moving, standing_out, velocity_loss
 from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
@@ -34,11 +38,25 @@ CONFIG = SkyReelsConfig(dim=256, ffn_dim=1024, layers=6, text_dim=256, fps=True)
 FRAMES, LATENTS, CHUNK, SIZE = 57, 15, 3, 128
 TOKENS_PER_FRAME = 64
 STEPS, BATCH = 9000, 6
+SHIFTS = 3.0, 5.0, 8.0, 8.0
 EMPHASIS = 6.0
 """How much more a moving cell counts at step 0."""
 CHUNKS = LATENTS // CHUNK
 LATE, LATEST = 0.35, 1440
 """Share of the batches that are from the middle of a film, and the frame at which they begin at the latest."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Clips that end early. `frames`: latent ones; `times`: how many there are in a batch for each whole clip; `share`: of the batches, at step 0
+    and at the end."""
+
+    frames: int
+    times: int
+    share: tuple[float, float]
+
+
+BEGINNINGS = Beginning(1, 8, (0.7, 0.1)), Beginning(CHUNK, CHUNKS, (0.25, 0.25))
 FINISHED = 0.06
 """Chunks that do not count and are less noisy than this are history."""
 WORN = 0.3
@@ -61,12 +79,26 @@ def late_scene(index: int) -> Scene:
     return replace(scene(index), frames=FRAMES + 3, late=4 * random.Random(index).randint(1, LATEST // 4) + 1)
 
 
+def first_chunk(index: int) -> Scene:
+    """Of a clip, up to the end of its first chunk."""
+    return replace(scene(index), frames=TEMPORAL * (CHUNK - 1) + 1)
+
+
+def beginning_at(progress: float, draw: float) -> Beginning | None:
+    """Of which clips a batch is, None for whole ones. `progress`: of the training, 0 to 1; `draw`: uniform in 0 to 1."""
+    for kind in BEGINNINGS:
+        draw -= kind.share[0] + (kind.share[1] - kind.share[0]) * progress
+        if draw < 0:
+            return kind
+    return None
+
+
 def draw_levels(rng: random.Random, begun: bool = False) -> tuple[list[float], list[bool]]:
     """-> noise level of every chunk (1 noise .. 0 clean), and whether the chunk counts in the loss: if it is begun and not finished.
 
     `begun`: the first chunk is finished."""
     steps = rng.randint(16, 60)
-    table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, rng.choice([3.0, 5.0, 8.0, 8.0])))
+    table = (1.0 - 1 / TRAIN_STEPS, *flow_sigmas(steps, rng.choice(SHIFTS)))
     kind = rng.random()
     if kind < 0.45:
         lead, lag = rng.randint(1, steps + 12 * (CHUNKS - 1)), rng.randint(2, 12)
@@ -96,13 +128,30 @@ def picked(clips: Clips, step: int, count: int, rng: random.Random) -> tuple[Ten
     return torch.stack(latents).float(), list(captions), fps(indices[0])
 
 
+def texts_of(captions: Sequence[str], rng: random.Random, like: Tensor) -> Tensor:
+    """[B, words, text_dim]; one in ten is of no words, for guidance."""
+    return torch.cat([encode_prompt("" if rng.random() < 0.1 else caption, CONFIG.text_dim) for caption in captions]).to(like)
+
+
+def beginning_loss_of(net: SkyReelsV2, clips: Clips, kind: Beginning, step: int, count: int, seed: int, emphasis: float) -> Tensor:
+    """Of as many `clips` up to a first picture or chunk as cost what `count` whole ones do, each at its own noise level."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    clean, captions, rate = picked(clips, step, count * kind.times, rng)
+    clean, text = clean[:, :, : kind.frames], texts_of(captions, rng, clean)
+    tables = [flow_sigmas(rng.randint(16, 60), rng.choice(SHIFTS))[:-1] for _ in captions]
+    sigma = torch.tensor([rng.choice(table) for table in tables])[:, None].expand(-1, kind.frames).to(clean)
+    noise, s = torch.randn(clean.shape, generator=generator).to(clean), sigma[:, None, :, None, None]
+    with torch.autocast(clean.device.type, torch.bfloat16, cache_enabled=False):
+        velocity = net((1 - s) * clean + s * noise, (sigma * TRAIN_STEPS).floor(), net.text_kv(text), bidirectional, fps=rate)
+    return velocity_loss(velocity, noise, clean, torch.ones_like(s), standing_out(clean), emphasis)
+
+
 def loss_of(net: SkyReelsV2, usual: Clips, late: Clips, step: int, batch: int, seed: int, emphasis: float) -> Tensor:
     """Of `batch` clips that are run alike."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     middle = rng.random() < LATE
     clean, captions, rate = picked(late if middle else usual, step, batch, rng)
-    prompts = ["" if rng.random() < 0.1 else c for c in captions]
-    text = torch.cat([encode_prompt(p, CONFIG.text_dim) for p in prompts]).to(clean)
+    text = texts_of(captions, rng, clean)
     drawn = [draw_levels(rng, begun=middle) for _ in range(batch)]
     spans = torch.full((CHUNKS,), CHUNK)
     if not middle and rng.random() < 0.15:
@@ -138,6 +187,7 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
     basis, most, device = load_or_fit(out), options.clips or POOL, training_device()
     usual, late = (Clips(basis, drawn, LATENTS, most=most, device=device) for drawn in (scene, late_scene))
+    begun = Clips(basis, first_chunk, CHUNK, most=4 * most, device=device)
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()
@@ -150,9 +200,10 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, pool=pool), decay=0.998)
 
         def loss(step: int) -> Tensor:
-            emphasis = EMPHASIS * (1 - step / steps)
-            parts = [partial(loss_of, net, usual, late, step, share, THREADS * step + k, emphasis) for k, share in enumerate(shares) if share]
+            emphasis, beginning = EMPHASIS * (1 - step / steps), beginning_at(step / steps, random.Random(f"kind {step}").random())
+            one = partial(beginning_loss_of, net, begun, beginning) if beginning else partial(loss_of, net, usual, late)
+            parts = [partial(one, step, share, THREADS * step + k, emphasis) for k, share in enumerate(shares) if share]
             return side_by_side(parts, parameters, pool)
 
-        loop.run(loss, parameters, lambda: f"clips {len(usual.captions) + len(late.captions)}", options)
+        loop.run(loss, parameters, lambda: f"clips {sum(len(clips.captions) for clips in (usual, late, begun))}", options)
     export(out, "skyreels-v2-df", CHUNK, CHUNKS)
