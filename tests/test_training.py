@@ -18,8 +18,8 @@ from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training import dit, loop
 from flowcache_core.training.basis import fit
-from flowcache_core.training.clips import FIRST, POOL, Clips, standing_out
-from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, Beginning, beginning_at, draw_levels, first_chunk, late_scene
+from flowcache_core.training.clips import FIRST, POOL, Beginning, Clips, beginning_at, standing_out
+from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, draw_levels, first_chunk, late_scene
 from flowcache_core.training.evaluate import vae_of
 from flowcache_core.training.loop import USUAL, Loop, TrainOptions, cosine, optimisers
 from flowcache_core.training.muon import orthogonalise
@@ -189,7 +189,7 @@ def test_a_training_goes_from_pictures_to_whole_clips() -> None:
     draws = [(k + 0.5) / 1000 for k in range(1000)]
 
     def shares(progress: float) -> list[float]:
-        kinds = [beginning_at(progress, draw) for draw in draws]
+        kinds = [beginning_at(BEGINNINGS, progress, draw) for draw in draws]
         return [kinds.count(kind) / len(kinds) for kind in (*BEGINNINGS, None)]
 
     assert shares(0.0) == pytest.approx([0.7, 0.25, 0.05], abs=2e-3)

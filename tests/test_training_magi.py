@@ -189,6 +189,33 @@ def test_fresh_weights_say_nothing_and_every_parameter_learns(basis: Basis) -> N
     assert not network.rope.bands.requires_grad
 
 
+def test_first_frames_alone_are_learnt(basis: Basis) -> None:
+    """Steps down the gradient of a batch lower its loss."""
+    torch.manual_seed(0)
+    network = Magi(replace(PLAIN, text_dim=256))
+    initialise(network)
+    clips, (kind,) = Clips(basis, magi.beginning, CHUNK_FRAMES), magi.BEGINNINGS
+    rows = magi.batch_of(clips, 0, kind.times, magi.draw_beginning)
+    assert len(rows) == kind.times
+    assert all(part.chunk == 0 and part.seen == 1 and part.active for _, row in rows for part in row)
+    optimiser, losses = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-2), list[float]()
+    with torch.enable_grad():
+        for _ in range(8):
+            optimiser.zero_grad()
+            loss = magi.loss_of(network, clips, rows, 0, 2.0, kind)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_beginning_is_what_a_clip_begins_with(basis: Basis) -> None:
+    whole, first = Clips(basis, magi.scene, magi.CHUNKS * CHUNK_FRAMES), Clips(basis, magi.beginning, CHUNK_FRAMES)
+    (clip, caption), (begun, same) = whole[5], first[5]
+    assert caption == same
+    assert torch.equal(begun, clip[:, :CHUNK_FRAMES])
+
+
 def test_the_vae_starts_at_the_principal_components(basis: Basis) -> None:
     vae = magi_vae.solution(basis)
     film = render(make_scene(7, 24, 64)).transpose(0, 1) * 2 - 1

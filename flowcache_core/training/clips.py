@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,25 @@ MOVED = 0.05
 """The mean square change of a unit-variance latent from which a cell moves."""
 STANDS_OUT = 1.5
 """The mean square distance from the median of its picture from which a cell shows a sprite."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Clips that end early. `frames`: latent ones; `times`: how many of them are in a batch for each that would be whole; `share`: of the batches, at
+    step 0 and at the end."""
+
+    frames: int
+    times: int
+    share: tuple[float, float]
+
+
+def beginning_at(kinds: Iterable[Beginning], progress: float, draw: float) -> Beginning | None:
+    """Of which clips a batch is, None for whole ones. `progress`: of the training, 0 to 1; `draw`: uniform in 0 to 1."""
+    for kind in kinds:
+        draw -= kind.share[0] + (kind.share[1] - kind.share[0]) * progress
+        if draw < 0:
+            return kind
+    return None
 
 
 class Clips:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
-from .clips import POOL, Clips, moving, standing_out, velocity_loss
+from .clips import POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
 from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
@@ -44,18 +44,6 @@ EMPHASIS = 6.0
 CHUNKS = LATENTS // CHUNK
 LATE, LATEST = 0.35, 1440
 """Share of the batches that are from the middle of a film, and the frame at which they begin at the latest."""
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Clips that end early. `frames`: latent ones; `times`: how many there are in a batch for each whole clip; `share`: of the batches, at step 0
-    and at the end."""
-
-    frames: int
-    times: int
-    share: tuple[float, float]
-
-
 BEGINNINGS = Beginning(1, 8, (0.7, 0.1)), Beginning(CHUNK, CHUNKS, (0.25, 0.25))
 FINISHED = 0.06
 """Chunks that do not count and are less noisy than this are history."""
@@ -82,15 +70,6 @@ def late_scene(index: int) -> Scene:
 def first_chunk(index: int) -> Scene:
     """Of a clip, up to the end of its first chunk."""
     return replace(scene(index), frames=TEMPORAL * (CHUNK - 1) + 1)
-
-
-def beginning_at(progress: float, draw: float) -> Beginning | None:
-    """Of which clips a batch is, None for whole ones. `progress`: of the training, 0 to 1; `draw`: uniform in 0 to 1."""
-    for kind in BEGINNINGS:
-        draw -= kind.share[0] + (kind.share[1] - kind.share[0]) * progress
-        if draw < 0:
-            return kind
-    return None
 
 
 def draw_levels(rng: random.Random, begun: bool = False) -> tuple[list[float], list[bool]]:
@@ -200,7 +179,7 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, pool=pool), decay=0.998)
 
         def loss(step: int) -> Tensor:
-            emphasis, beginning = EMPHASIS * (1 - step / steps), beginning_at(step / steps, random.Random(f"kind {step}").random())
+            emphasis, beginning = EMPHASIS * (1 - step / steps), beginning_at(BEGINNINGS, step / steps, random.Random(f"kind {step}").random())
             one = partial(beginning_loss_of, net, begun, beginning) if beginning else partial(loss_of, net, usual, late)
             parts = [partial(one, step, share, THREADS * step + k, emphasis) for k, share in enumerate(shares) if share]
             return side_by_side(parts, parameters, pool)

@@ -3,14 +3,15 @@
 A batch is a list of chunks, each with its own noise level, text, position and range of history; chunks of one row of a film stand
 next to each other in it. They are drawn as the published pipeline meets them: in flight together, each some steps behind the one before;
 finished ones clean, without text and seeing themselves alone; the branches of guidance (text and history, history
-alone, the chunk alone); a first chunk whose first frames are given.
+alone, the chunk alone); a first chunk whose first frames are given. At first many batches are of first latent frames alone, in which
+it is decided what a film shows.
 Loss: as in `dit.py`, on the chunks in flight.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..models.magi_adapter import NULL_WORDS, RANGES
 from ..models.magi_family import CHUNK_FRAMES, COMMIT, MAGI, STAGES
 from ..models.word_text import encode_prompt
 from .basis import load_or_fit
-from .clips import POOL, Clips, moving, velocity_loss
+from .clips import POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
 from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
@@ -42,6 +43,7 @@ SMALL, SMALL_SHARE, SMALL_BATCH = 64, 0.6, 4
 time than those of a large batch. Places span the same range."""
 ALONE, HISTORY = 0.1, 0.17
 """Shares of rows that are evaluated as the branches of guidance without text are: a chunk alone, and chunks with their history."""
+BEGINNINGS = (Beginning(1, 6, (0.6, 0.1)),)
 EMPHASIS = 6.0
 SLOWEST = 0.03
 """The lowest of the rotary bands, in radians per latent frame; the highest is 1."""
@@ -72,6 +74,18 @@ class Part:
 
 def scene(index: int, size: int = SIZE) -> Scene:
     return make_scene(index, FRAMES, size, PACE)
+
+
+def beginning(index: int) -> Scene:
+    """Of a clip, its first chunk."""
+    return replace(scene(index), frames=MAGI.frames.pixel(CHUNK_FRAMES))
+
+
+def draw_beginning(rng: random.Random, caption: str) -> list[Part]:
+    """The first chunk of a film, alone."""
+    levels = MAGI.noise.levels(STAGES * rng.randint(4, 16), MAGI.noise.shift)
+    dropped = rng.random() < ALONE
+    return [Part(0, rng.choice(levels[:-1]), 1, None if dropped else caption, dropped)]
 
 
 def draw_row(rng: random.Random, caption: str) -> list[Part]:
@@ -114,14 +128,15 @@ def _draw_given(rng: random.Random, share: float) -> int:
 
 Rows = list[tuple[int, list[Part]]]
 """Of films: index of the clip, chunks."""
+DrawRow = Callable[[random.Random, str], list[Part]]
 
 
-def draw_batch(rng: random.Random, captions: Iterator[tuple[int, str]], chunks: int) -> Rows:
+def draw_batch(rng: random.Random, captions: Iterator[tuple[int, str]], chunks: int, draw: DrawRow = draw_row) -> Rows:
     """Rows of as many clips as make at least `chunks` chunks."""
     rows: Rows = []
     while sum(len(row) for _, row in rows) < chunks:
         index, caption = next(captions)
-        rows.append((index, draw_row(rng, caption)))
+        rows.append((index, draw(rng, caption)))
     return rows
 
 
@@ -236,7 +251,7 @@ def without_padding(text: Tensor) -> Tensor:
     return text[:, : max(rows, 1)]
 
 
-def batch_of(clips: Clips, step: int, chunks: int) -> Rows:
+def batch_of(clips: Clips, step: int, chunks: int, draw: DrawRow = draw_row) -> Rows:
     rng = random.Random(step)
 
     def picked() -> Iterator[tuple[int, str]]:
@@ -244,18 +259,22 @@ def batch_of(clips: Clips, step: int, chunks: int) -> Rows:
             index = rng.randrange(clips.pool(step))
             yield index, clips[index][1]
 
-    return draw_batch(rng, picked(), chunks)
+    return draw_batch(rng, picked(), chunks, draw)
 
 
-def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float) -> Tensor:
+def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float, kind: Beginning | None = None) -> Tensor:
+    """`kind`: of which only the beginning is learnt."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     parts = [part for _, row in rows for part in row]
     texts = {part.text: words_of(part.text) for part in parts if part.text is not None}
     texts = {text: without_padding(rows) if rng.random() < 0.5 else rows for text, rows in texts.items()}
     clean, moves = _drawn(clips, rows)
+    if kind:
+        clean = clean[:, :, : kind.frames]
+        moves = standing_out(clean)
     noise, like = torch.randn(clean.shape, generator=generator).to(clean), next(net.parameters())
     level = torch.tensor([part.level if part.active else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1).to(clean)
-    given = torch.tensor([[frame < part.given for frame in range(CHUNK_FRAMES)] for part in parts]).view(len(parts), 1, -1, 1, 1).to(clean.device)
+    given = torch.tensor([[frame < part.given for frame in range(clean.shape[2])] for part in parts]).view(len(parts), 1, -1, 1, 1).to(clean.device)
     noisy = torch.where(given, clean, (1 - level) * clean + level * noise)
     counts = torch.tensor([part.active for part in parts], device=clean.device).view(-1, 1, 1, 1, 1) & ~given
     with torch.autocast(like.device.type, torch.bfloat16, cache_enabled=False):
@@ -300,6 +319,7 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
     basis, most = load_or_fit(out, BASIS_CLIPS, scene), options.clips or POOL
     small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, training_device()) for size in (SMALL, SIZE))
+    begun = Clips(basis, beginning, CHUNK_FRAMES, 2, 4 * most, training_device())
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
@@ -311,11 +331,13 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
         loop = Loop(net, out / "dit.pt", steps, optimisers(net, 1e-3, 1e-2, OUTER, pool), decay=0.998)
 
         def loss(step: int) -> Tensor:
-            clips, chunks = (small, SMALL_BATCH * batch) if step < SMALL_SHARE * steps and step % 2 else (large, batch)
+            clips, chunks, draw = (small, SMALL_BATCH * batch, draw_row) if step < SMALL_SHARE * steps and step % 2 else (large, batch, draw_row)
+            if kind := beginning_at(BEGINNINGS, step / steps, random.Random(f"kind {step}").random()):
+                clips, chunks, draw = begun, kind.times * batch, draw_beginning
             emphasis = EMPHASIS * (1 - step / steps)
-            shares = [share for share in halves(batch_of(clips, step, chunks)) if share]
-            losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis) for k, share in enumerate(shares)]
+            shares = [share for share in halves(batch_of(clips, step, chunks, draw)) if share]
+            losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis, kind) for k, share in enumerate(shares)]
             return side_by_side(losses, parameters, pool)
 
-        loop.run(loss, parameters, lambda: f"clips {len(small.captions) + len(large.captions)}", options)
+        loop.run(loss, parameters, lambda: f"clips {sum(len(clips.captions) for clips in (small, large, begun))}", options)
     export(out, MAGI.name, CHUNK_FRAMES, CHUNKS, WIDE)
