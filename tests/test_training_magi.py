@@ -194,7 +194,7 @@ def test_first_frames_alone_are_learnt(basis: Basis) -> None:
     torch.manual_seed(0)
     network = Magi(replace(PLAIN, text_dim=256))
     initialise(network)
-    clips, (kind,) = Clips(basis, magi.beginning, CHUNK_FRAMES), magi.BEGINNINGS
+    clips, kind = Clips(basis, magi.beginning, 1), magi.FIRST_FRAMES
     rows = magi.batch_of(clips, 0, kind.times, magi.draw_beginning)
     assert len(rows) == kind.times
     assert all(part.chunk == 0 and part.seen == 1 and part.active for _, row in rows for part in row)
@@ -202,7 +202,7 @@ def test_first_frames_alone_are_learnt(basis: Basis) -> None:
     with torch.enable_grad():
         for _ in range(8):
             optimiser.zero_grad()
-            loss = magi.loss_of(network, clips, rows, 0, 2.0, kind)
+            loss = magi.loss_of(network, clips, rows, 0, 2.0, begun=True)
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
@@ -210,10 +210,10 @@ def test_first_frames_alone_are_learnt(basis: Basis) -> None:
 
 
 def test_a_beginning_is_what_a_clip_begins_with(basis: Basis) -> None:
-    whole, first = Clips(basis, magi.scene, magi.CHUNKS * CHUNK_FRAMES), Clips(basis, magi.beginning, CHUNK_FRAMES)
+    whole, first = Clips(basis, magi.scene, magi.CHUNKS * CHUNK_FRAMES), Clips(basis, magi.beginning, 1)
     (clip, caption), (begun, same) = whole[5], first[5]
     assert caption == same
-    assert torch.equal(begun, clip[:, :CHUNK_FRAMES])
+    assert torch.equal(begun, clip[:, :1])
 
 
 def test_the_vae_starts_at_the_principal_components(basis: Basis) -> None:

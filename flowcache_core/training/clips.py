@@ -15,6 +15,8 @@ from .scenes import Scene, render
 
 POOL, FIRST = 4096, 256
 """Clips at the end of a training, unless it is told otherwise, and at its first step."""
+MOST_BEGUN = 8 * POOL
+"""Clips that end early, at the end, unless there are more whole ones: many of them are in a batch."""
 MOVED = 0.05
 """The mean square change of a unit-variance latent from which a cell moves."""
 STANDS_OUT = 1.5

@@ -30,7 +30,7 @@ from ..models.word_text import encode_prompt
 from ..network import Attend
 from ..sampling.noise import TRAIN_STEPS, flow_sigmas
 from .basis import load_or_fit
-from .clips import POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
+from .clips import MOST_BEGUN, POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
 from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
@@ -166,7 +166,7 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
     basis, most, device = load_or_fit(out), options.clips or POOL, training_device()
     usual, late = (Clips(basis, drawn, LATENTS, most=most, device=device) for drawn in (scene, late_scene))
-    begun = Clips(basis, first_chunk, CHUNK, most=4 * most, device=device)
+    begun = Clips(basis, first_chunk, CHUNK, most=max(most, MOST_BEGUN), device=device)
     torch.manual_seed(0)
     net = SkyReelsV2(CONFIG)
     net.initialise()

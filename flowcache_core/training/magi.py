@@ -27,7 +27,7 @@ from ..models.magi_adapter import NULL_WORDS, RANGES
 from ..models.magi_family import CHUNK_FRAMES, COMMIT, MAGI, STAGES
 from ..models.word_text import encode_prompt
 from .basis import load_or_fit
-from .clips import POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
+from .clips import MOST_BEGUN, POOL, Beginning, Clips, beginning_at, moving, standing_out, velocity_loss
 from .loop import USUAL, Loop, TrainOptions, export, optimisers, side_by_side, threads, training_device
 from .scenes import Scene, make_scene
 
@@ -43,7 +43,7 @@ SMALL, SMALL_SHARE, SMALL_BATCH = 64, 0.6, 4
 time than those of a large batch. Places span the same range."""
 ALONE, HISTORY = 0.1, 0.17
 """Shares of rows that are evaluated as the branches of guidance without text are: a chunk alone, and chunks with their history."""
-BEGINNINGS = (Beginning(1, 6, (0.6, 0.1)),)
+FIRST_FRAMES = Beginning(1, 6, (0.6, 0.1))
 EMPHASIS = 6.0
 SLOWEST = 0.03
 """The lowest of the rotary bands, in radians per latent frame; the highest is 1."""
@@ -77,12 +77,12 @@ def scene(index: int, size: int = SIZE) -> Scene:
 
 
 def beginning(index: int) -> Scene:
-    """Of a clip, its first chunk."""
-    return replace(scene(index), frames=MAGI.frames.pixel(CHUNK_FRAMES))
+    """Of a clip, its first latent frames."""
+    return replace(scene(index), frames=MAGI.frames.pixel(FIRST_FRAMES.frames))
 
 
 def draw_beginning(rng: random.Random, caption: str) -> list[Part]:
-    """The first chunk of a film, alone."""
+    """The beginning of a film's first chunk, alone."""
     levels = MAGI.noise.levels(STAGES * rng.randint(4, 16), MAGI.noise.shift)
     dropped = rng.random() < ALONE
     return [Part(0, rng.choice(levels[:-1]), 1, None if dropped else caption, dropped)]
@@ -262,16 +262,13 @@ def batch_of(clips: Clips, step: int, chunks: int, draw: DrawRow = draw_row) -> 
     return draw_batch(rng, picked(), chunks, draw)
 
 
-def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float, kind: Beginning | None = None) -> Tensor:
-    """`kind`: of which only the beginning is learnt."""
+def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float, begun: bool = False) -> Tensor:
+    """`begun`: whether the clips are beginnings."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     parts = [part for _, row in rows for part in row]
     texts = {part.text: words_of(part.text) for part in parts if part.text is not None}
     texts = {text: without_padding(rows) if rng.random() < 0.5 else rows for text, rows in texts.items()}
-    clean, moves = _drawn(clips, rows)
-    if kind:
-        clean = clean[:, :, : kind.frames]
-        moves = standing_out(clean)
+    clean, moves = _drawn(clips, rows, standing_out if begun else moving)
     noise, like = torch.randn(clean.shape, generator=generator).to(clean), next(net.parameters())
     level = torch.tensor([part.level if part.active else rng.choice([0.0, rng.uniform(0, 0.1)]) for part in parts]).view(-1, 1, 1, 1, 1).to(clean)
     given = torch.tensor([[frame < part.given for frame in range(clean.shape[2])] for part in parts]).view(len(parts), 1, -1, 1, 1).to(clean.device)
@@ -283,19 +280,20 @@ def loss_of(net: Magi, clips: Clips, rows: Rows, seed: int, emphasis: float, kin
     return velocity_loss(velocity, noise, clean, weight, moves, emphasis)
 
 
-def _drawn(clips: Clips, rows: Iterable[tuple[int, list[Part]]]) -> tuple[Tensor, Tensor]:
-    """Clean latents [B, 16, 6, h, w] of the chunks of all rows, and where they move [B, 1, 6, h, w]. A single given frame stands still."""
+def _drawn(clips: Clips, rows: Iterable[tuple[int, list[Part]]], cells: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Clean latents [B, 16, 6, h, w] of the chunks of all rows, and which `cells` of them count more [B, 1, 6, h, w]. A single given frame
+    stands still."""
     clean, moves = [], []
     for index, row in rows:
         latents = clips[index][0][None].float()
-        moved = moving(latents)
+        more = cells(latents)
         for part in row:
             of = slice(part.chunk * CHUNK_FRAMES, (part.chunk + 1) * CHUNK_FRAMES)
             mine = latents[:, :, of]
             if part.given == 1 and part.chunk == 0:
                 mine = torch.cat([clips.still(index)[None], mine[:, :, 1:]], 2)
             clean.append(mine)
-            moves.append(moved[:, :, of])
+            moves.append(more[:, :, of])
     return torch.cat(clean), torch.cat(moves)
 
 
@@ -319,7 +317,7 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
     """Writes `dit.pt` (resumable) and `dit.safetensors` (averaged weights, bfloat16) into `out`."""
     basis, most = load_or_fit(out, BASIS_CLIPS, scene), options.clips or POOL
     small, large = (Clips(basis, partial(scene, size=size), CHUNKS * CHUNK_FRAMES, 2, most, training_device()) for size in (SMALL, SIZE))
-    begun = Clips(basis, beginning, CHUNK_FRAMES, 2, 4 * most, training_device())
+    begun = Clips(basis, beginning, FIRST_FRAMES.frames, 2, max(most, MOST_BEGUN), training_device())
     torch.manual_seed(0)
     net = Magi(CONFIG)
     initialise(net)
@@ -332,11 +330,11 @@ def train(out: Path, steps: int, batch: int = BATCH, options: TrainOptions = USU
 
         def loss(step: int) -> Tensor:
             clips, chunks, draw = (small, SMALL_BATCH * batch, draw_row) if step < SMALL_SHARE * steps and step % 2 else (large, batch, draw_row)
-            if kind := beginning_at(BEGINNINGS, step / steps, random.Random(f"kind {step}").random()):
+            if kind := beginning_at([FIRST_FRAMES], step / steps, random.Random(f"kind {step}").random()):
                 clips, chunks, draw = begun, kind.times * batch, draw_beginning
             emphasis = EMPHASIS * (1 - step / steps)
             shares = [share for share in halves(batch_of(clips, step, chunks, draw)) if share]
-            losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis, kind) for k, share in enumerate(shares)]
+            losses = [partial(loss_of, net, clips, share, 2 * step + k, emphasis, bool(kind)) for k, share in enumerate(shares)]
             return side_by_side(losses, parameters, pool)
 
         loop.run(loss, parameters, lambda: f"clips {sum(len(clips.captions) for clips in (small, large, begun))}", options)
