@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowcache_core.models.bundle import VAE
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
-from flowcache_core.training import dit, loop
+from flowcache_core.training import dit, loop, vae
 from flowcache_core.training.basis import fit
 from flowcache_core.training.clips import FIRST, POOL, Beginning, Clips, beginning_at, standing_out
 from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, draw_levels, first_chunk, late_scene
@@ -254,13 +255,23 @@ def test_drawn_noise_levels_are_those_that_sampling_meets() -> None:
 
 
 def test_a_fresh_vae_has_silent_residuals_and_a_fixed_variance() -> None:
-    vae = WanVAE(4)
-    initialise(vae)
+    fresh = WanVAE(4)
+    initialise(fresh)
     film = torch.rand(1, 3, 5, 32, 32)
-    _, log_var = vae.moments(film)
+    _, log_var = fresh.moments(film)
     assert (log_var == -6).all()
-    assert not vae.encoder.downsamples[0].residual[6].weight.any()
-    assert vae.conv1.weight[:LATENT_CHANNELS].any()
+    assert not fresh.encoder.downsamples[0].residual[6].weight.any()
+    assert fresh.conv1.weight[:LATENT_CHANNELS].any()
+
+
+def test_a_vae_that_goes_on_without_steps_is_the_one_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae, "load_or_fit", lambda out: None)
+    vae.train(tmp_path, 0, 0, 0, start=VAE)
+    before, after = load_file(VAE), load_file(tmp_path / "vae.safetensors")
+    assert after.keys() == before.keys()
+    for key, weight in before.items():
+        torch.testing.assert_close(after[key], weight, rtol=2**-10, atol=2**-14)
+    assert not (tmp_path / "vae.pt").exists()
 
 
 def test_crops_are_seeded_and_in_range() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowcache_core.models.wan_vae import LATENT_MEAN, WanVAE, denormalise, normalise
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
-from flowcache_core.training.vae import fold
+from flowcache_core.training.vae import fold, unfold
 
 KEYS = (
     "encoder.conv1.weight", "encoder.downsamples.0.residual.0.gamma", "encoder.downsamples.0.residual.2.weight",
@@ -92,6 +92,14 @@ def test_folding_gives_wan_statistics_and_decodes_alike(vae: WanVAE) -> None:
     plain, _ = vae.moments(film)
     torch.testing.assert_close(folded.encode(film), plain)
     torch.testing.assert_close(folded.decode(plain), vae.decoder(vae.conv2(plain), {}))
+
+
+def test_unfolding_brings_back_what_was_folded(vae: WanVAE) -> None:
+    plain = {k: v.double() for k, v in vae.state_dict().items()}
+    again = unfold(fold(plain))
+    assert again.keys() == plain.keys()
+    for key, weight in plain.items():
+        torch.testing.assert_close(again[key], weight)
 
 
 @pytest.mark.parametrize("dim", [4, 8])

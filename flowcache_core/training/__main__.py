@@ -30,6 +30,7 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     stages.add_parser("all", help="vae, dit, install and evaluate, one after the other")
     one = stages.add_parser("vae", help="the small VAE")
+    one.add_argument("--start", type=Path, help="a VAE of an earlier training to begin with, such as the bundled one; of the same basis.safetensors")
     for part in sorted({part for recipe in RECIPES.values() for part in recipe.vae_steps}):
         one.add_argument(f"--{part}-steps", type=int, help=_default(part))
     two = stages.add_parser("dit", help="the network")
@@ -56,14 +57,14 @@ def main() -> None:
     recipe, out = RECIPES[args.model], args.out or Path("runs", args.model)
     if args.stage == "all":
         if recipe.vae:
-            _vae(recipe, out, {})
+            _vae(recipe, out, {}, None)
         recipe.network(out, recipe.steps, recipe.batch)
         _install(recipe, out)
         _evaluate(recipe, 50, None)
     elif args.stage == "vae":
         if recipe.vae is None:
             parser.error(f"{args.model} uses {bundle.files_of(recipe.family)[1].name}: train that with the model that it was made for")
-        _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps})
+        _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps}, args.start)
     elif args.stage == "dit":
         if args.clips and recipe.teacher:
             parser.error(f"{args.model} learns from films that it makes: leave --clips out")
@@ -90,9 +91,9 @@ def _guided(recipe: Recipe, cfg: float | None) -> Recipe:
     return recipe if cfg is None else replace(recipe, job=replace(recipe.job, cfg=cfg))
 
 
-def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None]) -> None:
+def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None], start: Path | None) -> None:
     assert recipe.vae is not None
-    recipe.vae(out, *(usual if steps.get(part) is None else steps[part] for part, usual in recipe.vae_steps.items()))
+    recipe.vae(out, *(usual if steps.get(part) is None else steps[part] for part, usual in recipe.vae_steps.items()), start=start)
     trained = vae_of(recipe.family, out / "vae.safetensors")
     print(f"reconstruction of held-out clips: {reconstruction(trained, scene=recipe.scene):.2f} dB PSNR")
 

@@ -39,12 +39,14 @@ FRAMES, LATENTS, CHUNK, SIZE = 57, 15, 3, 128
 TOKENS_PER_FRAME = 64
 STEPS, BATCH = 9000, 6
 SHIFTS = 3.0, 5.0, 8.0, 8.0
+"""Of the tables of noise levels that batches draw from; 8, of films, twice as likely as the others."""
 EMPHASIS = 6.0
 """How much more a moving cell counts at step 0."""
 CHUNKS = LATENTS // CHUNK
 LATE, LATEST = 0.35, 1440
 """Share of the batches that are from the middle of a film, and the frame at which they begin at the latest."""
 BEGINNINGS = Beginning(1, 8, (0.7, 0.1)), Beginning(CHUNK, CHUNKS, (0.25, 0.25))
+"""First pictures, first chunks; all other batches are of whole clips."""
 FINISHED = 0.06
 """Chunks that do not count and are less noisy than this are history."""
 WORN = 0.3

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import whole
@@ -64,17 +64,19 @@ def initialise(vae: WanVAE) -> None:
     vae.conv1.bias[LATENT_CHANNELS:] = -6.0
 
 
-def train(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int) -> None:
-    """Writes `vae.pt`, `encoder.pt` and `decoder.pt` (resumable) and `vae.safetensors` into `out`."""
-    joint = _loop(out / "vae.pt", autoencoder_steps, 0.99, ("",))
-    joint.run(lambda step: _autoencoder_loss(joint.model, step), joint.model.parameters())
+def train(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int, start: Path | None = None) -> None:
+    """Writes `vae.pt`, `encoder.pt` and `decoder.pt` (resumable) and `vae.safetensors` into `out`.
+
+    `start`: a VAE of an earlier training, with whose halves this one begins; there is no autoencoder and no `vae.pt` then.
+    """
+    begun = unfold({k: v.float() for k, v in load_file(start).items()}) if start else _autoencoder(out / "vae.pt", autoencoder_steps)
     basis = load_or_fit(out)
     weights: dict[str, Tensor] = {}
     for half, total, loss, names in (
         ("encoder", encoder_steps, _encoder_loss, ("encoder.", "conv1.")),
         ("decoder", decoder_steps, _decoder_loss, ("decoder.", "conv2.")),
     ):
-        loop = _loop(out / f"{half}.pt", total, 0.995, names, joint.average)
+        loop = _loop(out / f"{half}.pt", total, 0.995, names, begun)
         loop.run(partial(loss, loop.model, basis), [p for p in loop.model.parameters() if p.requires_grad])
         weights |= {k: v for k, v in loop.average.items() if k.startswith(names)}
     save(fold(weights), out / "vae.safetensors")
@@ -91,6 +93,13 @@ def _loop(path: Path, steps: int, decay: float, trained: tuple[str, ...], start:
     for name, p in vae.named_parameters():
         p.requires_grad_(name.startswith(trained))
     return Loop(vae, path, steps, optimisers(vae, 2e-3, 8e-3), decay)
+
+
+def _autoencoder(path: Path, steps: int) -> dict[str, Tensor]:
+    """-> its averaged weights."""
+    loop = _loop(path, steps, 0.99, ("",))
+    loop.run(lambda step: _autoencoder_loss(loop.model, step), loop.model.parameters())
+    return loop.average
 
 
 def _autoencoder_loss(vae: WanVAE, step: int) -> Tensor:
@@ -139,8 +148,19 @@ def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
     With this the standard Wan latent format gives unit variance, and decoding is unchanged.
     """
+    return _rescaled(weights, torch.tensor(LATENT_STD), torch.tensor(LATENT_MEAN))
+
+
+def unfold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `fold` was given."""
+    gain = 1 / torch.tensor(LATENT_STD)
+    return _rescaled(weights, gain, -gain * torch.tensor(LATENT_MEAN))
+
+
+def _rescaled(weights: dict[str, Tensor], gain: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Latents become `gain` times what they were, plus `shift`, and are decoded as before; one of each per channel."""
     out, like, c = dict(weights), weights["conv1.bias"], LATENT_CHANNELS
-    gain, shift = torch.tensor(LATENT_STD).to(like), torch.tensor(LATENT_MEAN).to(like)
+    gain, shift = gain.to(like), shift.to(like)
     weight, bias = weights["conv1.weight"].clone(), weights["conv1.bias"].clone()
     weight[:c] *= gain.view(-1, 1, 1, 1, 1)
     bias[:c] = bias[:c] * gain + shift
