@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -14,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowcache_core.models.bundle import VAE
+from flowcache_core.models.bundle import files_of
+from flowcache_core.models.magi_family import MAGI
 from flowcache_core.models.skyreels import SkyReelsConfig, SkyReelsV2
+from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training import dit, loop, vae
+from flowcache_core.training.__main__ import main
 from flowcache_core.training.basis import fit
 from flowcache_core.training.clips import FIRST, POOL, Beginning, Clips, beginning_at, standing_out
 from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, draw_levels, first_chunk, late_scene
@@ -266,12 +270,50 @@ def test_a_fresh_vae_has_silent_residuals_and_a_fixed_variance() -> None:
 
 def test_a_vae_that_goes_on_without_steps_is_the_one_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "load_or_fit", lambda out: None)
-    vae.train(tmp_path, 0, 0, 0, start=VAE)
-    before, after = load_file(VAE), load_file(tmp_path / "vae.safetensors")
+    before = vae_of(SKYREELS).state_dict()
+    vae.train(tmp_path, 0, 0, 0, start=before)
+    after = load_file(tmp_path / "vae.safetensors")
     assert after.keys() == before.keys()
     for key, weight in before.items():
-        torch.testing.assert_close(after[key], weight, rtol=2**-10, atol=2**-14)
+        torch.testing.assert_close(after[key].float(), weight, rtol=2**-10, atol=2**-14)
     assert not (tmp_path / "vae.pt").exists()
+
+
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What the command says of arguments that it refuses."""
+    monkeypatch.setattr(sys, "argv", ["training", *args])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("missing", "there is no file"),
+        ("empty", "(0 bytes) is not a whole"),
+        ("magi", "not a Wan 2.1 VAE"),
+        ("wide", "of another size than tiny-wan-vae.safetensors"),
+    ],
+)
+def test_a_vae_that_training_cannot_begin_with_is_refused(
+    kind: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / f"{kind}.safetensors"
+    if kind == "empty":
+        start.touch()
+    elif kind == "magi":
+        start = files_of(MAGI)[1]
+    elif kind == "wide":
+        vae.save(WanVAE(16).state_dict(), start)
+    error = told(monkeypatch, capsys, "--out", str(tmp_path / "out"), "vae", "--start", str(start))
+    assert "--start: " in error
+    assert why in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_to_begin_with_leaves_no_autoencoder_to_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "leave --autoencoder-steps out" in told(monkeypatch, capsys, "vae", "--start", str(files_of(SKYREELS)[1]), "--autoencoder-steps", "5")
 
 
 def test_crops_are_seeded_and_in_range() -> None:

@@ -236,6 +236,15 @@ def test_the_decoder_learns_and_goes_on(tmp_path: Path, basis: Basis, monkeypatc
     assert reconstruction(magi_vae.solution(basis), 1, lambda seed: scene(seed, 32)) > 15
 
 
+def test_the_decoder_begins_with_the_weights_that_it_is_given(tmp_path: Path, basis: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(magi_vae, "load_or_fit", lambda *args: basis)
+    given = {k: v + 0.5 for k, v in magi_vae.solution(basis).state_dict().items()}
+    magi_vae.train(tmp_path, 0, start=given)
+    made = load_file(tmp_path / "vae.safetensors")
+    assert made.keys() == given.keys()
+    assert all(torch.equal(made[k], v.half()) for k, v in given.items())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_films_that_a_model_is_judged_by_are_as_long_as_its_clips_at_most_and_in_whole_chunks(name: str) -> None:
     recipe = RECIPES[name]

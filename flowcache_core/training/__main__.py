@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from ..device import fast_dtype
 from ..files import whole, write_text
 from ..models import bundle
+from ..models.family import Family
 from ..models.skyreels_family import SKYREELS
 from ..run.generate import decode, generate
 from ..show.film import write_picture
@@ -64,7 +66,14 @@ def main() -> None:
     elif args.stage == "vae":
         if recipe.vae is None:
             parser.error(f"{args.model} uses {bundle.files_of(recipe.family)[1].name}: train that with the model that it was made for")
-        _vae(recipe, out, {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps}, args.start)
+        steps = {part: getattr(args, f"{part}_steps") for part in recipe.vae_steps}
+        if args.start and steps.get("autoencoder"):
+            parser.error("with --start there is no autoencoder to train: leave --autoencoder-steps out")
+        try:
+            start = _earlier(recipe.family, args.start) if args.start else None
+        except (ValueError, OSError) as why:
+            parser.error(f"--start: {why}")
+        _vae(recipe, out, steps, start)
     elif args.stage == "dit":
         if args.clips and recipe.teacher:
             parser.error(f"{args.model} learns from films that it makes: leave --clips out")
@@ -91,11 +100,19 @@ def _guided(recipe: Recipe, cfg: float | None) -> Recipe:
     return recipe if cfg is None else replace(recipe, job=replace(recipe.job, cfg=cfg))
 
 
-def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None], start: Path | None) -> None:
+def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None], start: dict[str, Tensor] | None) -> None:
     assert recipe.vae is not None
     recipe.vae(out, *(usual if steps.get(part) is None else steps[part] for part, usual in recipe.vae_steps.items()), start=start)
     trained = vae_of(recipe.family, out / "vae.safetensors")
     print(f"reconstruction of held-out clips: {reconstruction(trained, scene=recipe.scene):.2f} dB PSNR")
+
+
+def _earlier(family: Family, path: Path) -> dict[str, Tensor]:
+    """The weights of a VAE in a file. Raises ValueError for one that is not built as the family's tiny one is."""
+    found, bundled = (vae_of(family, file).state_dict() for file in (path, bundle.files_of(family)[1]))
+    if {name: weight.shape for name, weight in found.items()} != {name: weight.shape for name, weight in bundled.items()}:
+        raise ValueError(f"{path} holds a VAE of another size than {bundle.files_of(family)[1].name}: name one that this training made")
+    return found
 
 
 def _install(recipe: Recipe, out: Path) -> None:

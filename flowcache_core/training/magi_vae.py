@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models.magi_vae import LATENT_SCALE, PATCH, TILING, MagiVAE, MagiVAEConfig
@@ -100,15 +99,15 @@ def tiles(step: int) -> Tensor:
     return torch.stack(out).transpose(1, 2) * 2 - 1
 
 
-def train(out: Path, decoder_steps: int, start: Path | None = None) -> None:
+def train(out: Path, decoder_steps: int, start: dict[str, Tensor] | None = None) -> None:
     """Writes `decoder.pt` (resumable) and `vae.safetensors` into `out`.
 
-    `start`: a VAE of an earlier training, of the same basis, with whose decoder this one begins.
+    `start`: weights of an earlier VAE, of the same basis, with whose decoder this one begins.
     """
     basis = load_or_fit(out, BASIS_CLIPS, scene)
     vae = solution(basis)
     if start:
-        vae.load_state_dict(load_file(start))
+        vae.load_state_dict(start)
     if decoder_steps:
         vae.encoder.requires_grad_(False)
         loop = Loop(vae, out / "decoder.pt", decoder_steps, optimisers(vae, 5e-4, 2e-3, OUTER), decay=0.99)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import whole
@@ -64,12 +64,12 @@ def initialise(vae: WanVAE) -> None:
     vae.conv1.bias[LATENT_CHANNELS:] = -6.0
 
 
-def train(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int, start: Path | None = None) -> None:
+def train(out: Path, autoencoder_steps: int, encoder_steps: int, decoder_steps: int, start: dict[str, Tensor] | None = None) -> None:
     """Writes `vae.pt`, `encoder.pt` and `decoder.pt` (resumable) and `vae.safetensors` into `out`.
 
-    `start`: a VAE of an earlier training, with whose halves this one begins; there is no autoencoder and no `vae.pt` then.
+    `start`: weights of an earlier VAE, with whose halves this one begins; there is no autoencoder and no `vae.pt` then.
     """
-    begun = unfold({k: v.float() for k, v in load_file(start).items()}) if start else _autoencoder(out / "vae.pt", autoencoder_steps)
+    begun = unfold(start) if start else _autoencoder(out / "vae.pt", autoencoder_steps)
     basis = load_or_fit(out)
     weights: dict[str, Tensor] = {}
     for half, total, loss, names in (
