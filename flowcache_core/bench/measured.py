@@ -38,6 +38,7 @@ OTHERS = {
     "magi": f"{BENCH} magi --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
     "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
+    "long": f"{BENCH} long --workers 2",
     "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
     **STEP,
