@@ -31,7 +31,7 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BIN)/python -m flowcache_core demo --out out/demo && cp out/demo/report.json docs/bench/demo.json
 	$(BENCH) recall --clips 6 --json docs/bench/recall.json
 	$(BENCH) seam --prompts 2 --json docs/bench/seam.json
-	$(BENCH) kv --workers 2 --json docs/bench/kv.json
+	$(BENCH) kv --prompts 12 --workers 2 --json docs/bench/kv.json
 	$(BENCH) kv --precision float32 --policies even --prompts 6 --clips 1 --json docs/bench/kv-float32.json
 	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --json docs/bench/kv-stands-for.json
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from flowcache_core.training.basis import Basis, fit, hadamard, load_or_fit
+from flowcache_core.models.bundle import files_of
+from flowcache_core.training.basis import Basis, basis_of, fit, hadamard, load_or_fit
+from flowcache_core.training.evaluate import vae_of
+from flowcache_core.training.recipes import RECIPES
 from flowcache_core.training.scenes import make_scene, render
 
 
@@ -53,6 +57,16 @@ def test_the_basis_is_kept_and_the_same_again(tmp_path: Path, monkeypatch: pytes
     again = load_or_fit(tmp_path / "new", clips=1)
     assert torch.equal(made.to, again.to)
     assert torch.equal(made.back, again.back)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.vae])
+@torch.inference_mode()
+def test_the_bundled_basis_is_of_the_latents_of_the_bundled_vae(name: str) -> None:
+    recipe = RECIPES[name]
+    family = recipe.family
+    clip = render(recipe.scene(10_000_007), frames=24 - 3 * (family.frames.first == 1)).transpose(0, 1) * 2 - 1
+    meant = Basis(**load_file(basis_of(files_of(family)[1]))).encode(clip)
+    assert (vae_of(family).encode(clip[None])[0] - meant).square().mean() < 0.05 * meant.square().mean()
 
 
 def test_the_rotation_is_orthogonal() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flowcache_core.bench import figures, measured
 from flowcache_core.bench.figures import FIGURES, PAGES, PLACE, figure
 from flowcache_core.bench.frontier_tables import rival
-from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, OTHERS, ROOT, TOGETHER, data, table
+from flowcache_core.bench.measured import BENCH, COMMANDS, DATA, OTHERS, ROOT, data, table
 
 
 def test_the_pages_say_what_was_measured() -> None:
@@ -23,7 +23,6 @@ def test_every_figure_stands_on_a_page_and_every_file_is_shown() -> None:
     places = {place[2] for page in PAGES for place in PLACE.finditer((ROOT / page).read_text())}
     assert places == set(FIGURES)
     assert {path.stem for path in (ROOT / DATA).glob("*.json")} == {*COMMANDS, *OTHERS}
-    assert sorted(name for names in TOGETHER for name in names) == sorted(COMMANDS)
 
 
 def test_files_of_several_commits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_motion_cache_by_a_plan_is_the_film_of_the_core(host: Host, by_token: Gr
 @pytest.mark.parametrize("preset", ["balanced", "turbo"])
 def test_motion_cache_spends_by_token_what_the_plan_in_front_may_spend(host: Host, by_token: Graph, preset: str) -> None:
     graph = after_loader(put(by_token, "RandomNoise", noise_seed=63), CHUNKWISE, preset=preset, **THRESHOLD)
-    assert "Chunkwise Cache did as well with the same budget" in said(host, graph, "FlowCacheMotion")
+    assert "Chunkwise Cache did better with the same budget" in said(host, graph, "FlowCacheMotion")
     assert report_of(host, put(graph, "RandomNoise", noise_seed=64))["share"] == pytest.approx({"balanced": 0.4, "turbo": 0.13}[preset], abs=0.03)
 
 

@@ -22,7 +22,7 @@ from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.models.wan_vae import LATENT_CHANNELS, WanVAE
 from flowcache_core.training import dit, loop, vae
 from flowcache_core.training.__main__ import main
-from flowcache_core.training.basis import fit
+from flowcache_core.training.basis import BASIS, basis_of, fit
 from flowcache_core.training.clips import FIRST, POOL, Beginning, Clips, beginning_at, standing_out
 from flowcache_core.training.dit import BEGINNINGS, CHUNK, CHUNKS, FINISHED, LATENTS, draw_levels, first_chunk, late_scene
 from flowcache_core.training.evaluate import vae_of
@@ -314,6 +314,51 @@ def test_a_vae_that_training_cannot_begin_with_is_refused(
 
 def test_a_vae_to_begin_with_leaves_no_autoencoder_to_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert "leave --autoencoder-steps out" in told(monkeypatch, capsys, "vae", "--start", str(files_of(SKYREELS)[1]), "--autoencoder-steps", "5")
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_what_goes_on_from_earlier_weights_has_their_latents(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, bundled = files_of(SKYREELS)
+    begun: list[bool] = []
+
+    def trained(out: Path, *args: object, **kwargs: object) -> None:
+        begun.append((out / BASIS).read_bytes() == basis_of(bundled).read_bytes())
+
+    recipe = replace(RECIPES["tiny-skyreels"], vae=trained, network=trained)
+    monkeypatch.setitem(RECIPES, "tiny-skyreels", recipe)
+    monkeypatch.setattr("flowcache_core.training.__main__.vae_of", lambda family, path: vae_of(family))
+    monkeypatch.setattr("flowcache_core.training.__main__.reconstruction", lambda *args, **kwargs: 0.0)
+    start = str(bundled if stage == "vae" else network)
+    monkeypatch.setattr(sys, "argv", ["training", "--out", str(tmp_path), stage, "--start", start])
+    main()
+    assert begun == [True]
+    (tmp_path / BASIS).write_bytes(b"of its own")
+    main()
+    assert begun == [True, False]
+    assert (tmp_path / BASIS).read_bytes() == b"of its own"
+
+
+def test_a_network_that_training_cannot_begin_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = told(monkeypatch, capsys, "--out", str(tmp_path / "out"), "dit", "--start", str(tmp_path / "nothing.safetensors"))
+    assert "--start: there is no file nothing.safetensors" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_installed_comes_with_its_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, weights = tmp_path / "made", tmp_path / "weights"
+    made.mkdir()
+    for name in ("dit.safetensors", "vae.safetensors", BASIS):
+        (made / name).write_text(name)
+    monkeypatch.setattr("flowcache_core.models.bundle.WEIGHTS", weights)
+    monkeypatch.setattr(sys, "argv", ["training", "--out", str(made), "install"])
+    main()
+    assert {path.name: path.read_text() for path in weights.iterdir()} == {
+        "tiny-skyreels.safetensors": "dit.safetensors",
+        "tiny-wan-vae.safetensors": "vae.safetensors",
+        "tiny-wan-vae-basis.safetensors": BASIS,
+    }
 
 
 def test_crops_are_seeded_and_in_range() -> None:

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowcache_core.training.evaluate import SEEN_AGAIN
+from flowcache_core.models.bundle import load_bundle
+from flowcache_core.run.generate import Job
+from flowcache_core.training.evaluate import SEEN_AGAIN, hidden
 from flowcache_core.training.measures import Tally, blobs, came_out, colour_masks, number_of, score, shape_of, unit_area
 from flowcache_core.training.scenes import COLOURS, SHAPES, Scene, Sprite, hidden_scene, make_scene, render
 
@@ -61,6 +63,11 @@ def test_true_clips_are_right_and_those_of_other_prompts_are_not() -> None:
     assert min(figures["shape_right"], figures["number_right"]) >= 0.8
     assert figures["background_drift_levels"] < 1
     assert max(other.figures()[name] for name in ("colour_present", "direction_right", "shape_right", "number_right")) < 0.6
+
+
+def test_films_go_on_from_a_hidden_sprite_with_history_and_without() -> None:
+    bundle = load_bundle()
+    assert set(hidden(bundle, Job("", steps=2), clips=1)) == {"whole", "none", "ceiling"}
 
 
 def test_what_was_hidden_is_seen_where_it_comes_out_and_not_elsewhere() -> None:

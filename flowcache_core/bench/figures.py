@@ -21,7 +21,7 @@ from ..show.film import write_picture
 from ..show.plot import line_plot
 from . import cards, causal_tables, chunks, fleet_tables, frontier_tables, kv_tables, magi_tables, recall, rendered, row, scale, seam, step
 from .frontier_tables import MAIN
-from .measured import DATA, ROOT, TOGETHER, data, origin, table
+from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
 HELP = ("Chunkwise", "Compare", "ConditionFrames", "KVCompressor", "LoadModel", "Motion", "Overlay", "Policy", "Report", "Sampler")
 """Nodes of which something is measured."""
@@ -53,11 +53,10 @@ def main(args: argparse.Namespace) -> None:
         stale.append(CHART)
         if not args.check:
             _chart(chart)
-    for names in TOGETHER:
-        commits = {name: data(name)["commit"] for name in names}
-        if len(set(commits.values())) > 1:
-            listed = ", ".join(f"{name} {commit}" for name, commit in commits.items())
-            raise ValueError(f"files in {DATA} that have to be of one commit are of several ({listed}): make measure makes them all of one")
+    commits = {name: data(name)["commit"] for name in COMMANDS}
+    if len(set(commits.values())) > 1:
+        listed = ", ".join(f"{name} {commit}" for name, commit in commits.items())
+        raise ValueError(f"files in {DATA} that have to be of one commit are of several ({listed}): make measure makes them all of one")
     if args.check and stale:
         raise ValueError(f"{', '.join(stale)} does not say what {DATA} says: run make figures")
     print(f"{'written: ' + ', '.join(stale) if stale else 'everything says what ' + DATA + ' says'}")

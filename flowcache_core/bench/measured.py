@@ -17,15 +17,13 @@ COMMANDS = {
     "demo": "make demo",
     "recall": f"{BENCH} recall --clips 6",
     "seam": f"{BENCH} seam --prompts 2",
-    "kv": f"{BENCH} kv --workers 2",
+    "kv": f"{BENCH} kv --prompts 12 --workers 2",
     "kv-float32": f"{BENCH} kv --precision float32 --policies even --prompts 6 --clips 1",
     "kv-stands-for": f'{BENCH} kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1',
     "frontier": f"{BENCH} frontier --workers 2",
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
-"""What makes the files that pages show of the first bundled model; `make measure` runs them all."""
-TOGETHER = (("demo", "recall", "seam", "frontier", "frontier-drawn"), ("kv", "kv-float32", "kv-stands-for"))
-"""Of which each is of one commit: the second is of films in which all steps are computed, to which plans make no difference."""
+"""What makes the files that pages show of the first bundled model, all of one commit; `make measure` runs them all."""
 SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
 SCALE = {f"scale-{devices}": f"torchrun --nproc-per-node {devices} -m flowcache_core bench scale" for devices in (2, 4)}
 STEP = {

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..device import fast_dtype
 from ..files import whole, write_text
 from ..models import bundle
+from ..models.checkpoint import read
 from ..models.family import Family
 from ..models.skyreels_family import SKYREELS
 from ..run.generate import decode, generate
 from ..show.film import write_picture
 from . import preview
+from .basis import BASIS, basis_of
 from .clips import POOL
 from .evaluate import contact_sheet, evaluate, hidden, vae_of
 from .loop import TrainOptions
@@ -73,6 +75,8 @@ def main() -> None:
             start = _earlier(recipe.family, args.start) if args.start else None
         except (ValueError, OSError) as why:
             parser.error(f"--start: {why}")
+        if start:
+            _same_latents(recipe, out)
         _vae(recipe, out, steps, start)
     elif args.stage == "dit":
         if args.clips and recipe.teacher:
@@ -81,6 +85,12 @@ def main() -> None:
             options = TrainOptions(args.until, args.minutes, args.start, args.clips)
         except ValueError as why:
             parser.error(str(why))
+        if args.start:
+            try:
+                read(args.start)
+            except (ValueError, OSError) as why:
+                parser.error(f"--start: {why}")
+            _same_latents(recipe, out)
         recipe.network(out, args.steps or recipe.steps, args.batch or recipe.batch, options)
     elif args.stage == "install":
         _install(recipe, out)
@@ -115,12 +125,24 @@ def _earlier(family: Family, path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _same_latents(recipe: Recipe, out: Path) -> None:
+    """What goes on from earlier weights knows the latents of the bundled VAE: unless the folder has a basis, it gets that one."""
+    if recipe.vae and not (out / BASIS).exists():
+        _copy(basis_of(bundle.files_of(recipe.family)[1]), out / BASIS)
+
+
 def _install(recipe: Recipe, out: Path) -> None:
-    made_here = ("dit.safetensors", "vae.safetensors") if recipe.vae else ("dit.safetensors",)
-    for made, place in zip(made_here, bundle.files_of(recipe.family), strict=False):
-        weights = (out / made).read_bytes()
-        with whole(place) as partial:
-            partial.write_bytes(weights)
+    network, vae = bundle.files_of(recipe.family)
+    _copy(out / "dit.safetensors", network)
+    if recipe.vae:
+        _copy(out / "vae.safetensors", vae)
+        _copy(out / BASIS, basis_of(vae))
+
+
+def _copy(made: Path, place: Path) -> None:
+    weights = made.read_bytes()
+    with whole(place) as partial:
+        partial.write_bytes(weights)
 
 
 def _evaluate(recipe: Recipe, prompts: int, path: Path | None) -> None:

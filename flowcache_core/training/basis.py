@@ -20,6 +20,8 @@ from ..files import whole
 from ..models.wan_vae import LATENT_CHANNELS, SPATIAL, TEMPORAL
 from .scenes import Scene, make_scene, render
 
+BASIS = "basis.safetensors"
+"""Its file in the folder of a training."""
 CLIPS = 160
 """Clips that the components are measured on."""
 POWER = 0.25
@@ -81,9 +83,14 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
+def basis_of(vae: Path) -> Path:
+    """The file beside a bundled VAE of which its latents are."""
+    return vae.with_stem(f"{vae.stem}-basis")
+
+
 def load_or_fit(folder: Path, clips: int = CLIPS, scene: Callable[[int], Scene] = make_scene) -> Basis:
-    """`basis.safetensors` in `folder`, made on the first call."""
-    path = folder / "basis.safetensors"
+    """That in `folder`, made on the first call."""
+    path = folder / BASIS
     if not path.exists():
         made = fit(clips, scene)
         with whole(path) as partial:

@@ -99,12 +99,16 @@ def hidden(bundle: Bundle, job: Job, clips: int = 16) -> dict[str, float]:
     `ceiling`: the true clip through the VAE.
     """
     alone, counts = replace(bundle, layout=replace(bundle.layout, window=1)), dict.fromkeys(("whole", "none", "ceiling"), 0)
+    chunk = bundle.layout.chunk_frames
+    latest, end = (HIDDEN_CHUNK - 1) * chunk, HIDDEN_CHUNK * chunk
     for seed in range(clips):
         scene = hidden_scene(seed)
         latents = bundle.vae.encode((render(scene, frames=SEEN_AGAIN).transpose(0, 1)[None] * 2 - 1).to(bundle.vae.conv2.weight)).float()
         asked = replace(job, prompt="", cfg=1.0, frames=SEEN_AGAIN, seed=seed, ar_step=job.steps)
-        start = Given(latents[:, :, : HIDDEN_CHUNK * bundle.layout.chunk_frames])
-        films = {"whole": generate(bundle, asked, given=start)[0], "none": generate(alone, asked, given=start)[0], "ceiling": latents}
+        rest = replace(asked, frames=bundle.family.frames.pixel(latents.shape[2] - latest))
+        whole, _ = generate(bundle, asked, given=Given(latents[:, :, :end]))
+        forgetful, _ = generate(alone, rest, given=Given(latents[:, :, latest:end]))
+        films = {"whole": whole, "none": torch.cat([latents[:, :, :latest], forgetful], 2), "ceiling": latents}
         for name, made in films.items():
             counts[name] += came_out(decode(bundle, made), scene)
     return {name: round(count / clips, 3) for name, count in counts.items()}
