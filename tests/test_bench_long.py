@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flowcache_core.bench import long
-from flowcache_core.bench.long import ARMS, WINDOW, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
-from flowcache_core.models.bundle import load_bundle
+from flowcache_core.bench.long import ARMS, WINDOW, job_of, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
+from flowcache_core.models.bundle import BUNDLED, load_bundle
 from flowcache_core.models.causal_wan_family import SELF_FORCING
+from flowcache_core.models.family import Family
 from flowcache_core.run.generate import Job
 from flowcache_core.training.scenes import COLOURS, render
 
@@ -84,11 +85,19 @@ def arguments(*words: str) -> argparse.Namespace:
         (("--seconds", "15"), "15 seconds were asked for"),
         (("--prompts", "1"), "1 prompts and 1 workers"),
         (("--arms", "none"), "no arm is called none"),
+        (("--ar-step", "5"), "120 chunks do not fit a window of 5 at ar_step 5"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_film_is_made(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         long.run(arguments(*words))
+
+
+@pytest.mark.parametrize("family", BUNDLED.values(), ids=list(BUNDLED))
+def test_a_minute_of_every_bundled_model_fits_its_window(family: Family) -> None:
+    bundle = load_bundle(family=family)
+    rows = job_of(bundle, 0, 60).schedule(bundle).rows
+    assert {len(row.active) for row in rows} == {1}
 
 
 def test_the_bundled_model_is_measured_arm_by_arm(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

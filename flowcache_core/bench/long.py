@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8, help="films of an arm (default %(default)s)")
     parser.add_argument("--seconds", type=int, default=60, help="length of the films, in whole tens (default %(default)s)")
     parser.add_argument("--steps", type=int, help="default: those of the model")
+    parser.add_argument("--ar-step", type=int, help="default: one chunk after the other, so that history is all that the window holds")
     parser.add_argument("--budget", type=float, default=3.0, help="history of the arms that have a budget, in chunks (default %(default)s)")
     parser.add_argument("--arms", default=f"{WINDOW}; even", help=f"which arms, separated by semicolons, of {'; '.join(ARMS)} (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
@@ -87,10 +88,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.prompts} prompts and {args.workers} workers were asked for: use at least 2 and 1")
     family, arms = BUNDLED[args.model], named_arms(args.arms)
     bundle, numbers = load_bundle(fast_dtype(), family=family), lasting_scenes(args.prompts)
-    work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps)
+    job_of(bundle, numbers[0], args.seconds, args.steps, args.ar_step).schedule(bundle)
+    work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps, ar_step=args.ar_step)
     films = over([(number, arm) for arm in arms for number in numbers], work, args.workers, bundle)
     by_arm = {arm: films[k * len(numbers) : (k + 1) * len(numbers)] for k, arm in enumerate(arms)}
-    settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "budget", "workers")}
+    settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "ar_step", "budget", "workers")}
     return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "scenes": numbers,
             "rows": [row for arm in arms for row in rows_of(arm, by_arm[arm], by_arm[WINDOW])]}  # fmt: skip
 
@@ -137,14 +139,20 @@ def present(film: Tensor, colours: Sequence[str]) -> float:
     return sum(int((masks[colour].sum((1, 2)) >= ENOUGH).sum()) >= FRAMES_SEEN for colour in colours) / len(colours)
 
 
+def job_of(bundle: Bundle, number: int, seconds: int, steps: int | None = None, ar_step: int | None = None) -> Job:
+    """A scene's film. `ar_step` None: one chunk after the other."""
+    frames = bundle.family.frames.pixel(stretches(bundle) * seconds // STRETCH * bundle.layout.chunk_frames)
+    steps = steps or bundle.family.usual.steps
+    return Job.usual(bundle.family, scene_of(number).caption, frames=frames, seed=number, steps=steps, ar_step=ar_step or steps)
+
+
 @torch.inference_mode()
-def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float, steps: int | None = None) -> Values:
+def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float, steps: int | None = None, ar_step: int | None = None) -> Values:
     """A scene's film in one arm. `pictures`: what is looked at of every stretch, by byte."""
     number, arm = which
     each, frames = stretches(bundle), bundle.layout.chunk_frames
     scene, chunks = scene_of(number), stretches(bundle) * seconds // STRETCH
-    pixels, more = bundle.family.frames, {"steps": steps} if steps else {}
-    job = Job.usual(bundle.family, scene.caption, frames=pixels.pixel(chunks * frames), seed=number, **more)
+    job, pixels = job_of(bundle, number, seconds, steps, ar_step), bundle.family.frames
     latents, report = ARMS[arm].made(bundle, job, budget)
     first = decode(bundle, latents[:, :, :frames])
     own, others = ([sprite.colour for sprite in one.sprites] for one in (scene, scene_of(number + 1)))
