@@ -85,6 +85,7 @@ def arguments(*words: str) -> argparse.Namespace:
         (("--seconds", "15"), "15 seconds were asked for"),
         (("--prompts", "1"), "1 prompts and 1 workers"),
         (("--arms", "none"), "no arm is called none"),
+        (("--share", "0"), "a share of 0.0 of the tokens"),
         (("--ar-step", "5"), "120 chunks do not fit a window of 5 at ar_step 5"),
     ],
 )
@@ -106,3 +107,10 @@ def test_the_bundled_model_is_measured_arm_by_arm(small: None, monkeypatch: pyte
     assert [(row["arm"], row["until"]) for row in found["rows"]] == [(WINDOW, 2), (WINDOW, 4), ("even", 2), ("even", 4)]
     assert all(row["ceiling"][0] == 1 for row in found["rows"])
     assert found["model"] == "tiny-skyreels"
+
+
+def test_a_share_makes_another_film_in_a_plan(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "STRETCH", 2)
+    bundle = load_bundle()
+    whole, part = (long_film(bundle, (0, WINDOW), 2, 3.0, steps=8, share=share) for share in (1.0, 0.5))
+    assert not torch.equal(whole["pictures"][0], part["pictures"][0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from .causal import NAME
 from .kv_tables import FRACTIONS, MIB, SHOWN
 from .long import WINDOW
+from .long_tables import by_arm, by_stretch, with_error
 from .measured import data, origin, table
 
 KV = "kv-causal"
@@ -19,52 +19,28 @@ ARMS = {
     "even": "`even`",
     "salience": "`salience`",
 }
-Row = dict[str, Any]
-
-
-def _with_error(value: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
-    mean, error = value
-    assert mean is not None
-    return f"{mean * scale:.{digits}f}" + ("" if error is None else f" ± {error * scale:.{digits}f}")
-
-
-def _by_arm() -> dict[str, list[Row]]:
-    rows = data(NAME)["rows"]
-    return {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
-
-
-def _by_stretch(key: str, scale: float = 1.0, digits: int = 1, chance: str = "") -> str:
-    """A row for each arm, a column for each stretch, and the mean of a chance where there is one."""
-    arms = _by_arm()
-    ends = [row["until"] for row in arms[WINDOW]]
-    lines = []
-    for arm, text in ARMS.items():
-        cells = [_with_error(row[key], scale, digits) for row in arms[arm]]
-        other = [f"{sum(row[chance][0] for row in arms[arm]) / len(ends) * scale:.{digits}f}"] if chance else []
-        lines.append((text, *cells, *other))
-    return table(["history", *(f"{end} s" for end in ends), *(["other prompts"] if chance else [])], lines)
 
 
 def colours() -> str:
-    return _by_stretch("colour", 100, 0, "chance")
+    return by_stretch(NAME, ARMS, "colour", 100, 0, {"chance": "other prompts"})
 
 
 def moved() -> str:
-    return _by_stretch("moved")
+    return by_stretch(NAME, ARMS, "moved")
 
 
 def contrast() -> str:
-    return _by_stretch("contrast", digits=2)
+    return by_stretch(NAME, ARMS, "contrast", digits=2)
 
 
 def ends() -> str:
     """Likeness to the plain window's film, returns to the first frames, and memory."""
     lines = []
     for arm, text in ARMS.items():
-        first, *_, final = _by_arm()[arm]
-        like = [_with_error(row["psnr_to_window"]) if row["psnr_to_window"] else "—" for row in (first, final)]
+        first, *_, final = by_arm(NAME)[arm]
+        like = [with_error(row["psnr_to_window"]) if row["psnr_to_window"] else "—" for row in (first, final)]
         found = f"{final['returned']}", f"{final['nearest']:.2f}", f"{final['kv_peak_bytes'] / MIB:.1f}"
-        lines.append((text, *like, _with_error(final["psnr_to_other"]), *found))
+        lines.append((text, *like, with_error(final["psnr_to_other"]), *found))
     head = ["history", f"PSNR to the window's film at {first['until']} s", f"at {final['until']} s", "to that of another prompt", "films that return",
             "nearest return", "KV peak, MiB"]  # fmt: skip
     return table(head, lines)
@@ -75,8 +51,8 @@ def clean_pass() -> str:
     lines = []
     for name, text in (("every", "every chunk"), ("none", "none")):
         one = found[name]
-        close = "—" if name == "every" else _with_error(found["psnr"])
-        other = "—" if name == "every" else _with_error(found["psnr_of_other_prompts"])
+        close = "—" if name == "every" else with_error(found["psnr"])
+        other = "—" if name == "every" else with_error(found["psnr_of_other_prompts"])
         lines.append((
             text, f"{one['colour_present']:.0%}", f"{one['direction_right']:.0%}", f"{one['background_drift_levels']:.1f}", close, other,
         ))  # fmt: skip
@@ -91,7 +67,7 @@ def no_clean_pass() -> str:
         f"On tiny-causal, {data(NAME)['films']} films of 57 frames: colours present {every['colour_present']:.0%} with clean passes and "
         f"{none['colour_present']:.0%} without, direction right {every['direction_right']:.0%} and {none['direction_right']:.0%}, background drift "
         f"{every['background_drift_levels']:.1f} and {none['background_drift_levels']:.1f} grey levels; PSNR between the two films "
-        f"{_with_error(found['psnr'])} dB (to a film of another prompt {_with_error(found['psnr_of_other_prompts'])} dB).\n"
+        f"{with_error(found['psnr'])} dB (to a film of another prompt {with_error(found['psnr_of_other_prompts'])} dB).\n"
     )
 
 

@@ -25,6 +25,7 @@ from ..kv.scores.salience import Salience
 from ..kv.scores.streaming import StreamingLLM
 from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
 from ..models.bundle import NAME as BUNDLED_NAME
+from ..policies.planned import Planned
 from ..run.generate import Job, decode, generate
 from ..run.sink import returns
 from ..show.metrics import mean_and_error, psnr
@@ -52,12 +53,13 @@ class Arm:
     policy: KVPolicy | None = None
     grows: bool = False
 
-    def made(self, bundle: Bundle, job: Job, budget: float) -> tuple[Tensor, Any]:
-        """-> latents, report. `budget`: in chunks."""
+    def made(self, bundle: Bundle, job: Job, budget: float, share: float) -> tuple[Tensor, Any]:
+        """-> latents, report. `budget`: in chunks; `share`: see `require_share`."""
         if self.grows:
             chunks = job.schedule(bundle).chunks
             bundle = replace(bundle, layout=replace(bundle.layout, window=chunks))
-        return generate(bundle, job, compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
+        policy = Planned(share=share) if share < 1 else None
+        return generate(bundle, job, policy, compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
 
 
 ARMS = {
@@ -75,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8, help="films of an arm (default %(default)s)")
     parser.add_argument("--seconds", type=int, default=60, help="length of the films, in whole tens (default %(default)s)")
     parser.add_argument("--steps", type=int, help="default: those of the model")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the tokens is computed, by Chunkwise Cache's plan (default %(default)s: uncached)"
+    )
     parser.add_argument("--ar-step", type=int, help="default: one chunk after the other, so that history is all that the window holds")
     parser.add_argument("--budget", type=float, default=3.0, help="history of the arms that have a budget, in chunks (default %(default)s)")
     parser.add_argument("--arms", default=f"{WINDOW}; even", help=f"which arms, separated by semicolons, of {'; '.join(ARMS)} (default: %(default)s)")
@@ -84,15 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows": by arm and stretch}. Raises ValueError, before any film is made, for what cannot work."""
     require_seconds(args.seconds)
+    require_share(args.share)
     if args.prompts < 2 or args.workers < 1:
         raise ValueError(f"{args.prompts} prompts and {args.workers} workers were asked for: use at least 2 and 1")
     family, arms = BUNDLED[args.model], named_arms(args.arms)
     bundle, numbers = load_bundle(fast_dtype(), family=family), lasting_scenes(args.prompts)
     job_of(bundle, numbers[0], args.seconds, args.steps, args.ar_step).schedule(bundle)
-    work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps, ar_step=args.ar_step)
+    work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps, ar_step=args.ar_step, share=args.share)
     films = over([(number, arm) for arm in arms for number in numbers], work, args.workers, bundle)
     by_arm = {arm: films[k * len(numbers) : (k + 1) * len(numbers)] for k, arm in enumerate(arms)}
-    settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "ar_step", "budget", "workers")}
+    settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "ar_step", "share", "budget", "workers")}
     return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "scenes": numbers,
             "rows": [row for arm in arms for row in rows_of(arm, by_arm[arm], by_arm[WINDOW])]}  # fmt: skip
 
@@ -101,6 +107,12 @@ def require_seconds(seconds: int) -> None:
     """Raises ValueError for a film that is no whole number of stretches."""
     if seconds < STRETCH or seconds % STRETCH:
         raise ValueError(f"films of {seconds} seconds were asked for: use a whole number of tens")
+
+
+def require_share(share: float) -> None:
+    """Raises ValueError for what is no part of the tokens; 1 computes all, without a plan."""
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of {share} of the tokens was asked for: use more than 0 and at most 1")
 
 
 def named_arms(asked: str) -> list[str]:
@@ -147,13 +159,14 @@ def job_of(bundle: Bundle, number: int, seconds: int, steps: int | None = None, 
 
 
 @torch.inference_mode()
-def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float, steps: int | None = None, ar_step: int | None = None) -> Values:
+def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: float, steps: int | None = None, ar_step: int | None = None,
+              share: float = 1.0) -> Values:  # fmt: skip
     """A scene's film in one arm. `pictures`: what is looked at of every stretch, by byte."""
     number, arm = which
     each, frames = stretches(bundle), bundle.layout.chunk_frames
     scene, chunks = scene_of(number), stretches(bundle) * seconds // STRETCH
     job, pixels = job_of(bundle, number, seconds, steps, ar_step), bundle.family.frames
-    latents, report = ARMS[arm].made(bundle, job, budget)
+    latents, report = ARMS[arm].made(bundle, job, budget, share)
     first = decode(bundle, latents[:, :, :frames])
     own, others = ([sprite.colour for sprite in one.sprites] for one in (scene, scene_of(number + 1)))
     out: list[Values] = []
