@@ -19,7 +19,22 @@ from PIL.PngImagePlugin import PngInfo
 from ..files import write_text
 from ..show.film import write_picture
 from ..show.plot import line_plot
-from . import cards, causal_tables, chunks, fleet_tables, frontier_tables, kv_tables, magi_tables, recall, rendered, row, scale, seam, step
+from . import (
+    cards,
+    causal_tables,
+    chunks,
+    fleet_tables,
+    frontier_tables,
+    kv_tables,
+    long_tables,
+    magi_tables,
+    recall,
+    rendered,
+    row,
+    scale,
+    seam,
+    step,
+)
 from .frontier_tables import MAIN
 from .measured import COMMANDS, DATA, ROOT, data, origin, table
 
@@ -88,8 +103,9 @@ def demo() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    **frontier_tables.FIGURES, **magi_tables.FIGURES, **kv_tables.FIGURES, **causal_tables.FIGURES, **recall.FIGURES, **seam.FIGURES,
-    **cards.FIGURES, **scale.FIGURES, **step.FIGURES, **row.FIGURES, **chunks.FIGURES, **fleet_tables.FIGURES, **rendered.FIGURES, "demo": demo,
+    **frontier_tables.FIGURES, **magi_tables.FIGURES, **kv_tables.FIGURES, **causal_tables.FIGURES, **long_tables.FIGURES, **recall.FIGURES,
+    **seam.FIGURES, **cards.FIGURES, **scale.FIGURES, **step.FIGURES, **row.FIGURES, **chunks.FIGURES, **fleet_tables.FIGURES, **rendered.FIGURES,
+    "demo": demo,
 }  # fmt: skip
 
 

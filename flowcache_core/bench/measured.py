@@ -36,6 +36,7 @@ OTHERS = {
     "magi": f"{BENCH} magi --workers 2",
     "causal": f"{BENCH} causal --prompts 5 --workers 2",
     "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
+    "long": f"{BENCH} long --prompts 16 --share 0.4 --workers 2",
     "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
     **STEP,

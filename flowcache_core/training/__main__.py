@@ -87,7 +87,7 @@ def main() -> None:
             parser.error(str(why))
         if args.start:
             try:
-                read(args.start)
+                _require_network(recipe.family, args.start)
             except (ValueError, OSError) as why:
                 parser.error(f"--start: {why}")
             _same_latents(recipe, out)
@@ -123,6 +123,17 @@ def _earlier(family: Family, path: Path) -> dict[str, Tensor]:
     if {name: weight.shape for name, weight in found.items()} != {name: weight.shape for name, weight in bundled.items()}:
         raise ValueError(f"{path} holds a VAE of another size than {bundle.files_of(family)[1].name}: name one that this training made")
     return found
+
+
+def _require_network(family: Family, path: Path) -> None:
+    """Raises ValueError for weights that are not of a network built as the family's tiny one is."""
+    found, bundled = ({name: weight.shape for name, weight in read(file)[0].items()} for file in (path, bundle.files_of(family)[0]))
+    names = found.keys() | bundled.keys()
+    if wrong := sorted(name for name in names if found.get(name) != bundled.get(name)):
+        raise ValueError(
+            f"{path} holds another network than {bundle.files_of(family)[0].name}: {len(wrong)} of {len(names)} tensors differ in name or shape, "
+            f"the first is {wrong[0]}; name one that this training made"
+        )
 
 
 def _same_latents(recipe: Recipe, out: Path) -> None:
