@@ -154,7 +154,7 @@ def test_the_teacher_is_guided() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"CONFIG": replace(SMALL, fps=False), "CHUNKS": 2, "SIDE": SIDE, "FILMS": 2, "PIECES": 2, "ROUND": 2, "STARTS": (3, 1)}
+    sizes = {"CONFIG": replace(SMALL, fps=False), "CHUNKS": 2, "SIDE": SIDE, "FILMS": 2, "PIECES": 2, "ROUND": 2, "STARTS": (3, 1), "ROLLED": (0, 2)}
     for name, value in sizes.items():
         monkeypatch.setattr(causal, name, value)
     monkeypatch.setattr(causal, "load_bundle", lambda dtype: SimpleNamespace(network=network(True).to(dtype)))
@@ -171,6 +171,22 @@ def test_states_of_a_rollout_are_its_films_with_noise_on_them(small: None) -> No
         clean = states[level] - now * branch.velocity(states[level], now, 0)
         wanted = states[level + 1] if to else films
         torch.testing.assert_close((1 - to) * clean + to * noise[min(level + 1, 3)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_film_that_has_rolled_on_looks_back_on_a_window_and_is_corrected_as_a_film_of_its_own(small: None) -> None:
+    teacher, student = network(True), network(False)
+    place = next(number for number, before in enumerate(causal.ROLLED) if before)
+    noise = causal.noise_of(1, place, len(LEVELS), causal.CHUNKS + causal.ROLLED[place])
+    states, films = rollout(student, CAPTIONS, noise)
+    found = causal.student_piece(teacher, student, 1, place, CAPTIONS)
+    first, frames = causal.STARTS[place], causal.CHUNKS * CHUNK
+    assert found.history.shape[2] == frames
+    torch.testing.assert_close(found.history, films[:, :, -frames:].half())
+    torch.testing.assert_close(found.states[:, 0], states[first][:, :, -frames:].half())
+    seen = rollout(student, CAPTIONS, noise[:, :, :, -frames - (causal.CHUNKS - 1) * CHUNK :])[1]
+    assert not torch.allclose(seen[:, :, -CHUNK:], films[:, :, -CHUNK:], atol=1e-3), (
+        "what the window no longer holds has left its mark in what it holds"
+    )
 
 
 def test_examples_lead_to_their_targets_from_the_levels_that_they_have() -> None:

@@ -3,7 +3,7 @@
 The student is the teacher without the frame rate, which is one number for all its films and becomes a part of a bias. It learns by
 regression where the guided teacher ends (`trajectories.py`): first from states of the teacher's own films, then, round after round,
 from states of its own films on its own clean chunks (as in Self-Forcing, arXiv 2506.08009, history is what the student made, and gets
-no gradient; the target is the teacher's, not a distribution).
+no gradient; the target is the teacher's, not a distribution). Some of these films are the end of longer ones.
 Loss: as in `dit.py`, of the velocity that leads from a state to its target; cells that move count more.
 """
 
@@ -44,6 +44,8 @@ PIECES = 6
 """Of a round."""
 STARTS = (3, 2, 3, 1, 2, 0)
 """From which of the student's levels on the teacher corrects it, by piece of a round: the last steps make the picture, and cost least."""
+ROLLED = (0, 0, 10, 10, 10, 0)
+"""Chunks that the student made before those of the films, by piece of a round: history as films show it that have rolled on for long."""
 NEWEST = 0.5
 """Share of films that are drawn from the newest round."""
 EMPHASIS = 2.0
@@ -74,10 +76,10 @@ def captions_of(round_number: int, piece: int) -> tuple[str, ...]:
     return tuple(make_scene(seed, dit.FRAMES, dit.SIZE, FPS).caption for seed in range(first, first + FILMS))
 
 
-def noise_of(round_number: int, piece: int, draws: int = 1) -> Tensor:
+def noise_of(round_number: int, piece: int, draws: int = 1, chunks: int = CHUNKS) -> Tensor:
     """[draws, films, C, F, h, w]."""
     generator = torch.Generator().manual_seed(FIRST_SEED + round_number * PIECES + piece)
-    return torch.randn(draws, FILMS, CONFIG.channels, CHUNKS * CHUNK, SIDE, SIDE, generator=generator)
+    return torch.randn(draws, FILMS, CONFIG.channels, chunks * CHUNK, SIDE, SIDE, generator=generator)
 
 
 @torch.no_grad()
@@ -105,7 +107,9 @@ def teacher_piece(teacher: SkyReelsV2, piece: int, captions: Sequence[str]) -> P
 
 
 def student_piece(teacher: SkyReelsV2, student: SkyReelsV2, round_number: int, piece: int, captions: Sequence[str]) -> Piece:
-    states, films = rollout(student, captions, noise_of(round_number, piece, len(LEVELS)))
+    """Its last chunks, as a film of their own."""
+    noise = noise_of(round_number, piece, len(LEVELS), CHUNKS + ROLLED[piece % len(ROLLED)])
+    states, films = (made[..., -CHUNKS * CHUNK :, :, :] for made in rollout(student, captions, noise))
     first = STARTS[piece % len(STARTS)]
     return corrected(teacher, captions, states[first], films, first)
 
