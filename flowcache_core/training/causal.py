@@ -37,7 +37,7 @@ from .trajectories import CHUNK, FILMS, FPS, LEVELS, Branch, Piece, corrected, l
 
 CONFIG = replace(dit.CONFIG, fps=False)
 CHUNKS, SIDE = dit.CHUNKS, dit.SIZE // 8
-STEPS, BATCH = 240, 8
+STEPS, BATCH = 480, 8
 ROUND = 48
 """Steps on one more set of trajectories; the first is the teacher's."""
 PIECES = 6
