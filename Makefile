@@ -37,8 +37,8 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
 	$(BENCH) magi --workers 2 --json docs/bench/magi.json
-	$(BENCH) causal --prompts 5 --workers 2 --json docs/bench/causal.json
-	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --workers 2 --json docs/bench/kv-causal.json
+	$(BENCH) causal --prompts 8 --workers 2 --json docs/bench/causal.json
+	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --prompts 8 --workers 2 --json docs/bench/kv-causal.json
 	$(BENCH) long --prompts 16 --share 0.4 --workers 2 --json docs/bench/long.json
 	$(BENCH) rendered --frames 57 --json docs/bench/rendered.json
 	$(BENCH) step --steps 4 --json docs/bench/step.json

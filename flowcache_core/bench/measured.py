@@ -34,8 +34,8 @@ STEP = {
 ROW = {"row": f"{BENCH} row", "row-wide": f"{BENCH} row --model skyreels-1.3b --layers 1 --size 256 --rows 3"}
 OTHERS = {
     "magi": f"{BENCH} magi --workers 2",
-    "causal": f"{BENCH} causal --prompts 5 --workers 2",
-    "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --workers 2',
+    "causal": f"{BENCH} causal --prompts 8 --workers 2",
+    "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --prompts 8 --workers 2',
     "long": f"{BENCH} long --prompts 16 --share 0.4 --workers 2",
     "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
