@@ -27,7 +27,7 @@ bench: $(VENV)/.run ## measure closeness at equal compute, beside fewer steps, i
 	$(BIN)/python -m flowcache_core bench frontier --workers 2 --json out/frontier.json $(ARGS)
 
 BENCH := $(BIN)/python -m flowcache_core bench
-measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (some four hours on two idle cores)
+measure: $(VENV)/.run ## measure all that README and docs show, at this commit, into docs/bench (some five hours on two idle cores)
 	$(BIN)/python -m flowcache_core demo --out out/demo && cp out/demo/report.json docs/bench/demo.json
 	$(BENCH) recall --clips 6 --json docs/bench/recall.json
 	$(BENCH) seam --prompts 2 --json docs/bench/seam.json

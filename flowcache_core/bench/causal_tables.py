@@ -33,6 +33,10 @@ def contrast() -> str:
     return by_stretch(NAME, ARMS, "contrast", digits=2)
 
 
+def saturation() -> str:
+    return by_stretch(NAME, ARMS, "saturation", digits=2)
+
+
 def ends() -> str:
     """Likeness to the plain window's film, returns to the first frames, and memory."""
     lines = []
@@ -94,6 +98,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "causal-colours": colours,
     "causal-moved": moved,
     "causal-contrast": contrast,
+    "causal-saturation": saturation,
     "causal-ends": ends,
     "causal-clean-pass": clean_pass,
     "causal-no-clean-pass": no_clean_pass,
