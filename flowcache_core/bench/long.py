@@ -26,7 +26,7 @@ from ..kv.scores.streaming import StreamingLLM
 from ..models.bundle import BUNDLED, Bundle, load_bundle, weights_id
 from ..models.bundle import NAME as BUNDLED_NAME
 from ..policies.planned import Planned
-from ..run.generate import Job, decode, generate
+from ..run.generate import Job, decode, generate, run_of
 from ..run.sink import returns
 from ..show.metrics import mean_and_error, psnr
 from ..training.evaluate import held_out
@@ -54,12 +54,11 @@ class Arm:
     grows: bool = False
 
     def made(self, bundle: Bundle, job: Job, budget: float, share: float) -> tuple[Tensor, Any]:
-        """-> latents, report. `budget`: in chunks; `share`: see `require_share`."""
+        """-> latents, report. `budget`: in chunks; `share`: see `plan_of`."""
         if self.grows:
             chunks = job.schedule(bundle).chunks
             bundle = replace(bundle, layout=replace(bundle.layout, window=chunks))
-        policy = Planned(share=share) if share < 1 else None
-        return generate(bundle, job, policy, compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
+        return generate(bundle, job, plan_of(share), compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
 
 
 ARMS = {
@@ -89,12 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """-> {"rows": by arm and stretch}. Raises ValueError, before any film is made, for what cannot work."""
     require_seconds(args.seconds)
-    require_share(args.share)
     if args.prompts < 2 or args.workers < 1:
         raise ValueError(f"{args.prompts} prompts and {args.workers} workers were asked for: use at least 2 and 1")
     family, arms = BUNDLED[args.model], named_arms(args.arms)
     bundle, numbers = load_bundle(fast_dtype(), family=family), lasting_scenes(args.prompts)
-    job_of(bundle, numbers[0], args.seconds, args.steps, args.ar_step).schedule(bundle)
+    run_of(bundle, job_of(bundle, numbers[0], args.seconds, args.steps, args.ar_step), plan_of(args.share))
     work = partial(long_film, seconds=args.seconds, budget=args.budget, steps=args.steps, ar_step=args.ar_step, share=args.share)
     films = over([(number, arm) for arm in arms for number in numbers], work, args.workers, bundle)
     by_arm = {arm: films[k * len(numbers) : (k + 1) * len(numbers)] for k, arm in enumerate(arms)}
@@ -109,10 +107,11 @@ def require_seconds(seconds: int) -> None:
         raise ValueError(f"films of {seconds} seconds were asked for: use a whole number of tens")
 
 
-def require_share(share: float) -> None:
-    """Raises ValueError for what is no part of the tokens; 1 computes all, without a plan."""
+def plan_of(share: float) -> Planned | None:
+    """What computes this part of the tokens; of all of them None, no plan. Raises ValueError for what is no part."""
     if not 0 < share <= 1:
         raise ValueError(f"a share of {share} of the tokens was asked for: use more than 0 and at most 1")
+    return Planned(share=share) if share < 1 else None
 
 
 def named_arms(asked: str) -> list[str]:
