@@ -293,7 +293,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         ("missing", "there is no file"),
         ("empty", "(0 bytes) is not a whole"),
         ("magi", "not a Wan 2.1 VAE"),
-        ("wide", "of another size than tiny-wan-vae.safetensors"),
+        ("wide", "another network than tiny-wan-vae.safetensors"),
     ],
 )
 def test_a_vae_that_training_cannot_begin_with_is_refused(

@@ -173,7 +173,7 @@ def test_states_of_a_rollout_are_its_films_with_noise_on_them(small: None) -> No
         torch.testing.assert_close((1 - to) * clean + to * noise[min(level + 1, 3)], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_film_that_has_rolled_on_looks_back_on_a_window_and_is_corrected_as_a_film_of_its_own(small: None) -> None:
+def test_a_film_that_has_rolled_on_is_corrected_as_a_film_of_its_own(small: None) -> None:
     teacher, student = network(True), network(False)
     place = next(number for number, before in enumerate(causal.ROLLED) if before)
     noise = causal.noise_of(1, place, len(LEVELS), causal.CHUNKS + causal.ROLLED[place])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,20 +120,26 @@ def _vae(recipe: Recipe, out: Path, steps: dict[str, int | None], start: dict[st
 
 def _earlier(family: Family, path: Path) -> dict[str, Tensor]:
     """The weights of a VAE in a file. Raises ValueError for one that is not built as the family's tiny one is."""
-    found, bundled = (vae_of(family, file).state_dict() for file in (path, bundle.files_of(family)[1]))
-    if {name: weight.shape for name, weight in found.items()} != {name: weight.shape for name, weight in bundled.items()}:
-        raise ValueError(f"{path} holds a VAE of another size than {bundle.files_of(family)[1].name}: name one that this training made")
+    bundled = bundle.files_of(family)[1]
+    found = vae_of(family, path).state_dict()
+    _require_alike(path, found, bundled, vae_of(family, bundled).state_dict())
     return found
 
 
 def _require_network(family: Family, path: Path) -> None:
     """Raises ValueError for weights that are not of a network built as the family's tiny one is."""
-    found, bundled = ({name: weight.shape for name, weight in read(file)[0].items()} for file in (path, bundle.files_of(family)[0]))
-    names = found.keys() | bundled.keys()
-    if wrong := sorted(name for name in names if found.get(name) != bundled.get(name)):
+    bundled = bundle.files_of(family)[0]
+    _require_alike(path, read(path)[0], bundled, read(bundled)[0])
+
+
+def _require_alike(path: Path, found: Mapping[str, Tensor], bundled: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless both files have the same names and shapes."""
+    here, there = ({name: weight.shape for name, weight in some.items()} for some in (found, weights))
+    names = here.keys() | there.keys()
+    if wrong := sorted(name for name in names if here.get(name) != there.get(name)):
         raise ValueError(
-            f"{path} holds another network than {bundle.files_of(family)[0].name}: {len(wrong)} of {len(names)} tensors differ in name or shape, "
-            f"the first is {wrong[0]}; name one that this training made"
+            f"{path} holds another network than {bundled.name}: {len(wrong)} of {len(names)} tensors differ in name or shape, the first is "
+            f"{wrong[0]}; name one that this training made"
         )
 
 
