@@ -109,6 +109,13 @@ def test_the_bundled_model_is_measured_arm_by_arm(small: None, monkeypatch: pyte
     assert found["model"] == "tiny-skyreels"
 
 
+def test_arms_without_the_window_are_compared_with_none(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "STRETCH", 2)
+    found = long.run(arguments("--seconds", "2", "--prompts", "2", "--steps", "2", "--arms", "random; sink-recent; random"))
+    assert [row["arm"] for row in found["rows"]] == ["random", "sink-recent"]
+    assert all(row["psnr_to_window"] is None for row in found["rows"])
+
+
 def test_a_share_makes_another_film_in_a_plan(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "STRETCH", 2)
     bundle = load_bundle()

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require_seconds(args.seconds)
     if args.prompts < 2 or args.films < 2 or args.workers < 1:
         raise ValueError(f"{args.prompts} prompts, {args.films} films and {args.workers} workers were asked for: use at least 2, 2 and 1")
-    bundle, arms = load_bundle(fast_dtype(), family=SELF_FORCING), named_arms(args.arms)
+    bundle, arms = load_bundle(fast_dtype(), family=SELF_FORCING), list(dict.fromkeys([WINDOW, *named_arms(args.arms)]))
     numbers = still_scenes(args.prompts)
     work, todo = partial(long_film, seconds=args.seconds, budget=args.budget), [(number, arm) for arm in arms for number in numbers]
     films = over(todo, work, args.workers, bundle)

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     by_arm = {arm: films[k * len(numbers) : (k + 1) * len(numbers)] for k, arm in enumerate(arms)}
     settings = {key: getattr(args, key) for key in ("prompts", "seconds", "steps", "ar_step", "share", "budget", "workers")}
     return {**settings, "model": bundle.name, "weights": weights_id(family), "dtype": bundle.dtype, "scenes": numbers,
-            "rows": [row for arm in arms for row in rows_of(arm, by_arm[arm], by_arm[WINDOW])]}  # fmt: skip
+            "rows": [row for arm in arms for row in rows_of(arm, by_arm[arm], by_arm.get(WINDOW))]}  # fmt: skip
 
 
 def require_seconds(seconds: int) -> None:
@@ -115,11 +115,11 @@ def plan_of(share: float) -> Planned | None:
 
 
 def named_arms(asked: str) -> list[str]:
-    """The plain window first; all where none is named. Raises ValueError for one that there is not."""
+    """All where none is named. Raises ValueError for one that there is not."""
     names = [name.strip() for name in asked.split(";") if name.strip()] or list(ARMS)
     if unknown := set(names) - set(ARMS):
         raise ValueError(f"no arm is called {', '.join(sorted(unknown))}: there are {'; '.join(ARMS)}")
-    return [WINDOW, *(name for name in names if name != WINDOW)]
+    return list(dict.fromkeys(names))
 
 
 def lasting_scenes(count: int) -> list[int]:
@@ -187,12 +187,12 @@ def saturation(film: Tensor) -> Tensor:
     return (film.amax(1) - film.amin(1)).mean()
 
 
-def rows_of(arm: str, films: Sequence[Values], window: Sequence[Values]) -> list[Values]:
-    """A row for each stretch: means over the films, with their standard errors."""
+def rows_of(arm: str, films: Sequence[Values], window: Sequence[Values] | None) -> list[Values]:
+    """A row for each stretch: means over the films, with their standard errors. `window`: films of the plain one, None where it is not an arm."""
     out = []
     for k in range(len(films[0]["stretches"])):
         values = {key: mean_and_error([film["stretches"][k][key] for film in films]) for key in MEASURES}
-        close, other = likeness(films, window, k), likeness(films, [*window[1:], window[0]], k)
+        close, other = (likeness(films, window, k), likeness(films, [*window[1:], window[0]], k)) if window else (None, None)
         out.append({"arm": arm, "until": (k + 1) * STRETCH, **values, "psnr_to_window": None if arm == WINDOW else close, "psnr_to_other": other,
                     "returned": sum(len(film["returned"]) > 0 for film in films), "nearest": round(min(film["nearest"] for film in films), 2),
                     "kv_peak_bytes": max(film["peak"] for film in films)})  # fmt: skip
