@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import imageio.v3 as iio
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from flowcache_core.bench.recall import recall, spearman, tokens_that_move
 from flowcache_core.models.bundle import NETWORK, VAE, files_of
 from flowcache_core.models.causal_wan_family import SELF_FORCING
 from flowcache_core.models.magi_family import MAGI
+from tests.films import read_film
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
 
@@ -55,7 +55,7 @@ def test_demo_writes_films_a_map_and_a_report(cli: Cli, tmp_path: Path, capsys: 
     assert {p.name for p in out.iterdir()} == {*of_an_arm, "side_by_side.mp4", "report.json"}
     assert len((out / "chunkwise.csv").read_text().splitlines()) == 1 + 4
     assert json.loads((out / "chunkwise.json").read_text())["tokens_computed"] == chunkwise["tokens_computed"]
-    assert iio.imread(out / "uncached.mp4").shape == (9, 128, 128, 3)
+    assert read_film(out / "uncached.mp4").shape == (9, 128, 128, 3)
     with Image.open(out / "chunkwise_map.png") as picture:
         assert picture.size[0] > 0
     said = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_demo_of_motion_writes_its_overlay(cli: Cli, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert [run["arm"] for run in report["runs"]] == ["uncached", "motion"]
     assert report["runs"][1]["tokens_computed"] < report["runs"][0]["tokens_computed"]
-    assert iio.imread(tmp_path / "motion_overlay.mp4").shape == (9, 128, 128, 3)
+    assert read_film(tmp_path / "motion_overlay.mp4").shape == (9, 128, 128, 3)
 
 
 def test_bench_motion_compares_at_equal_shares(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
 from flowcache_core.show.film import frames_of, side_by_side, write_film
 from flowcache_core.show.overlay import overlay
+from tests.films import read_film
 
 
 def test_frames_are_rounded_and_clamped() -> None:
@@ -23,7 +23,7 @@ def test_frames_are_rounded_and_clamped() -> None:
 def test_a_film_comes_back_from_its_file(tmp_path: Path) -> None:
     frames = np.broadcast_to(np.linspace(30, 220, 5).astype(np.uint8)[:, None, None, None], (5, 32, 32, 3))
     write_film(tmp_path / "film.mp4", frames, 24)
-    back = iio.imread(tmp_path / "film.mp4")
+    back = read_film(tmp_path / "film.mp4")
     assert back.shape == frames.shape
     assert np.abs(back.astype(int) - frames).max() < 8
     assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]

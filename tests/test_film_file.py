@@ -10,11 +10,11 @@ import tracemalloc
 from pathlib import Path
 
 import av
-import imageio.v3 as iio
 import numpy as np
 import pytest
 
 from flowcache_core.show.film_file import FilmFile, cut
+from tests.films import read_film
 from tests.host import PACK
 
 SIZE = (32, 48)
@@ -35,7 +35,7 @@ def test_a_film_in_pieces_comes_back_whole(tmp_path: Path) -> None:
     with FilmFile(tmp_path / "film.mp4", SIZE, 24, metadata={"prompt": '{"1": {}}'}) as film:
         for piece in np.array_split(shades, [1, 5, 21]):
             film.add(piece)
-    back = iio.imread(tmp_path / "film.mp4")
+    back = read_film(tmp_path / "film.mp4")
     assert back.shape == shades.shape
     assert np.abs(back.astype(int) - shades).max() < 8
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import pytest
 import torch
 
@@ -27,6 +26,7 @@ from flowcache_core.policies.planned import Planned
 from flowcache_core.run.generate import Job, decode, generate
 from flowcache_core.run.identity import digest
 from flowcache_core.show.film import frames_of
+from tests.films import read_film
 from tests.killed import full_disk
 
 pytestmark = pytest.mark.skipif(not (NETWORK.exists() and VAE.exists()), reason="the bundled weights are not in flowcache_core/models/weights")
@@ -69,7 +69,7 @@ def test_films_are_those_that_are_made_in_one_process_bit_for_bit(cli: Cli, tmp_
     for entry, film in ((one, latents), (other, again)):
         report = json.loads((out / entry["report"]).read_text())
         assert (report["latents"], report["frames"]) == (digest(film), digest(torch.from_numpy(frames_of(decode(bundle, film)))))
-        assert iio.imread(out / entry["films"][0]).shape == (21, 32, 32, 3)
+        assert read_film(out / entry["films"][0]).shape == (21, 32, 32, 3)
         assert report["run"]["tokens_computed"] == (6 * 2 + 3 if entry is one else 6 * 3 + 3) * 4, "latent frames of which an estimate is made"
     assert (one["line"], one["state"], one["tries"], one["asked"]) == (1, "made", 1, FILMS[0])
     assert one["films"][0].startswith("red-circle-moves-right-")

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import pytest
 
 from flowcache_core import __main__ as command_line
 from flowcache_core.fleet.graph_line import GraphLines
 from flowcache_core.fleet.hosts import host_fleet
 from flowcache_core.fleet.jobs_file import read_tasks
+from tests.films import read_film
 from tests.host import NEEDS_HOST, Host
 
 pytestmark = NEEDS_HOST
@@ -38,7 +38,7 @@ def test_films_of_workflows_are_made_once_and_what_fails_is_named(host: Host, tm
     assert "ComfyUI refused the workflow: FlowCacheSampler: " in films[1]["why"]
     assert "use ar_step" in films[2]["why"], films[2]["why"]
     for film in (films[0], films[3]):
-        assert iio.imread(tmp_path / "out" / film["films"][0]).shape == (9, 64, 64, 3)
+        assert read_film(tmp_path / "out" / film["films"][0]).shape == (9, 64, 64, 3)
         assert film["where"] == host.url
         assert "tokens" in str(json.loads((tmp_path / "out" / film["report"]).read_text())["texts"])
 

@@ -192,7 +192,7 @@ WRITE_THEMSELVES = ("files.py", "film_file.py", "state_file.py")
 """Each has a partial file and its own tests."""
 ELSEWHERE = {
     "write_text(": "of files.py",
-    "iio.imwrite('<bytes>'": "into memory",
+    "av.open(made, 'w'": "into memory",
     "Image.open(": "reads",
     ".open('rb')": "reads",
     "OPENER.open(": "asks a server",

@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -28,9 +28,14 @@ def frames_of(film: Tensor) -> np.ndarray:
 
 def film_bytes(frames: np.ndarray, fps: int = 24) -> bytes:
     """uint8 [T, H, W, 3] -> an H.264 mp4. Made in memory: an encoder that cannot write does not close its file well."""
-    made = iio.imwrite("<bytes>", frames, plugin="pyav", extension=".mp4", codec="libx264", fps=fps, out_pixel_format="yuv420p")
-    assert isinstance(made, bytes)
-    return made
+    made = BytesIO()
+    with av.open(made, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
+    return made.getvalue()
 
 
 def write_film(path: Path, frames: np.ndarray, fps: int = 24) -> None:
