@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
 
 T = TypeVar("T")
 
@@ -13,6 +15,18 @@ class Remembers(Protocol):
     """An object that goes along with a run. `remembers`: the attributes that change meanwhile; all others are settings, or follow from these."""
 
     remembers: ClassVar[tuple[str, ...]]
+
+
+@runtime_checkable
+class TakesIn(Protocol):
+    """An object that copies what it remembers in one attribute, `copied`, into memory of its own when a run goes on. It is handed over with its
+    tensors in the computer's memory, so that the device never holds it twice."""
+
+    copied: ClassVar[str]
+
+    def take_in(self, value: Any, device: torch.device) -> None:
+        """`device`: that of the run. Raises ValueError or RuntimeError for what does not fit."""
+        ...
 
 
 class RunMemory:

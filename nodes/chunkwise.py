@@ -103,6 +103,8 @@ class ChunkwiseCache(io.ComfyNode):
             if target != OFF:
                 policy = budgeted(policy, preset, target, {SHARE: target_share, SPEED_UP: 1 / target_speedup, SECONDS: target_seconds}[target])
         lines = [f"{'plan' if plan.strip() else preset}: {describe(policy)}"]
+        if other == NODE:
+            lines.append(f"the {NODE} in front is not used")
         if isinstance(policy, Chunkwise):
             adapter = inner.adapter()
             polynomial = adapter.polynomial if isinstance(adapter, TimeSignature) else ()

@@ -16,7 +16,7 @@ from ..flowcache_core.kv.scores.even import Even
 from .chunkwise import widgets
 from .fit import require_ours
 from .native_kv import NATIVE, is_native, network_of, planned, with_native
-from .settings_on_model import KV_NODE, with_compressor
+from .settings_on_model import KV_NODE, compressor_of, with_compressor
 from .shown_text import SHOWS_TEXT
 from .within import within_schema
 
@@ -47,7 +47,7 @@ def _inputs() -> list[Any]:
                        tooltip="For ComfyUI's own causal models. every chunk: a finished chunk is evaluated once more, clean, for later ones to look "
                                "back on; the last one is spared it, which changes nothing. none: all are, which makes another film: at 4 steps one "
                                "evaluation in 5 is saved, and later chunks look back on the last noisy step. The help page has what that "
-                               "cost tiny-causal: a PSNR of 25.5 dB to the film with all passes."),
+                               "cost tiny-causal."),
     ]  # fmt: skip
     return [*shown[:2], policy, *shown[2:], *folded, *more]
 
@@ -85,8 +85,10 @@ class KVCompressor(io.ComfyNode):
         fitted(score, adapter)
         compressor = Compressor(score, **settings)
         text = _summary(compressor, policy_settings.strip())
+        if compressor_of(model.model_options):
+            text += f"\nthe {NODE} in front is not used"
         if native:
-            lines = [text, *([] if clean_pass == EVERY else [NOISY]), *planned(network_of(model), compressor)]
+            lines = [text, *([] if clean_pass == EVERY else [NOISY]), *planned(model, compressor)]
             return io.NodeOutput(with_native(model, compressor, clean_pass == EVERY), ui=ui.PreviewText("\n".join(lines)))
         if clean_pass != EVERY:
             raise ValueError(f"{NODE}: clean_pass {clean_pass} is for ComfyUI's own causal models under Sampler AR Video: set it to {EVERY}")

@@ -10,8 +10,8 @@ import torch
 
 from ..flowcache_core.run.report import RunReport
 
-KEPT = 8
-"""Runs of one sampler whose reports are kept: several may be shown in one workflow, or later."""
+KEPT = 64
+"""Runs of one sampler whose reports are kept: the host keeps films of earlier prompts, and their nodes may be run again."""
 MARKED = 256
 """Elements of a film by which it is known again."""
 NEAR = 0.02
@@ -70,6 +70,11 @@ class Mailbox:
         mark = None if getattr(latents, "is_nested", False) else Mark.of(latents)
         apart, kept = min(((mark.apart(one), run) for one, run in self._kept if mark), key=lambda one: one[0], default=(1.0, None))
         if kept is None or not apart <= NEAR:
+            if self.runs > KEPT:
+                raise ValueError(
+                    f"this latent is of none of the latest {KEPT} runs of its sampler ({self.runs} in all), and older reports are not kept: empty "
+                    "ComfyUI's execution cache, or restart it, and queue the workflow again, so that the film is made once more"
+                )
             raise ValueError(
                 "no run of this sampler made this latent, so it has no report. Connect latent to the output of the SamplerCustomAdvanced that "
                 "uses the sampler, and give that one at least one step: with empty sigmas nothing runs"

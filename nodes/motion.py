@@ -64,7 +64,7 @@ class MotionCache(io.ComfyNode):
         before = policy_of(model.model_options)
         policy = _policy(preset, settings, before)
         require_network(policy, host)
-        unused = f"\n{before.title}, in front, is not used" if before and preset in PRESETS else ""
+        unused = f"\n{before.title}, in front, is not used" if before and (preset in PRESETS or isinstance(before, Motion)) else ""
         return io.NodeOutput(with_policy(model, policy, NODE), ui=ui.PreviewText(_summary(policy) + unused))
 
 
@@ -113,6 +113,12 @@ class RefreshOverlay(io.ComfyNode):
                 Report.Input("report", tooltip="The report output of the AR Chunk Sampler that made the film."),
                 io.Image.Input("images", tooltip="The decoded film."),
                 io.Float.Input("opacity", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="How much of the film the tint covers."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The output of the SamplerCustomAdvanced that made the film: by it the run is found "
+                    "that the film is of. Without it, the sampler's latest run counts.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="overlay", tooltip="The tinted film."),
@@ -122,8 +128,9 @@ class RefreshOverlay(io.ComfyNode):
 
     @classmethod
     @within_schema
-    def execute(cls, report: Mailbox, images: torch.Tensor, opacity: float) -> io.NodeOutput:
-        if report.report is None or report.report.visits is None:
+    def execute(cls, report: Mailbox, images: torch.Tensor, opacity: float, latent: dict[str, torch.Tensor] | None = None) -> io.NodeOutput:
+        run = report.report if latent is None else report.of(latent["samples"]).report
+        if run is None or run.visits is None:
             raise ValueError("this sampler has not run yet: connect images to the film decoded from its latents")
-        tinted, mask = overlay(images.cpu().numpy(), report.report.visits, report.report.map.shape[1], opacity, report.report.pixels)
+        tinted, mask = overlay(images.cpu().numpy(), run.visits, run.map.shape[1], opacity, run.pixels)
         return io.NodeOutput(torch.from_numpy(tinted), torch.from_numpy(mask))

@@ -17,7 +17,8 @@ import comfy.patcher_extension
 import torch
 
 from ..flowcache_core.kv.compressor import Compressor
-from ..flowcache_core.models.causal_wan import CausalWan
+from ..flowcache_core.models.causal_wan import FPS, CausalWan
+from ..flowcache_core.models.wan_vae import TEMPORAL
 from ..flowcache_core.run.footprint import readable
 from ..flowcache_core.run.sequential import SequentialFilm
 from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
@@ -36,8 +37,8 @@ CACHES_MADE = "diffusion_model.init_kv_caches"
 NATIVE = ", or connect a causal model of ComfyUI's own, whose file says causal_ar in its metadata"
 EXAMPLE = (60, 104)
 """Height and width of a latent frame of 832 x 480 pixels."""
-SHORT, LONG = 21, 241
-"""Latent frames of 81 frames, and of a minute at 16 a second."""
+SHORT, LONG = 21, 60
+"""Latent frames of 81 frames; seconds."""
 Options = dict[str, Any]
 
 
@@ -92,12 +93,19 @@ def _cloned(model: Any, clone: Any) -> None:
         _patch_network(clone)
 
 
-def planned(network: CausalWan, compressor: Compressor) -> list[str]:
+def trained_of(model: Any) -> dict[str, int]:
+    """What a MODEL knows of its training, where it does: latent frames that it sees together, frames per second."""
+    layout = getattr(model.model, "layout", None)
+    return {"horizon": layout.window * layout.chunk_frames, "fps": layout.fps} if layout else {}
+
+
+def planned(model: Any, compressor: Compressor) -> list[str]:
     """What the KV cache would take with the budget and without it, where blocks are as long as in training and the budget is enough for them."""
-    lines = []
-    for frames in (3, 1):
+    lines, network, trained = [], network_of(model), trained_of(model)
+    minute = LONG * trained.get("fps", FPS) // TEMPORAL + 1
+    for frames in (model.model.layout.chunk_frames,) if trained else (3, 1):
         with suppress(ValueError):
-            short, long = (SequentialFilm.settled(network, compressor, length, frames, 4, EXAMPLE) for length in (SHORT, LONG))
+            short, long = (SequentialFilm.settled(network, compressor, length, frames, 4, EXAMPLE, **trained) for length in (SHORT, minute))
             lines.append(
                 f"under {SAMPLER} with {frames} frame{'s' * (frames > 1)} per block, at 832 x 480 in 16 bits: a KV cache of at most "
                 f"{readable(long.kv)}; without this node {readable(short.kv_unbounded)} for 81 frames, {readable(long.kv_unbounded)} for a minute"
@@ -159,12 +167,10 @@ def settled(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor
     texts = [tokens for some in by_branch(conds_of(guider)) if (tokens := tokens_of(some))]
     compressor = compressor_of(options)
     assert compressor is not None  # the wrapper came with it
-    layout = getattr(model.model, "layout", None)
-    trained = {"horizon": layout.window * layout.chunk_frames, "fps": layout.fps} if layout else {}
     film = SequentialFilm.settled(
         network_of(model), compressor, noise.shape[2], chunk_frames, len(sigmas) - 1, tuple(noise.shape[3:]), noise.shape[0], max(len(texts), 1),
         dtype_of(model).itemsize, 0 if initial is None else initial.shape[2], noise.shape[0] * sum(texts), model.load_device, clean_pass_of(options),
-        **trained,
+        **trained_of(model),
     )  # fmt: skip
     require_chunks(ChunkConds(guider.conds).firsts, film.schedule)
     return film

@@ -31,7 +31,7 @@ class PromptSchedule(io.ComfyNode):
             search_aliases=["prompt travel", "prompt switch", "longlive", "long video", "text per chunk"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),
-                io.String.Input("schedule", multiline=True, default=EXAMPLE,
+                io.String.Input("schedule", multiline=True, dynamic_prompts=True, default=EXAMPLE,
                                 tooltip="A line for each prompt: the chunk from which on it counts, a colon, the prompt. The first chunk is 1, as in "
                                         "the report; a chunk is what Sampler AR Video calls a block, and given frames are chunks too. A line without "
                                         "a number goes on with the prompt above."),

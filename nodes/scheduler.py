@@ -28,8 +28,8 @@ class ARVideoScheduler(io.ComfyNode):
                              tooltip="SkyReels-V2: 30 to 50. MAGI-1: 64 (24B: 32). MAGI-1 distilled: 64, 32, 16, 8, or 12 of two lengths. "
                                      "Few-step causal models: 4 (CausVid: 3)."),
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, advanced=True,
-                               tooltip="0: as published, 8 for SkyReels-V2, 3 for MAGI-1, 5 for Self-Forcing (CausVid: 8). More spends more steps on "
-                                     "strong noise."),
+                               tooltip="0: that of ModelSamplingSD3 where it is on the MODEL, otherwise as published: 8 for SkyReels-V2, 3 for "
+                                     "MAGI-1, 5 for Self-Forcing (CausVid: 8). More spends more steps on strong noise."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Below 1 a given film is changed only so far."),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced.")],
@@ -39,4 +39,5 @@ class ARVideoScheduler(io.ComfyNode):
     @within_schema
     def execute(cls, model: Any, steps: int, shift: float, denoise: float) -> io.NodeOutput:
         noise = require_ours(model, NODE).family.noise
-        return io.NodeOutput(torch.tensor(noise.levels(steps, shift or noise.shift, denoise)))
+        patched = getattr(model.object_patches.get("model_sampling"), "shift", None)
+        return io.NodeOutput(torch.tensor(noise.levels(steps, shift or patched or noise.shift, denoise)))

@@ -25,9 +25,17 @@ def within_schema(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.Nod
         for name, value in inputs.items():
             if why := _error(rules, name, value):
                 raise ValueError(f"{schema.display_name} {why}")
-        return execute(cls, **inputs)
+        return _signed(execute(cls, **inputs), schema.node_id)
 
     return checked
+
+
+def _signed(out: io.NodeOutput, node: str) -> io.NodeOutput:
+    """With what is shown goes whose it is: the page knows it by the node's number alone, which other workflows have too."""
+    shown = out.ui.as_dict() if hasattr(out.ui, "as_dict") else out.ui
+    if shown:
+        out.ui = {**shown, "flowcache_node": [node]}
+    return out
 
 
 def _error(rules: Mapping[str, Any], name: str, value: Any) -> str:

@@ -191,6 +191,16 @@ def test_the_hosts_scheduler_gives_the_trained_levels(host: Host, graph: Graph) 
     close(host.latents(basic), ours)
 
 
+def test_a_shift_that_another_node_has_set_counts(host: Host, graph: Graph) -> None:
+    """As in the host's own scheduler; a shift of the node's own goes before it."""
+    shifted = {**graph, "shifted": linked("ModelSamplingSD3", model=["model", 0], shift=3.0)}
+    by_node = {**shifted, "sigmas": linked("FlowCacheScheduler", model=["shifted", 0], steps=4, shift=0.0, denoise=1.0)}
+    by_hand = put(graph, "FlowCacheScheduler", shift=3.0)
+    assert refusal(host, by_node) == refusal(host, by_hand) != ""
+    ours = {**shifted, "sigmas": linked("FlowCacheScheduler", model=["shifted", 0], steps=4, shift=5.0, denoise=1.0)}
+    close(host.latents(ours), host.latents(graph))
+
+
 def test_guidance_which_the_hosts_sampler_cannot_do(host: Host, graph: Graph) -> None:
     guided = put(graph, "CFGGuider", cfg=3.0)
     close(normalise(host.latents(guided)), alone(cfg=3.0))

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from flowcache_core.models.skyreels import SkyReelsV2
 from flowcache_core.models.skyreels_adapter import SkyReelsAdapter
+from flowcache_core.models.skyreels_family import SKYREELS
 from flowcache_core.policies.chunkwise import Chunkwise
+from flowcache_core.policies.multirate import Multirate
 from flowcache_core.run.footprint import Footprint, footprint, readable
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.run import Place, Run
 from flowcache_core.run.session import Session
 from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas
@@ -94,3 +97,14 @@ def test_the_report_says_first_what_was_expected() -> None:
 
 def test_sizes_are_readable() -> None:
     assert [readable(x) for x in (0, 2**20, 0.2 * 2**30)] == ["0.0 MiB", "1.0 MiB", "0.20 GiB"]
+
+
+@pytest.mark.parametrize("ar_step", [0, 2, 6])
+def test_a_plan_that_is_made_by_the_clock_may_hold_what_any_plan_does(net: SkyReelsV2, ar_step: int) -> None:
+    """Before an evaluation is timed nobody knows which steps are computed in part: the most that there can be is announced."""
+    schedule, place = ChunkSchedule(7, 3, 6, ar_step), Place(2, 1, 8)
+    held = [Run(SKYREELS, SkyReelsAdapter(net), schedule, flow_sigmas(6), (16, 4, 4), place, policy).held.kv
+            for policy in (Multirate(seconds=100.0), *(Multirate(share=share) for share in (0.3, 0.5, 0.7, 0.9)))]  # fmt: skip
+    assert held[0] >= max(held[1:])
+    plain = Run(SKYREELS, SkyReelsAdapter(net), schedule, flow_sigmas(6), (16, 4, 4), place).held.kv
+    assert held[0] > plain

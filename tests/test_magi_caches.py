@@ -24,7 +24,7 @@ from flowcache_core.models.magi_adapter import ALONE, NULL, TEXT, MagiAdapter
 from flowcache_core.models.magi_family import MAGI, MAGI_DISTILLED, MagiNoise, is_last_stage, magi
 from flowcache_core.policies import POLICIES
 from flowcache_core.policies.chunkwise import Chunkwise
-from flowcache_core.policies.motion import Motion
+from flowcache_core.policies.motion import PRESETS, Motion
 from flowcache_core.policies.multirate import Multirate
 from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.presets import MAGI_RULES, PLANS, preset
@@ -177,6 +177,18 @@ def test_every_kv_policy_bounds_history(kind: type) -> None:
     film, report = generate(bundle_of(MAGI_DISTILLED), job, compressor=Compressor(kind(), budget=1.5))
     assert torch.isfinite(film).all()
     assert max(report.history.tokens) == 1.5 * 6 * FRAME
+
+
+@pytest.mark.parametrize("soft", [0.0, 0.25])
+@pytest.mark.parametrize("policy", [Multirate(share=0.5), PRESETS["magi-1"]], ids=["plan", "rule"])
+@FAMILIES
+def test_branches_that_look_back_on_nothing_settle_as_all_do(family: Family, policy: CachePolicy, soft: float) -> None:
+    """The branch of the chunk alone has a cache where tokens run alone, and no clean pass shows it to the keeper."""
+    job = replace(JOB, frames=96, steps=8, ar_step=2)
+    film, report = generate(bundle_of(family), job, policy, compressor=Compressor(KV_POLICIES[0](), budget=1.5, sink=1, recent=0, soft=soft))
+    assert torch.isfinite(film).all()
+    assert report.history.places is not None
+    assert report.history.places.max() <= 1, "a branch keeps a token twice"
 
 
 def test_a_budget_with_room_for_all_of_history_equals_none() -> None:

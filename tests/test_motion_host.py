@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowcache_core.models.bundle import load_bundle
 from flowcache_core.models.wan_vae import normalise
@@ -94,6 +96,22 @@ def test_motion_cache_refreshes_in_part_and_the_overlay_shows_it(host: Host, mot
     assert done["status"]["status_str"] == "success", error_of(done)
     assert "in part" in json.dumps(done["outputs"][node(frames, "FlowCacheReport")]["text"])
     assert len(done["outputs"]["overlay"]["images"]) == len(done["outputs"]["mask"]["images"]) == 9
+
+
+def test_the_overlay_is_of_the_film_that_it_is_given(host: Host, by_token: Graph) -> None:
+    """The host keeps films of earlier prompts: one that is tinted anew has its own run's counts, though the sampler has made another since."""
+
+    def shades(graph: Graph) -> set[int]:
+        done = host.run({**graph, "mask": {"class_type": "PreviewImage", "inputs": {"images": [node(graph, "FlowCacheOverlay"), 1]}}})
+        assert done["status"]["status_str"] == "success", error_of(done)
+        picture = host.base / "temp" / done["outputs"]["mask"]["images"][-1]["filename"]
+        return set(np.asarray(Image.open(picture))[..., 0].ravel().tolist())
+
+    frames = {k: v for k, v in by_token.items() if v["class_type"] not in ("CreateVideo", "SaveVideo")}
+    made = put(put(frames, "RandomNoise", noise_seed=65), "FlowCacheSampler", fps="24")
+    first = shades(made)
+    assert shades(without_cache(put(made, "RandomNoise", noise_seed=66), "FlowCacheMotion")) == {255}
+    assert shades(put(made, "FlowCacheOverlay", opacity=0.3)) == first != {255}
 
 
 @pytest.mark.parametrize("preset", ["skyreels-v2", "magi-1"])

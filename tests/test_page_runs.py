@@ -76,3 +76,8 @@ def test_a_film_that_stands_is_drawn_when_its_picture_is_there(found: dict[str, 
 
 def test_both_keys_of_a_button_hold_a_film_or_let_it_play(found: dict[str, Any]) -> None:
     assert found["keys"] == [[True, True], [True, True], [False, False]]
+
+
+def test_a_text_goes_to_the_kind_of_node_that_sent_it(found: dict[str, Any]) -> None:
+    """Where another workflow is open meanwhile its number may be that of another node."""
+    assert found["kinds"] == ["of FlowCacheReport"]

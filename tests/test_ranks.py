@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from flowcache_core.bench import scale
 from flowcache_core.bench.geometries import GEOMETRIES
@@ -29,7 +30,7 @@ from flowcache_core.policies import Motion
 from flowcache_core.policies.protocol import PartPolicy, PlanPolicy, TokenPolicy
 from flowcache_core.ranks.cost import Machine, Mesh, Network, Row, Step, Work, fastest, kept_bytes, meshes, ratio, seconds, sent_bytes
 from flowcache_core.ranks.group import shares
-from flowcache_core.ranks.launch import add_arguments, sharded, world
+from flowcache_core.ranks.launch import add_arguments, all_together, sharded, world
 from flowcache_core.ranks.world import ONE, Spread, World, shares_branches, wants_residual
 from flowcache_core.run.generate import generate
 from tests.rank_cases import CASES, JOB, MACHINE, SOME, TOKENS, Case, bundle_of
@@ -342,3 +343,14 @@ def test_operations_of_a_released_model_are_those_of_its_shapes() -> None:
 def test_what_one_device_sends_by_heads_falls_with_their_number() -> None:
     sizes = [sent_bytes(FILM, Mesh(1, devices)) for devices in (2, 4, 6, 12)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_processes_wait_for_each_other_where_cards_have_a_backend_of_their_own() -> None:
+    """The barrier that names who is missing is gloo's alone, and refuses a group of two backends."""
+    dist.init_process_group("cpu:gloo,cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="GLOO"):
+            dist.monitored_barrier()
+        all_together()
+    finally:
+        dist.destroy_process_group()

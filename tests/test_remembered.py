@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,3 +121,25 @@ def test_dataclasses_of_a_solver_are_known_by_its_file() -> None:
     assert "Pace" in kinds_of(Target())
     assert "Pace" not in kinds_of(Planned())
     assert all(dataclasses.is_dataclass(kind) for kind in kinds_of(Target()).values())
+
+
+class Buffers:
+    remembers: ClassVar[tuple[str, ...]] = ("slots", "rest")
+    copied: ClassVar[str] = "slots"
+
+    def __init__(self, device: str) -> None:
+        self.slots, self.rest = [torch.zeros(2, device=device)], torch.zeros(3, device=device)
+
+    def take_in(self, value: list[torch.Tensor], device: torch.device) -> None:
+        self.taken = weakref.ref(value[0]), value[0].device, device
+
+
+def test_what_is_copied_into_place_comes_through_the_computers_memory_and_is_let_go() -> None:
+    """A device holds history once, in the run's own buffers."""
+    writer = Writer(kinds_of())
+    tree, there, back = writer.write(Buffers("meta")), torch.device("meta"), Buffers("cpu")
+    reader = Reader(kinds_of(), lambda place: torch.zeros(writer.tensors[place].shape), there)
+    reader.put(back, tree)
+    held, came, device = back.taken
+    assert (came.type, device, back.rest.device) == ("cpu", there, there)
+    assert held() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowcache_core.kv.cache import KVStore
 from flowcache_core.kv.compressor import Compressor
 from flowcache_core.kv.policy import STORED, KVPolicy
 from flowcache_core.kv.scores import KV_POLICIES, Even, Salience
@@ -22,6 +24,7 @@ from flowcache_core.policies.planned import Planned
 from flowcache_core.policies.protocol import CachePolicy
 from flowcache_core.policies.target import Target
 from flowcache_core.run.report import RunReport
+from flowcache_core.run.resume import FileCheckpoints, Unreadable
 from flowcache_core.run.run import Run
 from flowcache_core.run.states import States
 from flowcache_core.run.turn import Turn
@@ -147,6 +150,50 @@ def test_a_plan_by_the_clock_is_kept(resumable: Callable[..., Setup], tmp_path: 
     whole = made.make()
     seconds = iter((0.02,))
     same(whole, made.make_in_pieces(tmp_path / "states", (10,)))
+
+
+def test_a_device_that_is_out_of_memory_loses_no_state(resumable: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is good, and the next run goes on from it: the film may not begin anew over it."""
+    made = resumable()
+    whole = made.make()
+    with pytest.raises(Stopped):
+        made.make(States(tmp_path), made.evaluations - 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def no_room(store: KVStore, value: object, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as full:
+        full.setattr(KVStore, "take_in", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.make(States(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    same(whole, made.make(States(tmp_path)))
+    assert made.evaluations == 2
+
+
+def test_a_state_that_does_not_fit_holds_nothing_while_the_film_begins_anew(
+    resumable: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, left = resumable(), []
+    with pytest.raises(Stopped):
+        made.make(States(tmp_path), 10)
+
+    def refused(checkpoints: FileCheckpoints, report: RunReport) -> None:
+        large = torch.zeros(1)
+        left.append(weakref.ref(large))
+        raise Unreadable("it was made not to fit")
+
+    evaluate = made.evaluate
+
+    def looked(turn: Turn, x: Tensor) -> Tensor:
+        assert left[0]() is None
+        return evaluate(turn, x)
+
+    made.evaluate = looked
+    monkeypatch.setattr(FileCheckpoints, "_require_report", refused)
+    _, report = made.make(States(tmp_path))
+    assert any("made not to fit" in note for note in report.notes)
 
 
 def test_a_state_is_written_every_so_many_finished_chunks(resumable: Callable[..., Setup], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowcache_core.models.wan_vae import LATENT_MEAN, WanVAE, denormalise, normalise
+from flowcache_core.models.wan_vae import LATENT_MEAN, Past, WanVAE, denormalise, normalise
 from flowcache_core.sampling.frames import FOUR_N_PLUS_1
 from flowcache_core.training.vae import fold, unfold
 
@@ -47,6 +47,14 @@ def test_decoding_in_pieces_equals_decoding_at_once(vae: WanVAE, latents: Tensor
     past: dict[torch.nn.Module, Tensor] = {}
     pieces = [vae.decode(part, past) for part in latents.split(split, 2)]
     torch.testing.assert_close(torch.cat(pieces, 2), vae.decode(latents), rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_remembered_between_pieces_is_the_last_frames_alone(vae: WanVAE) -> None:
+    """A view of a layer's input would keep all of it until the film is decoded."""
+    past: Past = {}
+    vae.decode(torch.randn(1, 16, 6, 4, 4, dtype=vae.conv2.weight.dtype), past)
+    assert past
+    assert all(frames.untyped_storage().nbytes() == frames.nbytes for frames in past.values())
 
 
 def test_one_call_leaves_nothing_for_the_next(vae: WanVAE, latents: Tensor) -> None:

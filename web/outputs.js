@@ -7,7 +7,7 @@ import { nodeAt, nodeNamed, rootGraph, walk } from "./graph.js";
 
 const LOOKED_THROUGH = 20; // of the host's latest runs
 
-/** @typedef {{text?: string[], flowcache?: string[], fps?: number[]}} Output */
+/** @typedef {{text?: string[], flowcache?: string[], fps?: number[], flowcache_node?: string[]}} Output `flowcache_node`: the kind of node it is of */
 /** @typedef {(node: any, output: Output, workflow?: string) => void} Listener `workflow`: of the prompt, where it is known */
 
 /** @type {Listener[]} */
@@ -33,6 +33,7 @@ const isOurs = (node) => Boolean(node?.comfyClass?.startsWith("FlowCache"));
 /** @param {any} node @param {Output | null | undefined} output @param {string} [workflow] */
 function handOn(node, output, workflow) {
   if (!isOurs(node) || !output) return;
+  if (output.flowcache_node && output.flowcache_node[0] !== node.comfyClass) return; // of a node of another workflow that has the same number
   shown.add(node);
   for (const listener of listeners) listener(node, output, workflow);
 }

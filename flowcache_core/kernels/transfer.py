@@ -60,6 +60,9 @@ class Side:
         to.copy_(source)
         return REACHED
 
+    def release(self) -> None:
+        """Memory of the computer that nobody holds any more goes back to the system."""
+
     def mark(self) -> Mark:
         """Of what the computation has been given so far."""
         return REACHED
@@ -91,6 +94,12 @@ class CudaSide(Side):
                 self._stream.wait_event(after)
             to.copy_(source, non_blocking=True)
             return self._stream.record_event()
+
+    def release(self) -> None:
+        """PyTorch keeps pinned memory for later, and blocks that a copy still reads: so the copies end first."""
+        self._stream.synchronize()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # newer versions of PyTorch
+            torch.accelerator.empty_host_cache()
 
     def mark(self) -> Mark:
         return torch.cuda.current_stream(self.device).record_event()

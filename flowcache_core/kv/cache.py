@@ -166,10 +166,11 @@ class KVCache:
         """What is in use, as it is stored: `kept` slots of history under a budget, and `active` ones behind them."""
         return {"buffers": [buffer[:, :, : kept + active] for pair in self._buffers for buffer in pair]}
 
-    def hold(self, held: Held) -> None:
-        """The same back, in place. Raises RuntimeError for tensors of other sizes."""
+    def hold(self, held: Held, device: torch.device) -> None:
+        """The same back, in place, in buffers on `device`. Raises RuntimeError for tensors of other sizes."""
         for number, saved in enumerate(held["buffers"]):
-            self.layer(number // 2, saved)[number % 2][:, :, : saved.shape[2]].copy_(saved)
+            like = torch.empty(0, dtype=saved.dtype, device=device)
+            self.layer(number // 2, like)[number % 2][:, :, : saved.shape[2]].copy_(saved)
 
     def free(self) -> None:
         self._buffers.clear()
@@ -337,6 +338,7 @@ class KVStore:
     """The caches of a run; every branch lives in exactly one. Usually one cache; two where the host runs the branches apart."""
 
     remembers: ClassVar[tuple[str, ...]] = ("layout", "keeper", "held", "gone", "_waiting", "_written")
+    copied: ClassVar[str] = "held"
     _waiting: dict[tuple[int, Branches], Waiting]
     _written: dict[Hashable, set[int]]
     """By branch, the chunks of which it has keys and values."""
@@ -427,6 +429,7 @@ class KVStore:
             return
         if not self.has_history:
             return
+        self.keeper.meet(branch for cache in self._caches for branch in cache.branches)
         chosen = [[self.keeper.settle(chunk, branch, stays) for branch in cache.branches] for cache in self._caches]
         self.keeper.send()
         for cache, branches in zip(self._caches, chosen, strict=True):
@@ -454,15 +457,14 @@ class KVStore:
 
     @property
     def held(self) -> list[tuple[Branches, int, Held]]:
-        """Of every cache its branches, how often the host has waited for it, and its slots in use; settable."""
+        """Of every cache its branches, how often the host has waited for it, and its slots in use."""
         return [(cache.branches, cache.syncs + cache.waits, cache.held(self.layout.kept, self.layout.active)) for cache in self._caches]
 
-    @held.setter
-    def held(self, held: list[tuple[Branches, int, Held]]) -> None:
-        """Raises ValueError for other slots than those of the layout."""
-        self._caches = [self._new(branches) for branches, _, _ in held]
-        for cache, (_, syncs, slots) in zip(self._caches, held, strict=True):
-            cache.hold(slots)
+    def take_in(self, value: list[tuple[Branches, int, Held]], device: torch.device) -> None:
+        """What was `held`, in caches of its own. Raises ValueError for other slots than those of the layout."""
+        self._caches = [self._new(branches) for branches, _, _ in value]
+        for cache, (_, syncs, slots) in zip(self._caches, value, strict=True):
+            cache.hold(slots, device)
             cache.syncs = syncs
             if _shapes(slots) != _shapes(cache.held(self.layout.kept, self.layout.active)):
                 raise ValueError("its KV cache has other slots than this run")

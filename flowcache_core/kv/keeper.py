@@ -116,6 +116,11 @@ class Keeper:
         )
         kept.scores = self.budget.policy.score(view).mean(1)
 
+    def meet(self, branches: Iterable[Hashable]) -> None:
+        """Branches whose history is the same so far, whether they have been observed or not; before the first of them settles a chunk."""
+        for branch in branches:
+            self._of(branch, None)
+
     def settle(self, chunk: Chunk, branch: Hashable, stays: int) -> list[Choice | None]:
         """The chunk joins history, of which `stays` slots stay -> per layer which; None for all."""
         out: list[Choice | None] = []
@@ -240,8 +245,7 @@ class Keeper:
         return self._kept[branch]
 
 
-def _runs(chunks: Iterable[int]) -> list[tuple[int, int, int]]:
+def _runs(numbers: np.ndarray) -> list[tuple[int, int, int]]:
     """Chunk numbers of slots, ascending -> per chunk: number, first slot, end."""
-    numbers = np.fromiter(chunks, np.int64)
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
     return [(int(numbers[a]), a, b) for a, b in pairwise(edges) if a < b]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..kernels.slots import move_up
@@ -109,8 +110,8 @@ class PackedCache(KVCache):
         parts = {name: [state[name] for state in states] for name in (states[0] if states else ())}
         return {**super().held(0, active), **{name: each if name == CHANNEL else [t[:, :, :kept] for t in each] for name, each in parts.items()}}
 
-    def hold(self, held: Held) -> None:
-        super().hold(held)
+    def hold(self, held: Held, device: torch.device) -> None:
+        super().hold(held, device)
         for layer, state in enumerate(self._stored.states() if self._stored else ()):
             for name, tensor in state.items():
                 slots = held[name][layer]

@@ -174,6 +174,7 @@ class Pages:
         self._side.wait(self._copied)
         self._home, self._channels = [], []
         del self._near
+        self._side.release()
 
     def _fetch(self, layer: int, slots: int) -> None:
         if self._holds[0] != layer or self._holds[1] < slots:

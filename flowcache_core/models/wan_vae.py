@@ -52,7 +52,7 @@ class CausalConv3d(nn.Conv3d):
         if before is None:
             before = x.new_zeros(x.shape[0], x.shape[1], depth, *x.shape[3:])
         x = torch.cat([before, x], 2)
-        past[self] = x[:, :, -depth:]
+        past[self] = x[:, :, -depth:].clone()  # a view would keep all of x
         return x
 
     def step(self, x: Tensor, past: Past) -> Tensor:
@@ -103,7 +103,7 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         last = past.get(self)
-        past[self] = x[:, :, -1:]
+        past[self] = x[:, :, -1:].clone()
         if last is not None:
             return self.time_conv(torch.cat([last, x], 2))
         return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], 2)
@@ -121,7 +121,7 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             first = x[:, :, :0]
             if self not in past:
-                past[self] = first
+                past[self] = x.new_empty(0)  # it has begun
                 first, x = x[:, :, :1], x[:, :, 1:]
             if x.shape[2]:
                 pairs = self.time_conv.step(x, past).unflatten(1, (2, -1))

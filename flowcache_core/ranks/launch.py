@@ -74,10 +74,15 @@ def world(device: torch.device | str = "cpu") -> Iterator[World]:
 def _come_together() -> None:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo", timeout=SILENT)
-        dist.monitored_barrier(timeout=TOGETHER)
+        all_together()
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"the devices of this film did not come together within {TOGETHER.seconds} s ({why}): start the command anew") from error
+
+
+def all_together() -> None:
+    """Waits for all processes. Raises RuntimeError where one does not come: gloo alone can say which, so the barrier has a group of its own."""
+    dist.monitored_barrier(dist.new_group(backend="gloo", timeout=TOGETHER), timeout=TOGETHER)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kv.keeper import Kept, Middle
 from ..kv.waiting import Waiting
-from ..memory import Remembers, RunMemory
+from ..memory import Remembers, RunMemory, TakesIn
 from ..policies.protocol import Compute, Part, Refresh, Reuse
 from ..policies.state import ChunkState, Prediction
 from ..sampling.histories import Histories
@@ -124,7 +124,14 @@ class Reader:
             raise ValueError("it is of another make")
         self._seen[data["number"]] = now
         for key in now.remembers:
-            setattr(now, key, _fitting(now, key, self.put(getattr(now, key), data["fields"][key])))
+            if isinstance(now, TakesIn) and key == now.copied:
+                now.take_in(_fitting(now, key, self._here(getattr(now, key), data["fields"][key])), self.device)
+            else:
+                setattr(now, key, _fitting(now, key, self.put(getattr(now, key), data["fields"][key])))
+
+    def _here(self, now: Any, data: Any) -> Any:
+        """As `put`, with all tensors in the computer's memory, and none of them kept."""
+        return Reader(self.kinds, self.tensor_of, torch.device("cpu")).put(now, data)
 
     def read(self, data: Any) -> Any:
         match data:

@@ -176,6 +176,8 @@ class FileCheckpoints:
                 reader.tensor_of = tensor_of
                 for name, one in what.items():
                     reader.put(one, found.tree[name])
+        except torch.OutOfMemoryError:
+            raise  # of the device, not of the state, which stays
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise Unreadable(f"it does not fit this run ({type(error).__name__}: {short(error)})") from error
 

@@ -30,6 +30,7 @@ from ..sampling.given import CLEAN, GivenNoise
 from ..sampling.loop import sample_chunks, sample_sections
 from ..sampling.noise import require_levels
 from ..sampling.plan import Plan
+from ..sampling.planner import most_in_part
 from ..sampling.schedule import ChunkSchedule, Row, Section
 from ..sampling.solvers import Solver, UniPC
 from .footprint import Footprint, footprint
@@ -241,7 +242,7 @@ class Run:
         place, bounded = self.place, None
         if self.budget:
             bounded = self.budget.bytes(KVSizes.of(self.adapter, place.films, self.room), self.cached_branches, place.itemsize)
-        part = self.plan if isinstance(self.policy, PartPolicy) and not self.sections else None
+        part = (self.plan or most_in_part(self.schedule)) if isinstance(self.policy, PartPolicy) and not self.sections else None
         held = footprint(
             self.adapter, self.schedule, self.latent, self.branches * place.films, self.text_tokens, place.itemsize,
             self.policy, place.weights, bounded, part, place.films, self.sections[-1].end if self.sections else None, self.cached_branches,
@@ -310,7 +311,7 @@ class Run:
             return make()
         except Unreadable as why:
             checkpoints.refuse(why)
-            return make()
+        return make()  # behind the clause: while it lasts, the error keeps what the failed run held
 
     def _require_complete(self, report: RunReport) -> None:
         """Raises RuntimeError for a run that ended without all of its steps, or without an evaluation: its film is not one."""

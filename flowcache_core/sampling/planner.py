@@ -52,7 +52,17 @@ def plan_in_part(schedule: ChunkSchedule, share: float, part: float) -> Plan:
         return plan_for(schedule, share)
     budget = share * Plan.full(schedule).frames_computed(schedule) - commit_frames(schedule) + TINY
     fine = best(schedule, budget, part)
-    return replace(fine, partial=tuple(steps_in_part(computed, schedule.jumps) for computed in fine.computed), part=part)
+    return replace(fine, partial=_in_part(fine, schedule), part=part)
+
+
+def most_in_part(schedule: ChunkSchedule) -> Plan:
+    """Of all plans by `plan_in_part` that with the most steps: what a run holds under any of them it does not exceed."""
+    full = Plan.full(schedule)
+    return replace(full, partial=_in_part(full, schedule))
+
+
+def _in_part(plan: Plan, schedule: ChunkSchedule) -> tuple[tuple[int, ...], ...]:
+    return tuple(steps_in_part(computed, schedule.jumps) for computed in plan.computed)
 
 
 def steps_in_part(computed: Sequence[int], jumps: Sequence[int] = ()) -> tuple[int, ...]:

@@ -175,4 +175,13 @@ found.keys = ["Enter", " ", "a"].map((key) => {
 });
 screen.canvas.clientWidth = 0; // nobody sees it any more
 
+// a node of the workflow that ran has the number of another kind of node in the one that is open
+const told = [];
+openWorkflow("mine");
+onOutput((_node, output) => output.text && told.push(output.text[0]));
+for (const kind of ["FlowCacheReport", "FlowCacheKVCompressor"]) {
+  tell("executed", { node: "14", output: { text: [`of ${kind}`], flowcache_node: [kind] } });
+}
+found.kinds = told;
+
 console.log(JSON.stringify(found));
