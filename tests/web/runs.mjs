@@ -178,9 +178,9 @@ screen.canvas.clientWidth = 0; // nobody sees it any more
 // a node of the workflow that ran has the number of another kind of node in the one that is open
 const told = [];
 openWorkflow("mine");
-onOutput((_node, output) => output.text && told.push(output.text[0]));
-for (const kind of ["FlowCacheReport", "FlowCacheKVCompressor"]) {
-  tell("executed", { node: "14", output: { text: [`of ${kind}`], flowcache_node: [kind] } });
+onOutput((_node, output) => output.fps && told.push(output.fps[0]));
+for (const [kind, fps] of [["FlowCacheReport", 24], ["FlowCacheLatent", 16]]) {
+  tell("executed", { node: "14", output: { fps: [fps], flowcache_node: [kind] } });
 }
 found.kinds = told;
 
