@@ -22,7 +22,9 @@ from .launch import SILENT, TOGETHER
 from .world import World
 
 LOOPBACK = "127.0.0.1"
-INTERFACE = "GLOO_SOCKET_IFNAME"
+INTERFACE, WATCHDOG = "GLOO_SOCKET_IFNAME", "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+GIVES_UP = "2"
+"""Of the watchdog: it aborts the collectives; by default it ends the process."""
 ASSUMED = Machine(1e12, 1e12, 1e11, 1e10, 1e-4)
 """Of a machine that was not timed yet: by it is found whether the devices can share a film at all."""
 Handles = dict[tuple[int, ...], dist.ProcessGroup]
@@ -126,7 +128,7 @@ def require_unused() -> None:
 @contextmanager
 def _together(rank: int, devices: int, port: int, listening: int | None = None) -> Iterator[LateWorld]:
     world, hook = LateWorld(devices, rank, None, handles={}, together=True), sys.excepthook
-    with on_loopback():
+    with surroundings():
         store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK, port, devices, rank == 0, TOGETHER, wait_for_workers=False, master_listen_fd=listening
         )
@@ -144,16 +146,18 @@ def _together(rank: int, devices: int, port: int, listening: int | None = None) 
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
-    """Until the block is left gloo's sockets are of the loopback interface, where it is known by name."""
+def surroundings() -> Iterator[None]:
+    """Until the block is left gloo's sockets are of the loopback interface, where it is known by name, and NCCL's watchdog, when another process
+    has gone, gives up what was under way without ending this process, which may be ComfyUI's."""
     name = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    before = os.environ.get(INTERFACE)
-    if name:
-        os.environ[INTERFACE] = name
+    wanted = {WATCHDOG: GIVES_UP, **({INTERFACE: name} if name else {})}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if name and before is None:
-            del os.environ[INTERFACE]
-        elif before is not None:
-            os.environ[INTERFACE] = before
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
