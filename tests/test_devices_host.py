@@ -74,7 +74,7 @@ def shown(model, **inputs):
         out = devices.execute(model=model, **inputs)
     except ValueError as error:
         return str(error)
-    return list(settings.devices_of(out.result[0].model_options)) or out.ui.as_dict()["text"][0]
+    return list(settings.devices_of(out.result[0].model_options)) or out.ui["text"][0]
 
 def refusal(model):
     guider = comfy.samplers.CFGGuider(model)
