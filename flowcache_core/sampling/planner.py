@@ -56,7 +56,7 @@ def plan_in_part(schedule: ChunkSchedule, share: float, part: float) -> Plan:
 
 
 def most_in_part(schedule: ChunkSchedule) -> Plan:
-    """Of all plans by `plan_in_part` that with the most steps: what a run holds under any of them it does not exceed."""
+    """The plan by `plan_in_part` with the most steps: under no other does a run hold more."""
     full = Plan.full(schedule)
     return replace(full, partial=_in_part(full, schedule))
 
