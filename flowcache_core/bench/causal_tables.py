@@ -22,19 +22,19 @@ ARMS = {
 
 
 def colours() -> str:
-    return by_stretch(NAME, ARMS, "colour", 100, 0, {"chance": "other prompts"})
+    return by_stretch([NAME], ARMS, "colour", 100, 0, {"chance": "other prompts"})
 
 
 def moved() -> str:
-    return by_stretch(NAME, ARMS, "moved")
+    return by_stretch([NAME], ARMS, "moved")
 
 
 def contrast() -> str:
-    return by_stretch(NAME, ARMS, "contrast", digits=2)
+    return by_stretch([NAME], ARMS, "contrast", digits=2)
 
 
 def saturation() -> str:
-    return by_stretch(NAME, ARMS, "saturation", digits=2)
+    return by_stretch([NAME], ARMS, "saturation", digits=2)
 
 
 def ends() -> str:

@@ -8,7 +8,10 @@ from typing import Any
 from .long import NAME, WINDOW
 from .measured import data, origin, table
 
-ARMS = {WINDOW: "the whole window, 5 chunks", "even": "a budget of 3 chunks, `even`"}
+RIVAL = f"{NAME}-random"
+"""A run of its own, of the same films."""
+BOTH = NAME, RIVAL
+ARMS = {WINDOW: "the whole window, 5 chunks", "even": "a budget of 3 chunks, `even`", "random": "the same budget, `random`"}
 Row = dict[str, Any]
 
 
@@ -19,15 +22,15 @@ def with_error(value: Sequence[float | None], scale: float = 1.0, digits: int = 
     return f"{mean * scale:.{digits}f}" + ("" if error is None else f" ± {error * scale:.{digits}f}")
 
 
-def by_arm(name: str) -> dict[str, list[Row]]:
-    """The rows of a bench of minute-long films: those of each arm, by stretch."""
-    rows = data(name)["rows"]
+def by_arm(*names: str) -> dict[str, list[Row]]:
+    """The rows of a bench of minute-long films, of several runs together: those of each arm, by stretch."""
+    rows = [row for name in names for row in data(name)["rows"]]
     return {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
 
 
-def by_stretch(name: str, texts: Mapping[str, str], key: str, scale: float = 1.0, digits: int = 1, beside: Mapping[str, str] = {}) -> str:
+def by_stretch(names: Sequence[str], texts: Mapping[str, str], key: str, scale: float = 1.0, digits: int = 1, beside: Mapping[str, str] = {}) -> str:
     """A row for each arm of `texts`, a column for each stretch. `beside`: headings of further keys, of which the mean over the film stands."""
-    arms = by_arm(name)
+    arms = by_arm(*names)
     ends = [row["until"] for row in arms[WINDOW]]
     lines = []
     for arm, text in texts.items():
@@ -38,9 +41,9 @@ def by_stretch(name: str, texts: Mapping[str, str], key: str, scale: float = 1.0
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "long-colours": lambda: by_stretch(NAME, ARMS, "colour", 100, 0, {"chance": "other prompts", "ceiling": "true clips"}),
-    "long-moved": lambda: by_stretch(NAME, ARMS, "moved"),
-    "long-contrast": lambda: by_stretch(NAME, ARMS, "contrast", digits=2),
-    "long-saturation": lambda: by_stretch(NAME, ARMS, "saturation", digits=2),
-    "long-origin": lambda: origin(NAME),
+    "long-colours": lambda: by_stretch(BOTH, ARMS, "colour", 100, 0, {"chance": "other prompts", "ceiling": "true clips"}),
+    "long-moved": lambda: by_stretch(BOTH, ARMS, "moved"),
+    "long-contrast": lambda: by_stretch(BOTH, ARMS, "contrast", digits=2),
+    "long-saturation": lambda: by_stretch(BOTH, ARMS, "saturation", digits=2),
+    "long-origin": lambda: "\n".join(map(origin, BOTH)),
 }
