@@ -152,3 +152,17 @@ def test_motion_cache_under_a_stock_sampler_is_refused(host: Host, motion: Graph
     gone = [k for k, v in stock.items() if v["class_type"] == "CreateVideo" and v["inputs"]["images"][0] not in stock]
     stock = {k: v for k, v in stock.items() if k not in gone and not (v["class_type"] == "SaveVideo" and v["inputs"]["video"][0] in gone)}
     refused(host, stock, "Motion Cache works with the AR Chunk Sampler")
+
+
+def test_a_second_node_of_a_kind_says_that_the_first_is_not_used(host: Host, by_token: Graph) -> None:
+    bare = without_cache(put(by_token, "RandomNoise", noise_seed=67), "FlowCacheMotion")
+    graph = small({k: v for k, v in bare.items() if v["class_type"] != "FlowCacheOverlay" and "verlay" not in v["_meta"]["title"]})
+    loader = node(graph, "FlowCacheLoadModel")
+    graph["first"] = {"class_type": CHUNKWISE, "inputs": {"model": [loader, 0], "preset": "balanced", **THRESHOLD}}
+    graph["second"] = {"class_type": CHUNKWISE, "inputs": {"model": ["first", 0], "preset": "fast", **THRESHOLD}}
+    graph[node(graph, "CFGGuider")]["inputs"]["model"] = ["second", 0]
+    done = host.run(graph)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    said_by = {name: "\n".join(done["outputs"][name]["text"]) for name in ("first", "second")}
+    assert "the Chunkwise Cache in front is not used" in said_by["second"]
+    assert "not used" not in said_by["first"]

@@ -175,3 +175,10 @@ def test_under_our_sampler_what_cannot_be_is_refused(host: Host, ours: Graph) ->
 
 def test_the_node_lists_the_prompts(host: Host, ours: Graph) -> None:
     assert said(host, prompted(ours, f"1: {RED}\n3: {GREEN}"), KIND) == f"from chunk 1 on: {RED}\nfrom chunk 3 on: {GREEN}"
+
+
+def test_choices_and_comments_are_resolved_as_in_clip_text_encode(host: Host) -> None:
+    """By the page, in what both nodes mark alike."""
+    marked = [host.ask(f"/object_info/{kind}")[kind]["input"]["required"][name][1]["dynamicPrompts"]
+              for kind, name in (("CLIPTextEncode", "text"), ("FlowCachePromptSchedule", "schedule"))]  # fmt: skip
+    assert marked == [True, True]
