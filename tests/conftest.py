@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from flowcache_core.sampling.loop import sample_chunks
 from flowcache_core.sampling.noise import flow_sigmas, timestep
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Solver
-from tests import resuming
+from tests import hostless, resuming
 from tests.driven import Driven, sample_section
 from tests.host import PACK, Graph, Host, put, small
 
@@ -145,3 +148,19 @@ def resumable(make_net: Callable[..., SkyReelsV2], texts: Tensor, noise_of: Call
 @pytest.fixture
 def salience_head(tmp_path: Path) -> Path:
     return resuming.save_head(tmp_path / "head.safetensors")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> hostless.Server:
+    """The host's, which keeps what it is given to send."""
+    module, one = ModuleType("server"), hostless.Server()
+    module.PromptServer = SimpleNamespace(instance=one)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "server", module)
+    return one
+
+
+@pytest.fixture
+def nodes(server: hostless.Server) -> Iterator[Callable[[str], Any]]:
+    """Modules of nodes/ that need nothing of the host but its server."""
+    with hostless.loaded() as module:
+        yield module

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import sys
 import weakref
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,50 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-PACK = "flowcache_as_the_host_has_it"
+from tests.hostless import Server, core
+
 RUN = SimpleNamespace(steps=4, chunks=1, budget=None, rows=tuple((SimpleNamespace(index=0, step=step),) for step in range(4)))
 """One chunk of four steps, as far as those who look at a run know it."""
 
 
-class Server:
-    """Of the host, as far as the live panel knows it."""
-
-    client_id = "page"
-
-    def __init__(self) -> None:
-        self.sent: list[dict[str, Any]] = []
-        self.gone: Exception | None = None
-
-    def send_sync(self, event: str, data: dict[str, Any], sid: str | None) -> None:
-        if self.gone:
-            raise self.gone
-        self.sent.append(data)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    module, one = ModuleType("server"), Server()
-    module.PromptServer = SimpleNamespace(instance=one)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "server", module)
-    return one
-
-
-@pytest.fixture
-def nodes(server: Server) -> Iterator[Callable[[str], Any]]:
-    """Modules of nodes/ that need nothing of the host but its server."""
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec
-    assert spec.loader
-    sys.modules[PACK] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACK])
-    yield lambda name: importlib.import_module(f"{PACK}.nodes.{name}")
-    for name in [name for name in sys.modules if name.startswith(PACK)]:
-        del sys.modules[name]
-
-
 def report(nodes: Callable[[str], Any], steps: int = 4) -> Any:
-    return importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(1, steps)
+    return core("run.report").RunReport(1, steps)
 
 
 @pytest.mark.parametrize("gone", [RuntimeError("Event loop is closed"), ConnectionResetError(), AttributeError("loop")])
@@ -89,7 +50,7 @@ def test_the_drift_of_the_chunks_under_way_is_shown(nodes: Callable[[str], Any],
     monkeypatch.setattr(nodes("live"), "PAUSE_S", 0)
     rows = ((SimpleNamespace(index=0, step=0),), (SimpleNamespace(index=0, step=1), SimpleNamespace(index=1, step=0)))
     live = nodes("live").LivePanel(nodes("page").Page("7"), SimpleNamespace(steps=4, chunks=2, budget=None, rows=rows))
-    one = importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(2, 2)
+    one = core("run.report").RunReport(2, 2)
     live.show(one, 0)
     for done, (chunk, drift) in enumerate([(rows[0][0], 0.0), (rows[1][0], 0.04), (rows[1][1], 0.125)], 1):
         one.map[chunk.index, chunk.step], one.drift[chunk.index, chunk.step] = 1, drift
@@ -152,7 +113,7 @@ def test_a_page_that_was_loaded_during_a_run_gets_all_of_it(nodes: Callable[[str
     rows = tuple((SimpleNamespace(index=k, step=step),) for k in range(chunks) for step in range(4))
     run = SimpleNamespace(steps=12, chunks=chunks, budget=None, rows=rows)
     live = nodes("live").LivePanel(nodes("page").Page("7"), run)
-    one = importlib.import_module(f"{PACK}.flowcache_core.run.report").RunReport(chunks, 4)
+    one = core("run.report").RunReport(chunks, 4)
     live.show(one, 0)
     for done, (chunk,) in enumerate(rows, 1):
         one.map[chunk.index, chunk.step] = 2
@@ -308,7 +269,7 @@ def test_nothing_is_kept_of_a_film_when_its_run_is_over(fails: bool, projecting:
 
 
 def test_a_picture_has_its_most_bytes(nodes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    film = importlib.import_module(f"{PACK}.flowcache_core.show.film")
+    film = core("show.film")
     noise, most = np.random.default_rng(0).integers(0, 256, (32, 192, 320, 3), np.uint8), nodes("partial_film").AT_MOST
     assert 0 < len(film.strip_of(noise[:12], most)) <= most
     assert len(film.strip_of(noise[:12], 10 * most)) > most, "the first try is of better quality"
