@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flowcache_core.bench import long
-from flowcache_core.bench.long import ARMS, WINDOW, job_of, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
+from flowcache_core.bench.long import ARMS, SHORTER, WINDOW, job_of, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
 from flowcache_core.models.bundle import BUNDLED, load_bundle
 from flowcache_core.models.causal_wan_family import SELF_FORCING
 from flowcache_core.models.family import Family
@@ -121,3 +122,13 @@ def test_a_share_makes_another_film_in_a_plan(small: None, monkeypatch: pytest.M
     bundle = load_bundle()
     whole, part = (long_film(bundle, (0, WINDOW), 2, 3.0, steps=8, share=share) for share in (1.0, 0.5))
     assert not torch.equal(whole["pictures"][0], part["pictures"][0])
+
+
+def test_a_shorter_window_is_a_window_of_the_budget_and_the_chunk_itself(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "STRETCH", 6)
+    bundle = load_bundle()
+    shorter = replace(bundle, layout=replace(bundle.layout, window=3 + 1))
+    job = job_of(bundle, 0, 6, steps=2)
+    film = ARMS[SHORTER].made(bundle, job, 3.0, 1.0)[0]
+    assert torch.equal(film, ARMS[WINDOW].made(shorter, job, 0.0, 1.0)[0])
+    assert not torch.equal(film, ARMS["sink-recent"].made(bundle, job, 3.0, 1.0)[0])

@@ -40,31 +40,37 @@ STRETCH = 10
 LOOKED = 2
 """Chunks at the end of a stretch."""
 SINK = 3
-"""Latent frames of the film's beginning that every budget keeps: the first chunk, as in LongLive (arXiv 2509.22622)."""
+"""Latent frames of the film's beginning that a budget keeps, if not told otherwise: the first chunk, as in LongLive (arXiv 2509.22622)."""
 FRAMES_SEEN = 5
 """Frames in which a colour has to be, as in the figures of the model card."""
 WINDOW = "window"
+SHORTER = "shorter window"
+"""As long as the budget: what a sliding window of so many chunks keeps."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What history keeps: all that the window holds (None), or a budget. `grows`: positions are what they are, however far back."""
+    """What history keeps: all that the window holds (None), or a budget. `grows`: positions are what they are, however far back; `sink`: latent
+    frames of the film's beginning that the budget keeps."""
 
     policy: KVPolicy | None = None
     grows: bool = False
+    sink: int = SINK
 
     def made(self, bundle: Bundle, job: Job, budget: float, share: float) -> tuple[Tensor, Any]:
         """-> latents, report. `budget`: in chunks; `share`: see `plan_of`."""
         if self.grows:
             chunks = job.schedule(bundle).chunks
             bundle = replace(bundle, layout=replace(bundle.layout, window=chunks))
-        return generate(bundle, job, plan_of(share), compressor=Compressor(self.policy, budget, sink=SINK) if self.policy else None)
+        return generate(bundle, job, plan_of(share), compressor=Compressor(self.policy, budget, sink=self.sink) if self.policy else None)
 
 
 ARMS = {
     WINDOW: Arm(),
     StreamingLLM.name: Arm(StreamingLLM()),
     "sink-recent, positions grow": Arm(StreamingLLM(), grows=True),
+    SHORTER: Arm(StreamingLLM(), sink=0),
+    "even, no sink": Arm(Even(), sink=0),
     **{policy.name: Arm(policy) for policy in (Random(), Even(), Salience())},
 }
 MEASURES = ("colour", "chance", "ceiling", "moved", "contrast", "saturation")
