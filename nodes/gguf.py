@@ -11,6 +11,8 @@ import torch
 
 import nodes
 
+from ..flowcache_core.untrusted import short
+
 PACK, NODE, SUFFIX = "ComfyUI-GGUF", "UnetLoaderGGUF", ".gguf"
 
 
@@ -23,10 +25,17 @@ class Pack:
             raise ValueError(f"{name} is a GGUF file, which {PACK} reads: install that node pack (ComfyUI Manager has it), or use a safetensors file")
         self._pack = sys.modules[node.__module__]
 
-    def read(self, path: Path) -> dict[str, torch.Tensor]:
-        """Key -> the pack's own tensors, whose `shape` is that of the values."""
-        read: dict[str, torch.Tensor] = self._pack.gguf_sd_loader(str(path))
-        return read
+    def read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """-> the pack's own tensors by key, whose `shape` is that of the values, and the file's metadata, which newer versions of the pack hand over.
+
+        Raises ValueError where the pack returns anything else.
+        """
+        read = self._pack.gguf_sd_loader(str(path))
+        match read if isinstance(read, tuple) else (read, {}):
+            case dict() as weights, dict() as more:
+                metadata = more.get("metadata") or {}
+                return weights, {key: value for key, value in metadata.items() if isinstance(value, str)}
+        raise ValueError(f"{path.name}: this version of {PACK} hands over {short(str(type(read)))}, which is not known here: use a safetensors file")
 
     def prepared(self, weights: dict[str, torch.Tensor], matrices: Collection[str]) -> dict[str, torch.Tensor]:
         """Matrices of linear layers stay as they are and are dequantised when used; everything else becomes plain float32."""

@@ -85,11 +85,12 @@ def _require_agreement(found: Found, name: str, said: str) -> None:
 
 def _open_gguf(path: Path, name: str, family: str) -> ModelFile:
     pack = gguf.Pack(name)
-    read = pack.read(path)
-    found = recognise(read, name, family=family)
+    read, metadata = pack.read(path)
+    found = recognise(read, name, metadata, family)
+    _require_agreement(found, name, metadata.get(ARCHITECTURE, ""))
     weights = {new: read[key] for key, new in found.names.items()}
     logging.info(f"FlowCache: {name} is {found.release}, read by {gguf.PACK}")
-    return ModelFile(pack.prepared(weights, found.matrices), found, found.family.layout, (path,), pack.operations(), pack.patcher)
+    return ModelFile(pack.prepared(weights, found.matrices), found, found.family.layout_of(metadata), (path,), pack.operations(), pack.patcher)
 
 
 def _marked(weights: dict[str, torch.Tensor], listed: str | None, names: dict[str, str]) -> dict[str, torch.Tensor]:

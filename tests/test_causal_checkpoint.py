@@ -107,6 +107,30 @@ def test_metadata_say_what_shapes_cannot() -> None:
             recognise(small, "net", {"config": odd})
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_label_in_the_file_counts_more_than_its_name(prefix: str, shape: tuple[int, ...]) -> None:
+    large = {prefix + key: tensor for key, tensor in on_meta(LARGE).items()}
+
+    def labelled(label: str) -> dict[str, Tensor]:
+        return {**large, f"{prefix}model_type.{label}": torch.empty(shape, device="meta")}
+
+    found = recognise(labelled("SkyReels-V2-DF-14B-720P"), "wan2_renamed.safetensors")
+    assert found.family is SKYREELS
+    assert not [name for name in found.names.values() if "model_type" in name]
+    for label in ("SkyReels-V2-T2V-14B-540P", "Wan2_1-FLF2V-14B-720P"):
+        with pytest.raises(ValueError, match=f"it calls itself {label}: choose what it is in the input family"):
+            recognise(labelled(label), "skyreels-df.safetensors")
+
+
+def test_a_generator_without_its_training_is_known_by_its_names() -> None:
+    """As Krea Realtime is published."""
+    inside = {config: {f"model.{key}": tensor for key, tensor in on_meta(config).items()} for config in (SMALL, LARGE)}
+    assert recognise(inside[LARGE], "krea-realtime-video-14b.safetensors").family is KREA_REALTIME
+    with pytest.raises(ValueError, match=f"net could be {AT_SMALL}, which have the same shapes: choose one in the input family"):
+        recognise(inside[SMALL], "net")
+
+
 def test_a_bidirectional_checkpoint_is_refused_or_asked_about() -> None:
     with pytest.raises(ValueError, match=r"wan2.1_t2v_1.3B.safetensors has the sizes of SkyReels-V2-DF 1.3B but not its frame-rate tensors"):
         recognise(on_meta(SMALL), "wan2.1_t2v_1.3B.safetensors")
@@ -118,6 +142,10 @@ def test_a_bidirectional_checkpoint_is_refused_or_asked_about() -> None:
             recognise(large, name)
         assert recognise(large, name, family="krea-realtime").family is KREA_REALTIME
     assert recognise(large, "Wan2_1-SkyReels-V2-DF-14B-540P.safetensors").family is SKYREELS
+    for name in ("Wan14BT2VFusioniX_fp16_.safetensors", "t2v_14b.safetensors", "model-00001-of-00006.safetensors"):
+        with pytest.raises(ValueError, match=r"neither the file nor its name says which it is: .* or give it a name with 'skyreels' in it"):
+            recognise(large, name)
+        assert recognise(large, name, family="skyreels-v2-df").family is SKYREELS
     with pytest.raises(ValueError, match=r"image-to-video or control checkpoint .*: Self-Forcing needs no such weights"):
         recognise({**on_meta(SMALL), "blocks.0.cross_attn.k_img.weight": torch.empty(1)}, "net", family="self-forcing")
 

@@ -27,6 +27,7 @@ from tests.tiny_causal import PUBLISHED, TO_HOST, tiny_causal
 
 pytestmark = NEEDS_HOST
 FILE, REPACK, LONE, LORA, KOHYA = "self_forcing.pt", "repack.safetensors", "lone.safetensors", "lora.pt", "kohya.safetensors"
+WAN_FUN, DIFFUSERS = "wan_fun.safetensors", "diffusers.safetensors"
 TEXT_DIM = 256
 """That of the CLIP that comes with the bundled model."""
 LORA_LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.v")
@@ -65,6 +66,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     save_file(weights, folder / LONE)
     torch.save(longlive_lora(), base / "models" / "loras" / LORA)
     save_file(kohya(longlive_lora()["generator_lora"]), base / "models" / "loras" / KOHYA)
+    save_file(
+        {key.replace("lora_unet_", "lora_unet__"): value for key, value in kohya(longlive_lora()["generator_lora"]).items()},
+        base / "models" / "loras" / WAN_FUN,
+    )
+    save_file(by_diffusers(longlive_lora()["generator_lora"]), base / "models" / "loras" / DIFFUSERS)
     torch.save(
         {"generator_lora": {"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(2, 256)}}, base / "models" / "loras" / "other.pt"
     )
@@ -91,6 +97,21 @@ def kohya(lora: dict[str, Tensor]) -> dict[str, Tensor]:
         out[f"{name}.lora_{'down' if which == 'A' else 'up'}.weight"] = weight
         out[f"{name}.alpha"] = torch.tensor(4.0)
     return out
+
+
+def by_diffusers(lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same under the names of Diffusers' layers."""
+    parts = {
+        "base_model.model.": "transformer.",
+        "self_attn.": "attn1.",
+        "cross_attn.": "attn2.",
+        "ffn.0.": "ffn.net.0.proj.",
+        "ffn.2.": "ffn.net.2.",
+    }
+    parts |= {f".{one}.lora": f".to_{one}.lora" for one in "qkv"} | {".o.lora": ".to_out.0.lora"}
+    for ours, theirs in parts.items():
+        lora = {key.replace(ours, theirs): weight for key, weight in lora.items()}
+    return lora
 
 
 def with_longlive() -> SkyReelsV2:
@@ -279,8 +300,9 @@ def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: 
     ours = host.latents(graph)
     close(ours, host.latents(by_host(graph)))
     close(normalise(ours), alone(network=with_longlive()))
-    graph["model"]["inputs"]["lora"] = KOHYA
-    assert torch.equal(host.latents(graph), ours), "the same LoRA under the names of kohya"
+    for name in (KOHYA, WAN_FUN, DIFFUSERS):
+        graph["model"]["inputs"]["lora"] = name
+        assert torch.equal(host.latents(graph), ours), f"the same LoRA under the names of {name}"
     graph["model"]["inputs"]["lora"] = "other.pt"
     assert "other.pt: 1 of 1 tensors are for no layer of this model, such as blocks.9.self_attn.q.lora_A.weight" in refusal(host, graph)
 

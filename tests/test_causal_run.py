@@ -250,6 +250,8 @@ def test_a_family_looks_back_over_the_frames_of_its_training(family: Family) -> 
     "generator.model.blocks.0.self_attn.q.lora_A.weight",
     "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
     "blocks.0.self_attn.q.lora_A.weight",
+    "transformer.blocks.0.self_attn.q.lora_A.weight",
+    "transformer.blocks.0.attn1.to_q.lora_A.weight",
 ])  # fmt: skip
 def test_a_layer_of_a_lora_has_its_released_name(key: str) -> None:
     keys = [key, *(["critic_lora.blocks.1.self_attn.q.lora_A.weight"] if key.startswith("generator") else [])]

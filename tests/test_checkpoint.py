@@ -84,6 +84,7 @@ def test_another_network_is_refused_by_name(weights: dict[str, Tensor]) -> None:
         ("blocks.0.self_attn.q.lora_A.weight", "a LoRA: put it into models/loras"),
         ("vace_blocks.0.norm3.bias", "a VACE checkpoint"),
         ("encoder.block.0.layer.0.layer_norm.weight", "a T5 text encoder"),
+        ("token_embedding.weight", "a text encoder under names that Load CLIP does not read: use umt5_xxl_fp16"),
     ],
 )
 def test_a_file_of_another_model_is_refused_by_name(key: str, said: str, weights: dict[str, Tensor]) -> None:
@@ -96,6 +97,15 @@ def test_more_channels_in_than_out_are_refused_as_image_to_video(weights: dict[s
     weights["patch_embedding.weight"] = torch.zeros(128, 36, 1, 2, 2)
     with pytest.raises(ValueError, match="it takes 36 channels and gives 16"):
         recognise(weights, "net")
+
+
+@pytest.mark.parametrize("family", ["auto", "skyreels-v2-df", "self-forcing"])
+def test_latents_of_another_vae_are_refused(family: str, weights: dict[str, Tensor]) -> None:
+    """Wan 2.2 5B, and LongLive 2.0, which is made from it."""
+    weights["patch_embedding.weight"] = torch.zeros(128, 48, 1, 2, 2)
+    weights |= {"head.head.weight": torch.zeros(192, 128), "head.head.bias": torch.zeros(192)}
+    with pytest.raises(ValueError, match=r"takes latents of 48 channels, .* LongLive 2.0, which is not supported"):
+        recognise(weights, "net", family=family)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

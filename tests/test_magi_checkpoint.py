@@ -110,6 +110,14 @@ def test_base_and_distilled_are_told_apart_by_metadata_or_the_user() -> None:
     assert recognise(weights, "model", {"architecture": "magi-1-distill"}, "magi-1").family is MAGI
 
 
+@pytest.mark.parametrize("family", ["auto", "magi-1"])
+def test_layers_in_one_tensor_are_named(family: str) -> None:
+    held = {key: tensor for key, tensor in on_meta("MAGI-1 24B").items() if "layers." not in key}
+    held["videodit_blocks.layers.self_attention.linear_qkv.weight"] = torch.empty(48, 14336, 6144, device="meta")
+    with pytest.raises(ValueError, match=r"net: this is MAGI-1.1, .* use the files of MAGI-1"):
+        recognise(held, "net", family=family)
+
+
 def test_no_family_is_mistaken_for_another() -> None:
     magi, sky = on_meta("MAGI-1 24B"), open_checkpoint(NETWORK).stored
     assert recognise(sky, "sky").family is SKYREELS
@@ -118,7 +126,7 @@ def test_no_family_is_mistaken_for_another() -> None:
     with pytest.raises(ValueError, match=r"sky: this is not a whole MAGI-1 checkpoint: it has no videodit_blocks\.layers\.0\."):
         recognise(sky, "sky", family="magi-1")
     wan = {key: weight for key, weight in sky.items() if "fps" not in key}
-    assert recognise(wan, "wan").family is SKYREELS
+    assert recognise(wan, "skyreels").family is SKYREELS
     with pytest.raises(ValueError, match="could be MAGI-1 or MAGI-1 distilled"):
         recognise(magi, "magi")
 

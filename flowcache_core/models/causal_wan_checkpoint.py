@@ -10,7 +10,7 @@ from . import key_names
 from .family import Shapes
 from .key_names import ANCHOR
 from .skyreels import SkyReelsConfig
-from .skyreels_checkpoint import refuse_image_to_video
+from .skyreels_checkpoint import refuse_other_inputs
 
 SMALL, KREA = (1536, 8960, 30), (5120, 13824, 40)
 """Width, width of the feed-forward layer, layers: of Wan 2.1 T2V 1.3B and 14B."""
@@ -26,8 +26,9 @@ HOST_CONFIG, HOST_KEY = "config", "causal_ar"
 
 
 def declares_causal(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a file is the state of a generator in training, or says to ComfyUI that it is causal."""
-    return any(key.startswith(GENERATORS) for key in keys) or _declared_to_host(metadata.get(HOST_CONFIG, ""))
+    """Whether a file is the state of a generator in training, is named as inside one, or says to ComfyUI that it is causal."""
+    of_training = any(key.startswith(GENERATORS) or WRAPPERS.sub("", key) in (MODEL + ANCHOR, 2 * MODEL + ANCHOR) for key in keys)
+    return of_training or _declared_to_host(metadata.get(HOST_CONFIG, ""))
 
 
 def _declared_to_host(text: str) -> bool:
@@ -62,7 +63,7 @@ def claims(shapes: Shapes, sizes: tuple[int, int, int]) -> bool:
 
 def config_of(shapes: Shapes, name: str, title: str) -> SkyReelsConfig:
     """Sizes of the network. Raises ValueError for image-to-video files, and for one that takes a frame rate, as SkyReels-V2 does."""
-    refuse_image_to_video(shapes, name, title)
+    refuse_other_inputs(shapes, name, title)
     config = SkyReelsConfig.from_shapes(shapes)
     if config.fps:
         raise ValueError(f"{name} has frame-rate tensors (fps_embedding, fps_projection), as SkyReels-V2 has, and {title} takes no frame rate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,13 @@ OTHER_MODELS = {
     "face_adapter.": "a Wan Animate checkpoint",
     "double_blocks.": "a Flux or Hunyuan checkpoint",
     "encoder.block.": "a T5 text encoder: put it into models/text_encoders and use Load CLIP (type wan, or pixart for MAGI-1)",
+    "token_embedding.": "a text encoder under names that Load CLIP does not read: use umt5_xxl_fp16 or umt5_xxl_fp8_e4m3fn_scaled",
     "encoder.downsamples.": "a VAE: put it into models/vae and use Load VAE",
     "encoder.patch_embed.": "the VAE of MAGI-1: put it into models/vae and use Load MAGI-1 VAE",
 }
 """Part of a key -> what a file with such a key is."""
+LABEL = re.compile(r"(?:^|\.)model_type\.(.+)$")
+"""A tensor without meaning in whose name repacks for other nodes say which model they are."""
 ARCHITECTURE = "architecture"
 """Where metadata name the family."""
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
@@ -69,6 +73,8 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
     if family not in (AUTO, *names):
         raise ValueError(f"{name} is said to be of the family {short(family)!r}: there are {', '.join(names)}")
     chosen = family if family != AUTO else metadata.get(ARCHITECTURE, AUTO)
+    labels = {key: label[1] for key in weights if (label := LABEL.search(key))}
+    weights = {key: stored for key, stored in weights.items() if key not in labels}
     known = [one for one in families if one.name == chosen] or _candidates(families, weights, metadata)
     found, reasons, looked = list[Found](), list[ValueError](), list[Shapes]()
     for one in known:
@@ -86,23 +92,28 @@ def recognise(weights: Mapping[str, Shaped], name: str, metadata: Mapping[str, s
         raise ValueError(f"{name} could be {fitting}, which have the same shapes: choose one in the input family")
     if found:
         if found[0].family.name != chosen:
-            _require_no_other_name(found[0].family, families, name)
+            _require_own_name(found[0], families, name, next(iter(labels.values()), ""))
         return found[0]
     for other in looked:
         _refuse_other_models(other, name, families)
     raise reasons[0] if reasons else ValueError(f"{name}: this is not a checkpoint of {titles(families)}: it has {_first(sorted(weights))}")
 
 
-def _require_no_other_name(found: Family, families: Sequence[Family], name: str) -> None:
-    """Raises ValueError for a file that does not say what it is, under the name of a model with the same shapes."""
-    if not found.known_by_shapes:
+def _require_own_name(found: Found, families: Sequence[Family], name: str, label: str) -> None:
+    """Raises ValueError for a file with the shapes of several models that is named as another one, or as none. `label`: what it calls itself."""
+    family = found.family
+    if not family.known_by_shapes:
         return
-    plain = name.lower().replace("_", "-")
-    own = [word for word in found.file_names if word in plain]
-    others = [word for one in families if not one.known_by_shapes for word in one.file_names] + [*found.other_names]
+    plain = (label or name).lower().replace("_", "-")
+    own = [word for word in family.file_names if word in plain]
+    others = [word for one in families if not one.known_by_shapes for word in one.file_names] + [*family.other_names]
     if other := next((word for word in others if word in plain and (not own or any(mine in word for mine in own))), None):
+        says = f"it calls itself {short(label)}" if label else f"its name speaks of {other!r}"
+        raise ValueError(f"{name} has the shapes of {family.title}, and of other models; {says}: choose what it is in the input family")
+    if not own and family.shared(found.config):
         raise ValueError(
-            f"{name} has the shapes of {found.title}, and of other models; its name speaks of {other!r}: choose what it is in the input family"
+            f"{name} has the shapes of {family.title}, and of other models, such as Wan 2.1 of the same size and what is made from it; neither the "
+            f"file nor its name says which it is: choose what it is in the input family, or give it a name with {family.file_names[0]!r} in it"
         )
 
 

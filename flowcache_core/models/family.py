@@ -128,6 +128,11 @@ def declares_nothing(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     return False
 
 
+def shares_nothing(config: Any) -> bool:
+    """Whether other models have the shapes of `config`: none."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """What a family was published with, where a user leaves it open.
@@ -189,6 +194,8 @@ class Family:
     """Words in the names of its published files, in lower case with hyphens. Under such a name a silent file is no other family's."""
     other_names: tuple[str, ...] = ()
     """The same of models that are no family here and have the same shapes. One with a word of `file_names` in it says more than that word."""
+    shared: Callable[[Any], bool] = shares_nothing
+    """Whether models that are no family here have the shapes of this config: then a silent file has to have a word of `file_names` in its name."""
     bundled: Bundled | None = None
     blocks: str = "blocks."
     """How the names of the parameters of its layers begin: in an fp8 file their matrices stay fp8."""

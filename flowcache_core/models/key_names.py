@@ -42,7 +42,7 @@ def original_names(keys: Iterable[str], keep: Iterable[str] = ()) -> dict[str, s
     `keep`: keys that stand outside every wrapper and stay.
     """
     names = unwrapped(keys, keep, ANCHOR)
-    return {key: _from_diffusers(name) for key, name in names.items()} if DIFFUSERS in names.values() else names
+    return {key: from_diffusers(name) for key, name in names.items()} if DIFFUSERS in names.values() else names
 
 
 def unwrapped(keys: Iterable[str], keep: Iterable[str], anchor: str) -> dict[str, str]:
@@ -54,7 +54,8 @@ def unwrapped(keys: Iterable[str], keep: Iterable[str], anchor: str) -> dict[str
     return names
 
 
-def _from_diffusers(name: str) -> str:
+def from_diffusers(name: str) -> str:
+    """A name of the Diffusers layout, of a tensor or of what is for one -> that of the released checkpoint."""
     if name.startswith("blocks.") and name.count(".") > 1:
         _, number, rest = name.split(".", 2)
         return f"blocks.{number}.{_renamed_block(rest)}"

@@ -14,6 +14,8 @@ LAYERS = PART + "layers."
 FIRST = LAYERS + "0."
 ANCHOR = FIRST + "self_attention.linear_qkv.qx.weight"
 """A key that no other network has."""
+STACKED = LAYERS + "self_attention.linear_qkv.weight"
+"""One of MAGI-1.1, of all layers."""
 RELEASES = {
     (3072, 12288, 34, False): "MAGI-1 4.5B",
     (6144, 16384, 48, True): "MAGI-1 24B",
@@ -40,6 +42,10 @@ def original_names(keys: Iterable[str], keep: Iterable[str] = ()) -> dict[str, s
 
 def magi_config(shapes: Shapes, name: str) -> MagiConfig:
     """Sizes of the network. Raises ValueError, with the reason, for a file that has none, or none that go together."""
+    if STACKED in shapes:
+        raise ValueError(
+            "this is MAGI-1.1, which keeps all layers in one tensor, and whose network is not published: use the files of MAGI-1 (ckpt/magi)"
+        )
     if missing := [key for key in (ANCHOR, *AXES) if key not in shapes]:
         raise ValueError(f"this is not a whole MAGI-1 checkpoint: it has no {missing[0]}; choose the folder with all of its shards")
     for key, axes in AXES.items():

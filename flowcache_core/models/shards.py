@@ -85,7 +85,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         first = short((gone or extra)[0])
         what = f"lack {len(gone)} keys of their index ({first}, ...)" if gone else f"hold {len(extra)} keys their index lacks ({first}, ...)"
         raise ValueError(f"the shards {files[0].name}, ... {what}: they are of different models or downloads; download the set again")
-    return Checkpoint(Path(path).name, files, stored, metadata)
+    path = Path(path)
+    return Checkpoint(f"{path.parent.name}/{path.name}" if SHARD.fullmatch(path.name) else path.name, files, stored, metadata)
 
 
 def _files_of(path: Path) -> tuple[tuple[Path, ...], set[str]]:

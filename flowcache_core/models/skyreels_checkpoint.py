@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .family import Shapes
 from .skyreels import PATCH, SkyReelsConfig
+from .wan_vae import LATENT_CHANNELS
 
 ANCHOR = "patch_embedding.weight"
 """A key that every file of a Wan network has."""
@@ -22,7 +23,7 @@ def claims(shapes: Shapes) -> bool:
 
 def skyreels_config(shapes: Shapes, name: str) -> SkyReelsConfig:
     """Sizes of the network. Raises ValueError for a file that is nearly one: image-to-video, or Wan 2.1 itself."""
-    refuse_image_to_video(shapes, name, "SkyReels-V2 diffusion forcing")
+    refuse_other_inputs(shapes, name, "SkyReels-V2 diffusion forcing")
     config = SkyReelsConfig.from_shapes(shapes)
     if (config.dim, config.ffn_dim, config.layers, not config.fps) in RELEASES and not config.fps:
         raise ValueError(
@@ -39,7 +40,12 @@ def release_of(config: SkyReelsConfig) -> str:
     return RELEASES.get((config.dim, config.ffn_dim, config.layers, config.fps), sizes)
 
 
-def refuse_image_to_video(shapes: Shapes, name: str, title: str) -> None:
+def shared(config: SkyReelsConfig) -> bool:
+    """Whether Wan 2.1 has these shapes, and all that is made from it: nothing else takes the frame rate."""
+    return not config.fps
+
+
+def refuse_other_inputs(shapes: Shapes, name: str, title: str) -> None:
     """Raises ValueError. `title`: what the file was taken to be."""
     takes, gives = (*shapes.get(ANCHOR, ()), 0, 0)[1], (*shapes.get("head.head.weight", ()), 0)[0] // PATCH**2
     image = next((key for key in shapes if any(part in key for part in IMAGE_KEYS)), None)
@@ -48,4 +54,9 @@ def refuse_image_to_video(shapes: Shapes, name: str, title: str) -> None:
         raise ValueError(
             f"{name} is an image-to-video or control checkpoint ({why}): {title} needs no such weights, "
             "it takes the first frames as finished latents; load a text-to-video checkpoint of it"
+        )
+    if takes and takes != LATENT_CHANNELS:
+        raise ValueError(
+            f"{name} takes latents of {takes} channels, and {title} those of the Wan 2.1 VAE, which have {LATENT_CHANNELS}: 48 have Wan 2.2 5B and "
+            "what is made from it, such as LongLive 2.0, which is not supported; load another checkpoint"
         )

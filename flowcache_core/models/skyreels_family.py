@@ -9,7 +9,7 @@ from .family import Bundled, ChunkLayout, Family, Latents, Loaders, Preview
 from .key_names import original_names
 from .skyreels import FPS, PATCH, SkyReelsV2
 from .skyreels_adapter import SkyReelsAdapter
-from .skyreels_checkpoint import claims, release_of, skyreels_config
+from .skyreels_checkpoint import claims, release_of, shared, skyreels_config
 from .wan_vae import LATENT_CHANNELS, SPATIAL, WanVAE
 from .word_text import encode_prompt
 
@@ -54,6 +54,7 @@ SKYREELS = Family(
     takes_rate=lambda config: config.fps,
     file_names=("skyreels",),
     other_names=("wan2", "wan-2", "skyreels-v2-t2v"),
+    shared=shared,
     loaders=Loaders("Load CLIP (umt5-xxl, type wan)", "Load VAE (Wan 2.1)"),
     bundled=Bundled("tiny-skyreels", "tiny-wan-vae", WanVAE.from_state_dict, encode_prompt, TINY_PREVIEW),
 )
