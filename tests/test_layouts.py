@@ -95,7 +95,7 @@ def test_the_released_shapes_are_recognised_in_every_layout(release: str, layout
         state = SkyReelsV2(config).state_dict()
     assert len(state) == tensors
     assert sum(v.numel() for v in state.values()) == pytest.approx(parameters, rel=1e-4)
-    found = recognise({LAYOUTS[layout](k): v for k, v in state.items()}, "file")
+    found = recognise({LAYOUTS[layout](k): v for k, v in state.items()}, "skyreels")
     assert found.config == config
     assert found.release.startswith(release)
 
@@ -106,8 +106,8 @@ def test_every_layout_gives_the_same_values(make_net: Callable[..., SkyReelsV2],
     weights = make_net(fps=fps).state_dict()
     named = {LAYOUTS[layout](k): v for k, v in weights.items()}
     assert len(named) == len(weights)
-    save_file(named, tmp_path / "net.safetensors")
-    assert same(load_network_file(tmp_path / "net.safetensors"), weights)
+    save_file(named, tmp_path / "skyreels.safetensors")
+    assert same(load_network_file(tmp_path / "skyreels.safetensors"), weights)
 
 
 def test_the_affine_norm_of_diffusers_is_the_one_before_cross_attention(weights: Weights) -> None:
@@ -117,7 +117,7 @@ def test_the_affine_norm_of_diffusers_is_the_one_before_cross_attention(weights:
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_a_folder_and_any_of_its_shards_give_the_whole_network(tmp_path: Path, weights: Weights, layout: str, index: bool) -> None:
-    folder = sharded(tmp_path / "set", {LAYOUTS[layout](k): v for k, v in weights.items()}, index=index)
+    folder = sharded(tmp_path / "skyreels-set", {LAYOUTS[layout](k): v for k, v in weights.items()}, index=index)
     assert same(load_network_file(folder), weights)
     assert same(load_network_file(folder / "model-00002-of-00003.safetensors"), weights)
 
@@ -129,7 +129,7 @@ def test_an_original_folder_with_one_file_is_that_file(tmp_path: Path, weights: 
 
 
 def test_shards_that_only_an_index_knows_are_found(tmp_path: Path, weights: Weights) -> None:
-    folder = sharded(tmp_path / "set", weights, count=2, index=True)
+    folder = sharded(tmp_path / "skyreels-set", weights, count=2, index=True)
     index = folder / "model.safetensors.index.json"
     for number, name in ((1, "first"), (2, "second")):
         (folder / f"model-{number:05d}-of-00002.safetensors").rename(folder / f"{name}.safetensors")
@@ -139,21 +139,21 @@ def test_shards_that_only_an_index_knows_are_found(tmp_path: Path, weights: Weig
 
 @pytest.mark.parametrize("index", [True, False])
 def test_a_missing_shard_is_named(tmp_path: Path, weights: Weights, index: bool) -> None:
-    folder = sharded(tmp_path / "set", weights, index=index)
+    folder = sharded(tmp_path / "skyreels-set", weights, index=index)
     (folder / "model-00003-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 shards are not in set: model-00003-of-00003.safetensors; download"):
+    with pytest.raises(ValueError, match=r"1 of 3 shards are not in skyreels-set: model-00003-of-00003.safetensors; download"):
         open_checkpoint(folder)
 
 
 def test_a_key_in_two_shards_is_refused(tmp_path: Path, weights: Weights) -> None:
-    folder = sharded(tmp_path / "set", weights)
+    folder = sharded(tmp_path / "skyreels-set", weights)
     save_file(weights, folder / "model-00003-of-00003.safetensors")
     with pytest.raises(ValueError, match=r"keys \(blocks.0.cross_attn.k.bias, ...\) are both in model-00001-of-00003.* and in model-00003"):
         open_checkpoint(folder)
 
 
 def test_two_sets_in_one_folder_are_refused_but_a_file_of_one_is_enough(tmp_path: Path, weights: Weights) -> None:
-    folder = sharded(tmp_path / "set", weights)
+    folder = sharded(tmp_path / "skyreels-set", weights)
     sharded(folder, weights, count=2, stem="other")
     with pytest.raises(ValueError, match=r"set holds shards of 2 models \(model-...-of-00003 and other-...-of-00002\): choose a file"):
         open_checkpoint(folder)
@@ -161,7 +161,7 @@ def test_two_sets_in_one_folder_are_refused_but_a_file_of_one_is_enough(tmp_path
 
 
 def test_a_shard_of_another_width_is_refused_with_the_shapes(tmp_path: Path, weights: Weights) -> None:
-    folder = sharded(tmp_path / "set", weights)
+    folder = sharded(tmp_path / "skyreels-set", weights)
     with torch.device("meta"):
         wide = {k: v.shape for k, v in SkyReelsV2(SkyReelsConfig(256, 256, 2, 64, fps=True)).state_dict().items()}
     last = sorted(weights)[2::3]
@@ -172,7 +172,7 @@ def test_a_shard_of_another_width_is_refused_with_the_shapes(tmp_path: Path, wei
 
 @pytest.mark.parametrize("change", ["drop", "add"])
 def test_shards_that_do_not_match_their_index_are_refused(tmp_path: Path, weights: Weights, change: str) -> None:
-    folder = sharded(tmp_path / "set", weights, count=1, index=True)
+    folder = sharded(tmp_path / "skyreels-set", weights, count=1, index=True)
     changed = {k: v for k, v in weights.items() if k != "head.head.bias"} if change == "drop" else {**weights, "more": torch.zeros(1)}
     save_file(changed, folder / "model-00001-of-00001.safetensors")
     said = r"lack 1 keys of their index \(head.head.bias" if change == "drop" else r"hold 1 keys their index lacks \(more"
@@ -204,8 +204,8 @@ def test_sizes_of_the_small_release_without_its_frame_rate_are_refused() -> None
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_plain_fp8_files_load_to_their_rounded_values(tmp_path: Path, weights: Weights, dtype: torch.dtype) -> None:
     rounded = {k: v.to(dtype) if v.ndim == 2 else v for k, v in weights.items()}
-    save_file(rounded, tmp_path / "net.safetensors")
-    assert same(load_network_file(tmp_path / "net.safetensors", torch.float32), {k: v.float() for k, v in rounded.items()})
+    save_file(rounded, tmp_path / "skyreels.safetensors")
+    assert same(load_network_file(tmp_path / "skyreels.safetensors", torch.float32), {k: v.float() for k, v in rounded.items()})
 
 
 @pytest.mark.parametrize("convention", ["scale_weight", "weight_scale"])
@@ -219,17 +219,17 @@ def test_scaled_fp8_files_load_close_to_the_weights(tmp_path: Path, weights: Wei
             scaled[LAYOUTS[layout](key.replace(".weight", f".{convention}"))] = scale
         else:
             scaled[LAYOUTS[layout](key)] = value
-    save_file(scaled, tmp_path / "net.safetensors")
-    for network in (load_network_file(tmp_path / "net.safetensors", torch.float32), load_network(scaled, "net", torch.float32)):
+    save_file(scaled, tmp_path / "skyreels.safetensors")
+    for network in (load_network_file(tmp_path / "skyreels.safetensors", torch.float32), load_network(scaled, "net", torch.float32)):
         for key, value in network.state_dict().items():
             assert (value - weights[key]).abs().max() <= weights[key].abs().max() / 16
 
 
 def test_weights_that_only_the_host_can_read_are_refused(tmp_path: Path, weights: Weights) -> None:
     key = "blocks.0.ffn.0.weight"
-    save_file({**weights, key: weights[key].to(torch.int8), key.replace("weight", "weight_scale"): torch.ones(1)}, tmp_path / "net.safetensors")
+    save_file({**weights, key: weights[key].to(torch.int8), key.replace("weight", "weight_scale"): torch.ones(1)}, tmp_path / "skyreels.safetensors")
     with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight is quantised as int8"):
-        load_network_file(tmp_path / "net.safetensors", torch.float32)
+        load_network_file(tmp_path / "skyreels.safetensors", torch.float32)
 
 
 PEAK = """
@@ -251,7 +251,7 @@ print(peak() - before)
 def test_loading_shard_by_shard_needs_no_more_memory_than_the_files(tmp_path: Path, dtype: str) -> None:
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in SkyReelsV2(SkyReelsConfig(768, 3072, 5, 256)).state_dict().items()}
-    folder = sharded(tmp_path / "set", {k: torch.zeros(shape) for k, shape in shapes.items()}, count=8)
+    folder = sharded(tmp_path / "skyreels-set", {k: torch.zeros(shape) for k, shape in shapes.items()}, count=8)
     size = sum(file.stat().st_size for file in folder.iterdir())
     assert size > 190 << 20
     command = [sys.executable, "-c", PEAK, str(folder), dtype]
