@@ -79,7 +79,7 @@ AT_SHARES: dict[str, Callable[[Bundle, Film, float], Made]] = {
     "default-unipc": planned_unipc,
 }
 """Arms at a share."""
-MAIN = ("steps", "steps-euler", "default", "default-unipc")
+MAIN = ("steps", "steps-euler", "steps-multistep", "default", "default-unipc")
 """Of these all films are made."""
 
 
