@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
 import torch
@@ -18,23 +16,23 @@ from ..flowcache_core.policies.protocol import SectionPolicy
 from ..flowcache_core.run.lead import Leader
 from ..flowcache_core.run.run import Film, Place, Run
 from ..flowcache_core.run.states import States
-from ..flowcache_core.run.turn import Turn
 from ..flowcache_core.sampling.given import GivenNoise, given_frames
 from ..flowcache_core.sampling.prompts import forecast_prompts, require_chunks
 from ..flowcache_core.sampling.schedule import ChunkSchedule, sections_of
 from ..flowcache_core.sampling.solvers import require_finite, solver
+from .evaluation import Guidance
 from .fit import require_ours
 from .guidance import alone, conds_of, evaluates_alike, scale_of, unread
 from .host_model import HostModel
 from .host_network import TURN
 from .mailbox import Mailbox
 from .native_model import SAMPLER
-from .other_nodes import BASE, blocks_of, require_one_model, require_plain_texts, require_steady_hooks
+from .other_nodes import BASE, blocks_of, require_counting_texts, require_one_model, require_plain_texts, require_steady_hooks
 from .progress import Progress, say
 from .projector import FilmPreview
 from .settings_on_model import CHUNKWISE_NODE, KV_NODE, PROMPTS_NODE, clean_pass_of, compressor_of, policy_node, policy_of
 from .sharing import shared
-from .states import NamedTurn, states_of
+from .states import states_of
 from .texts import ChunkConds, by_branch, require_texts, tokens_of, with_durations
 
 NODE = "AR Chunk Sampler"
@@ -85,7 +83,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         """The host's OUTER_SAMPLE: settles the run before any weights move, and logs what it will hold; puts given frames back as they were."""
         model = require_ours(executor.class_obj.model_patcher, NODE)
         require_one_model(executor.class_obj, NODE)
-        require_plain_texts(executor.class_obj, NODE)
+        require_plain_texts(executor.class_obj, NODE, noise.shape[2])
         require_steady_hooks(executor.class_obj, NODE)
         prefix, suffix = (0, 0) if denoise_mask is None else given_frames(denoise_mask)
         run = self.settled(executor.class_obj, noise, latent_image, sigmas, prefix, suffix, seed)
@@ -124,6 +122,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         conds = conds_of(guider, family)
         adapter = model.adapter(model.dtype_of(guider.model_patcher))
         require_texts(conds, family, adapter, model.diffusion_model.config.text_dim)
+        require_counting_texts(guider, conds, sigmas[:-1].tolist(), NODE)
         return Run(
             family, with_durations(adapter, conds), film, tuple(sigmas.tolist()), latent, place_of(guider, model, noise, film), policy_of(options),
             compressor_of(options), fps, self._light(family, prefix, seed), solver(self._solver(family)), scale_of(guider, family),
@@ -142,18 +141,15 @@ class ChunkSampler(comfy.samplers.Sampler):
         options[BASE] = blocks_of(options)
         texts = ChunkConds(model_wrap.conds)
 
-        def of_chunk(executor, network, conds, *args):  # type: ignore[no-untyped-def]
-            return executor(network, texts.only(options[TURN].names, conds), *args)
+        def of_chunk(executor, network, conds, x, *args):  # type: ignore[no-untyped-def]
+            turn = options[TURN]
+            return executor(network, texts.only(turn.names, conds, turn.start, x.shape[2]), x, *args)
 
         comfy.patcher_extension.add_wrapper_with_key(
             comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, TURN, of_chunk, extra_args["model_options"], is_model_options=True
         )
 
-        def evaluate(turn: Turn, part: torch.Tensor) -> torch.Tensor:
-            options[TURN] = turn = NamedTurn(turn, texts.at(turn.reads))
-            out = velocity(model_wrap, part, sigmas[turn.step], run.sigmas[turn.step], extra_args)
-            write_the_rest(turn, model_wrap, part, sigmas[turn.step], extra_args["model_options"])
-            return out
+        evaluate = Guidance.of(model_wrap, extra_args, texts, sigmas, run.sigmas, run.place.alike)
 
         def clean(part: torch.Tensor) -> torch.Tensor:
             return model.process_latent_out(model.model_sampling.inverse_noise_scaling(sigmas[-1], part).float())
@@ -164,7 +160,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             with progress:
                 samples, report = (self.leader or run).sample(x, evaluate, progress, self.states)
         finally:
-            options.pop(TURN, None)
+            evaluate.end()
             options.pop(BASE, None)
         self.mailbox.put(report, progress.end(report))
         say([report.summary()])
@@ -241,24 +237,6 @@ def require_prompts(guider: Any, film: Film) -> None:
             f"attention of {NODE} to {CAUSAL}, or use one prompt"
         )
     require_chunks(texts.firsts, film)
-
-
-def velocity(model_wrap: Callable[..., torch.Tensor], x: torch.Tensor, sigma: torch.Tensor, level: float, extra_args: dict[str, Any]) -> torch.Tensor:
-    """What the guider makes of the network's velocity: it speaks of clean latents at one noise level, x - sigma * velocity.
-
-    `level`: the same as `sigma`, as the host knows it: nobody waits for the device to say it.
-    """
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    clean = model_wrap(x, sigma * x.new_ones(x.shape[0]), **extra_args)
-    return (x - clean) / sigma if level else clean
-
-
-def write_the_rest(turn: Turn, guider: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict[str, Any]) -> None:
-    """A commit is for all branches, also for those that guidance leaves out at its noise level: nodes that change CFG, or texts for some steps."""
-    conds = {one["uuid"]: one for many in guider.conds.values() for one in many}
-    if rest := [conds[branch] for branch in turn.unwritten(one["uuid"] for one in conds_of(guider)) if branch in conds]:
-        always = [[{key: value for key, value in one.items() if not key.startswith("timestep_")}] for one in rest]
-        comfy.samplers.calc_cond_batch(guider.inner_model, always, x, sigma * x.new_ones(x.shape[0]), model_options)
 
 
 def keep_given(samples: torch.Tensor, source: torch.Tensor, prefix: int, suffix: int) -> None:

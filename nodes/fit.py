@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import comfy.utils
+import torch
 
 from ..flowcache_core.models.adapter import require_tokens
 from ..flowcache_core.models.checkpoint import titles
@@ -49,7 +50,7 @@ def require_network(policy: CachePolicy, host: HostModel) -> None:
 
 
 def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
-    """A LoRA changes a weight by the product of two matrices; both have to fit."""
+    """A LoRA changes a weight by the product of two matrices, or by a change that it holds whole: these have to fit."""
     wrong = []
     for key, patches in getattr(model, "patches", {}).items():
         shape = tuple(comfy.utils.get_attr(inner, key).shape)
@@ -57,10 +58,13 @@ def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
             made_for = (lora.weights[0].shape[0], math.prod(lora.weights[1].shape[1:]))
             if lora.weights[3] is None and lora.weights[5] is None and made_for != (shape[0], math.prod(shape[1:])):
                 wrong.append((key.removeprefix("diffusion_model."), made_for, shape))
+        for made_for in map(_shape_of_change, patches):
+            if made_for not in (None, shape):
+                wrong.append((key.removeprefix("diffusion_model."), made_for, shape))
     if wrong:
         key, made_for, shape = wrong[0]
         raise ValueError(
-            f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for a matrix of {made_for}, this model has {shape}. "
+            f"{node}: {len(wrong)} layers of the LoRA do not fit, such as {key}: it is for {made_for}, this model has {shape}. "
             f"It was made for another size: use one for {inner.family.release(inner.diffusion_model.config)}, or bypass it"
         )
     if (useless := _added_nothing(model)) is None:
@@ -75,6 +79,14 @@ def _require_fitting_lora(model: Any, inner: HostModel, node: str) -> None:
         f"another kind of model, or names its layers in the Diffusers way, which this ComfyUI does not read for {inner.family.title}. Bypass it, "
         "or use one with original or kohya names"
     )
+
+
+def _shape_of_change(patch: Any) -> tuple[int, ...] | None:
+    """Of a change that a LoRA holds whole, such as of norms and biases; None for other patches."""
+    match patch[1]:
+        case ("diff", (torch.Tensor() as change,)) if patch[3] is None:
+            return tuple(change.shape)
+    return None
 
 
 def _added_nothing(model: Any) -> Any:

@@ -20,7 +20,7 @@ from ..flowcache_core.models.checkpoint import Found
 from ..flowcache_core.models.family import ChunkLayout, Family, Latents, Preview
 from ..flowcache_core.run.run import Run
 from ..flowcache_core.sampling.noise import Curved
-from .host_network import host_network
+from .host_network import LEVELS, host_network
 from .texts import MASK, read_rows
 
 TIMES = 4
@@ -86,6 +86,12 @@ class HostModel(comfy.model_base.BaseModel):
         if kwargs.get("cross_attn") is not None:
             out["c_crossattn"] = comfy.conds.CONDRegular(read_rows(kwargs["cross_attn"], kwargs.get(MASK), self.family))
         return out
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # type: ignore[no-untyped-def]  # noqa: B006
+        """The host's: x [n, C, F, h, w], noise levels t [n] -> clean latents. Those of each frame by its own level, where they have several."""
+        clean = super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        levels = transformer_options.get(LEVELS)
+        return clean if levels is None else x + (clean - x) * (levels / t.view(-1, 1, 1, 1, 1))
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = {}) -> Any:  # noqa: B006 (the host's signature)
         """Bytes for an evaluation of `input_shape`; before a run of chunks, of one chunk and all that the run will hold."""

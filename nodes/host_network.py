@@ -20,6 +20,9 @@ from .settings_on_model import nodes_of, wrong_sampler
 TURN = "flowcache_turn"
 """Key in transformer_options under which our sampler hands over what it evaluates."""
 
+LEVELS = "flowcache_levels"
+"""Key in transformer_options: noise levels [F, 1, 1] of the latent frames, where they differ in an evaluation."""
+
 
 @lru_cache
 def host_network(family: Family) -> type[Any]:

@@ -15,6 +15,10 @@ from ..flowcache_core.models.shards import open_checkpoint
 NONE, FOLDER = "none", "loras"
 TWICE, ONCE = "lora_unet__", "lora_unet_"
 """How the names of kohya begin in LoRAs for Wan-Fun, and elsewhere."""
+DIFFERENCES = ("diff", "diff_b", "w_norm", "b_norm", "set_weight")
+"""How keys end that hold a whole weight or bias, or its change."""
+MODULATION = ".diff_m"
+"""How lightx2v ends keys that hold the change of a block's `modulation`. The host patches no weights of modules that have modules within."""
 
 
 def lora_files() -> list[str]:
@@ -30,6 +34,12 @@ def with_lora(model: Any, name: str) -> Any:
     weights = {names[key]: tensor for key, tensor in checkpoint.tensors(names)}
     patches = comfy.lora.load_lora(weights, layers, log_missing=False)
     known = {layer for patch in patches.values() for layer in getattr(patch, "loaded_keys", ())}
+    known |= {key for key in weights for layer, _, kind in [key.rpartition(".")] if layer in layers and kind in DIFFERENCES}
+    if modulations := [key for key in weights if key.endswith(MODULATION)]:
+        raise ValueError(
+            f"{name}: {len(modulations)} of {len(weights)} tensors are changes of modulations ({MODULATION}), which ComfyUI puts on no model of this "
+            "kind, so that the film would be of a part of the LoRA: use one without them"
+        )
     if strange := sorted(weights.keys() - known):
         first = strange[0].removeprefix("diffusion_model.")
         raise ValueError(

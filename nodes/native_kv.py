@@ -27,7 +27,7 @@ from .host_attention import OVERRIDE
 from .host_model import HostModel
 from .native_model import SAMPLER, frames_per_block
 from .native_run import ATTEND, NativeRun, no_caches
-from .other_nodes import CACHES, COMPILE, MODEL, is_compiled, made_by, require_one_model, require_plain_texts
+from .other_nodes import CACHES, COMPILE, MODEL, SKIPPED, is_compiled, made_by, on_guidance, require_one_model, require_plain_texts
 from .settings_on_model import KV_NODE, clean_pass_of, compressor_of, with_compressor
 from .texts import ChunkConds, by_branch, tokens_of
 
@@ -158,7 +158,7 @@ def settled(guider: Any, noise: torch.Tensor, sampler: Any, sigmas: torch.Tensor
     model, options = guider.model_patcher, guider.model_options
     require_native(model)
     require_one_model(guider, KV_NODE)
-    require_plain_texts(guider, KV_NODE)
+    require_plain_texts(guider, KV_NODE, noise.shape[2])
     chunk_frames = _chunk_frames(sampler)
     _require(noise, sigmas, denoise_mask)
     initial = options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
@@ -197,7 +197,12 @@ def _unserved(model: Any) -> Iterator[str]:
     for name, patch in model.object_patches.items():
         if not _ours(patch) and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield f"{name} of the network was replaced by {made_by(patch)}"
-    if model.model_options.get("context_handler") is not None:
+    options = model.model_options
+    if skips := [made_by(one) for one in on_guidance(options) if made_by(one).startswith(SKIPPED)]:
+        yield f"{skips[0]} would change nothing: under {SAMPLER} no block of a network is skipped (under AR Chunk Sampler it is)"
+    for one in options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {}).values():
+        yield f"{made_by(one)} would change nothing: under {SAMPLER} no block of a network is replaced (under AR Chunk Sampler it is)"
+    if options.get("context_handler") is not None:
         yield MODEL["context_handler"].split(":")[0]
     if model.additional_models.get("multigpu"):
         yield "texts would be evaluated by copies of the model on other devices, and the KV cache of a run is on one"

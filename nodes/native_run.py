@@ -72,16 +72,18 @@ class NativeRun:
     def conds(self, executor, network, conds, x, t, model_options):  # type: ignore[no-untyped-def]
         """The host's CALC_COND_BATCH, for the texts of all branches [each a list]: those that count for the chunk. x [films, C, F, h, w] at t."""
         options = model_options["transformer_options"]
-        index = self.cache.index(_state(options)["start_frame"], x.shape[2])
+        start, frames = _state(options)["start_frame"], x.shape[2]
+        index = self.cache.index(start, frames)
         if index != self._index:
             anew = self._turn_to(index)
             for chunk in anew:
                 given = {**model_options, "transformer_options": {**options, "ar_state": self._at(chunk)}}
-                executor(network, self.texts.only(self._names, conds), self._clean[chunk.index], torch.zeros_like(t), given)
+                clean = self._clean[chunk.index]
+                executor(network, self.texts.only(self._names, conds, chunk.start, clean.shape[2]), clean, torch.zeros_like(t), given)
             self.recached += len(anew)
         if any(first > index for first in self.texts.recached) and not bool(t.any()):
             self._clean[index] = x
-        return executor(network, self.texts.only(self._names, conds), x, t, model_options)
+        return executor(network, self.texts.only(self._names, conds, start, frames), x, t, model_options)
 
     def _turn_to(self, index: int) -> tuple[Chunk, ...]:
         """The next chunk begins -> chunks that are evaluated anew before it, clean."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
@@ -17,6 +18,10 @@ BASE = "flowcache_blocks"
 """Key in transformer_options: the blocks that are replaced in every evaluation of a run."""
 CACHES = ("easycache", "lazycache")
 COMPILE = "torch.compile"
+SAMPLING, FLOW = "model_sampling", comfy.model_sampling.CONST()
+"""Name of the object on a MODEL that says what its network predicts, and what says that of a flow."""
+SKIPPED = "SkipLayerGuidance"
+"""How nodes are called whose guidance skips blocks."""
 NO_EFFECT = {"PerturbedAttentionGuidance": "it replaces the attention of a U-Net's middle block"}
 """Node classes whose functions call the network again in a way that changes nothing here -> why."""
 TRANSFORMER = {"rope_options": "ScaleROPE changes positions, which are those of the KV cache here"}
@@ -26,10 +31,18 @@ MODEL = {
 }
 
 
+PICTURES = "this network takes none: AR Video Frames In gives first or last frames to the latent"
 ON_TEXTS = {
     "control": "a ControlNet was applied to a text, and this network takes none",
     "gligen": "GLIGEN boxes were put on a text, and this network takes none",
     "area": "a text was given an area of the picture, and a chunk is always evaluated whole (Conditioning Set Mask has an effect)",
+    **dict.fromkeys(("concat_latent_image", "time_dim_concat"), f"a start image was put on a text, and {PICTURES}"),
+    **dict.fromkeys(("reference_latents", "clip_vision_output"), f"a reference picture was put on a text, and {PICTURES}"),
+    **dict.fromkeys(
+        ("vace_frames", "control_video", "pose_video_latent", "face_video_pixels", "reference_motion"), f"a film was put on a text, and {PICTURES}"
+    ),
+    "camera_conditions": "the way of a camera was put on a text, and this network takes none",
+    "audio_embed": "sound was put on a text, and this network takes none",
 }
 """Key of a conditioning -> why it cannot be served."""
 
@@ -56,11 +69,13 @@ def _unserved(model: Any) -> Iterator[str]:
     inside = wrappers.get(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, {})
     yield from (f"{key or made_by(one)} wraps the network as it is in another model" for key, some in inside.items() for one in some)
     yield from (why for key, why in MODEL.items() if options.get(key) is not None)
+    if not isinstance(patches.get(SAMPLING, FLOW), comfy.model_sampling.CONST):
+        yield "the MODEL was set to another kind of prediction (ModelSamplingDiscrete and its like), and this network predicts the velocity of a flow"
     if getattr(model, "additional_models", {}).get("multigpu"):
         yield "texts would be evaluated by copies of the model on other devices, and the KV cache of a run is on one"
     yield from _without_effect(options)
     if (family := getattr(getattr(model, "model", model), "family", None)) is not None and family.guidance.inside:
-        yield from (f"{made_by(one)} changes how texts are combined, and {family.title} does that inside the run" for one in _on_guidance(options))
+        yield from (f"{made_by(one)} changes how texts are combined, and {family.title} does that inside the run" for one in on_guidance(options))
     yield from _unserved_patches(options.get("transformer_options", {}), type(network))
 
 
@@ -78,18 +93,24 @@ def is_compiled(thing: Any) -> bool:
 
 
 def _without_effect(options: dict[str, Any]) -> Iterator[str]:
-    yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, _on_guidance(options)) if name in NO_EFFECT)
+    yield from (f"{name} would change nothing: {NO_EFFECT[name]}" for name in map(made_by, on_guidance(options)) if name in NO_EFFECT)
 
 
 def changes_guidance(patcher: Any, model_options: dict[str, Any]) -> bool:
     """Whether another node has put something around the evaluations of a guider."""
-    wrapped = (comfy.patcher_extension.WrappersMP.PREDICT_NOISE, comfy.patcher_extension.WrappersMP.CALC_COND_BATCH)
-    around = [comfy.patcher_extension.get_all_wrappers(kind, model_options, is_model_options=True) for kind in wrapped]
-    around += [patcher.get_all_wrappers(kind) for kind in wrapped]
-    return any(around) or any(True for _ in _on_guidance(model_options)) or "model_function_wrapper" in model_options
+    return bool(around_guidance(patcher, model_options))
 
 
-def _on_guidance(options: dict[str, Any]) -> Iterator[Any]:
+def around_guidance(patcher: Any, model_options: dict[str, Any]) -> list[Any]:
+    """The functions that other nodes have put around the evaluations of a guider."""
+    out = list(on_guidance(model_options))
+    for kind in (comfy.patcher_extension.WrappersMP.PREDICT_NOISE, comfy.patcher_extension.WrappersMP.CALC_COND_BATCH):
+        out += comfy.patcher_extension.get_all_wrappers(kind, model_options, is_model_options=True)
+        out += patcher.get_all_wrappers(kind)
+    return out + [model_options[name] for name in ("model_function_wrapper",) if name in model_options]
+
+
+def on_guidance(options: dict[str, Any]) -> Iterator[Any]:
     """The functions that other nodes have put around guidance."""
     kinds = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_calc_cond_batch_function")
     some = (options.get(kind) or () for kind in kinds)
@@ -132,14 +153,36 @@ def require_one_model(guider: Any, node: str) -> None:
         raise ValueError(f"{node} makes a film with one model, and {type(guider).__name__} evaluates a second one: use CFGGuider or BasicGuider")
 
 
-def require_plain_texts(guider: Any, node: str) -> None:
-    """Raises ValueError for what hangs on a text and has no place in chunks."""
+def require_plain_texts(guider: Any, node: str, frames: int) -> None:
+    """Raises ValueError for what hangs on a text and has no place in the chunks of a film of `frames` latent frames."""
     some = (one for many in guider.conds.values() for one in many)
     if found := next((key for one in some for key in ON_TEXTS if one.get(key) is not None), None):
         raise ValueError(f"{node}: {ON_TEXTS[found]}; bypass that node")
     for text in (one["cross_attn"] for many in guider.conds.values() for one in many if one.get("cross_attn") is not None):
         if text.ndim != 3 or not text.numel():
             raise ValueError(f"{node} was given a text of shape {tuple(text.shape)}, and needs films x words x channels: use a CLIP Text Encode node")
+    for mask in (one["mask"] for many in guider.conds.values() for one in many if one.get("mask") is not None):
+        if mask.shape[-3] not in (1, frames):
+            raise ValueError(
+                f"{node}: the mask on a text has {mask.shape[-3]} frames, and the film has {frames} latent frames: use a mask of one frame, which "
+                f"counts for all, or of {frames}"
+            )
+
+
+def require_counting_texts(guider: Any, some: Iterable[dict[str, Any]], levels: Iterable[float], node: str) -> None:
+    """Raises ValueError for a step at which none of the texts that are evaluated counts: there would be nothing to evaluate."""
+    level_at = guider.model_patcher.get_model_object(SAMPLING).percent_to_sigma
+    spans = [(_level(one, "start_percent", level_at, float("inf")), _level(one, "end_percent", level_at, 0.0)) for one in some]
+    if spans and (without := [level for level in levels if not any(end <= level <= start for start, end in spans)]):
+        raise ValueError(
+            f"{node}: at {len(without)} steps, noise levels {max(without):.3f} to {min(without):.3f}, no text counts (Conditioning Set Timestep "
+            "Range): combine it with one that counts there"
+        )
+
+
+def _level(text: dict[str, Any], name: str, level_at: Callable[[float], float], unset: float) -> float:
+    percent = text.get(name)
+    return unset if percent is None else float(level_at(percent))
 
 
 def require_steady_hooks(guider: Any, node: str) -> None:

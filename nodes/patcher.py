@@ -72,10 +72,14 @@ def load(path: Path, name: str, family: str = AUTO, disable_dynamic: bool = Fals
     return patcher
 
 
+NAMED = ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet", "force_fp32", "force_fp16")
+"""Options of the host by which somebody has named a dtype."""
+
+
 def dtype_of_processor(device: torch.device) -> torch.dtype | None:
     """bfloat16 where a processor multiplies it natively: the host would take float32, which needs twice the time and memory. None where the host
     decides: on other devices, and where it was started with a dtype (--fp32-unet)."""
-    named = any(getattr(args, name, False) for name in ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32", "force_fp16"))
+    named = any(getattr(args, name, False) for name in NAMED)
     if named or not comfy.model_management.is_device_cpu(device) or fast_dtype() == torch.float32:
         return None
     return fast_dtype()

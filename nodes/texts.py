@@ -133,15 +133,18 @@ class ChunkConds:
         counts = {name: [one for k, one in enumerate(some) if not k or one[FROM] <= chunk][-1] for name, some in self.branches.items()}
         return {one["uuid"]: name for name, one in counts.items() if "uuid" in one}
 
-    def only(self, names: Mapping[Hashable, str], conds: Sequence[list[Cond] | None]) -> list[list[Cond] | None]:
-        """Of the texts of an evaluation those that count, as `at` has them, and those that are none of the guider's."""
+    def only(self, names: Mapping[Hashable, str], conds: Sequence[list[Cond] | None], start: int, frames: int) -> list[list[Cond] | None]:
+        """Of the texts of an evaluation of `frames` latent frames from `start` on, those that count, as `at` has them, and those that are none of
+        the guider's. Masks are those of these frames."""
         return [
-            None if many is None else [_plain(one) for one in many if one.get("uuid") in names or one.get("uuid") not in self._known]
+            None if many is None else [_plain(one, start, frames) for one in many if one.get("uuid") in names or one.get("uuid") not in self._known]
             for many in conds
         ]
 
 
-def _plain(one: Cond) -> Cond:
-    """Without what keeps other samplers from it."""
+def _plain(one: Cond, start: int, frames: int) -> Cond:
+    """Without what keeps other samplers from it. Masks [films, frames of the film or 1, h, w] are cut to the frames that are evaluated."""
+    if (mask := one.get("mask")) is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        one = {**one, "mask": mask[:, start : start + frames]}
     inputs = one.get("model_conds", {})
     return one if CHUNKS_ONLY not in inputs else {**one, "model_conds": {key: value for key, value in inputs.items() if key != CHUNKS_ONLY}}

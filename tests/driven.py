@@ -96,7 +96,7 @@ class DrivenSections:
         assert self.session
         return self.session.settle(frame_s)
 
-    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row, start: int) -> Tensor:
         return self.evaluate(x, levels, row)
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:

@@ -187,6 +187,7 @@ class Watched(Node):
         model.add_object_patch("diffusion_model.forward_block", forward_block)
 
         def outer(executor, *args, **kwargs):
+            gc.collect()
             seen.update(most=0, calls=0, forwards=0)
             before = executor.class_obj.model_options
             try:

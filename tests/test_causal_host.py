@@ -27,7 +27,8 @@ from tests.tiny_causal import PUBLISHED, TO_HOST, tiny_causal
 
 pytestmark = NEEDS_HOST
 FILE, REPACK, LONE, LORA, KOHYA = "self_forcing.pt", "repack.safetensors", "lone.safetensors", "lora.pt", "kohya.safetensors"
-WAN_FUN, DIFFUSERS = "wan_fun.safetensors", "diffusers.safetensors"
+WAN_FUN, DIFFUSERS, CHANGES = "wan_fun.safetensors", "diffusers.safetensors", "changes.safetensors"
+MINE = "diffusion_model."
 TEXT_DIM = 256
 """That of the CLIP that comes with the bundled model."""
 LORA_LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.v")
@@ -74,6 +75,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     torch.save(
         {"generator_lora": {"base_model.model.blocks.9.self_attn.q.lora_A.weight": torch.zeros(2, 256)}}, base / "models" / "loras" / "other.pt"
     )
+    save_file(differences(), base / "models" / "loras" / CHANGES)
+    save_file({**differences(), f"{MINE}blocks.0.diff_m": torch.zeros(1, 6, 256)}, base / "models" / "loras" / "modulated.safetensors")
+    save_file({f"{MINE}blocks.0.norm3.diff": torch.zeros(128)}, base / "models" / "loras" / "narrow.safetensors")
     with with_nodes(base, KINDS, ("--fp32-unet",)) as running:
         yield running
 
@@ -86,6 +90,22 @@ def longlive_lora() -> dict[str, dict[str, Tensor]]:
         parts[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
         parts[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
     return {"generator_lora": parts, "critic_lora": {key: value * 7 for key, value in parts.items()}}
+
+
+def differences() -> dict[str, Tensor]:
+    """As lightx2v writes them: what changes of weights and biases, whole."""
+    generator, weights = torch.Generator().manual_seed(8), tiny_causal(text_dim=TEXT_DIM).state_dict()
+    ends = {"blocks.0.norm3.diff": "weight", "blocks.0.norm3.diff_b": "bias", "blocks.1.self_attn.q.diff_b": "bias"}
+    return {f"{MINE}{key}": torch.randn(weights[f"{key.rpartition('.')[0]}.{of}"].shape, generator=generator) * 0.3 for key, of in ends.items()}
+
+
+def with_differences() -> SkyReelsV2:
+    """The network with them in its weights."""
+    network, of = tiny_causal(text_dim=TEXT_DIM), {"diff": "weight", "diff_b": "bias"}
+    for key, change in differences().items():
+        layer, _, kind = key.removeprefix(MINE).rpartition(".")
+        getattr(network.get_submodule(layer), of[kind]).data.add_(change)
+    return network
 
 
 def kohya(lora: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -305,6 +325,15 @@ def test_a_lora_of_a_training_state_changes_the_film_as_its_weights_would(host: 
         assert torch.equal(host.latents(graph), ours), f"the same LoRA under the names of {name}"
     graph["model"]["inputs"]["lora"] = "other.pt"
     assert "other.pt: 1 of 1 tensors are for no layer of this model, such as blocks.9.self_attn.q.lora_A.weight" in refusal(host, graph)
+
+
+def test_a_lora_may_hold_whole_differences(host: Host, graph: Graph) -> None:
+    graph["model"]["inputs"]["lora"] = CHANGES
+    close(normalise(host.latents(graph)), alone(network=with_differences()))
+    graph["model"]["inputs"]["lora"] = "modulated.safetensors"
+    assert "modulated.safetensors: 1 of 4 tensors are changes of modulations (.diff_m), which ComfyUI puts on no model" in refusal(host, graph)
+    graph["model"]["inputs"]["lora"] = "narrow.safetensors"
+    assert "1 layers of the LoRA do not fit, such as blocks.0.norm3.weight: it is for (128,), this model has (256,)" in refusal(host, graph)
 
 
 def test_another_model_in_between_and_a_second_run_change_nothing(host: Host, graph: Graph) -> None:

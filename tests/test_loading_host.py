@@ -263,8 +263,8 @@ def test_what_the_run_will_hold_is_told_before_and_is_what_it_holds(host: Host, 
 
 
 def test_the_frame_rate_of_a_model_without_one_is_refused(host: Host, models: Path, graph: Graph, weights: Weights) -> None:
-    save_file({k: v for k, v in weights.items() if not k.startswith("fps_")}, models / "no_fps.safetensors")
-    base = with_model(graph, "no_fps.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("fps_")}, models / "skyreels_no_fps.safetensors")
+    base = with_model(graph, "skyreels_no_fps.safetensors")
     assert torch.isfinite(host.latents(base)).all()
     refused(host, put(base, "FlowCacheSampler", fps="16"), "fps 16 would change nothing, this model has no frame-rate tensors")
 

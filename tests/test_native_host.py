@@ -43,6 +43,8 @@ from tests.tiny_causal import tiny_causal
 pytestmark = NEEDS_HOST
 FILE = "causal.safetensors"
 """Weights in bfloat16, which a processor that multiplies it natively computes in."""
+SKIPS = "SkipLayerGuidanceDiT"
+SKIPPED = {"double_layers": "1", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0, "rescaling_scale": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +259,8 @@ EASY: Chain = ("EasyCache", {"reuse_threshold": 0.2, "start_percent": 0.0, "end_
         (film(("LazyCache", EASY[1]), kv()), "lazycache skips steps without knowing of chunks"),
         (film(("TorchCompileModel", {"backend": "inductor"}), kv()), "the model goes through torch.compile"),
         (film(kv(), causal=False), "KV Compressor cannot serve a WAN21 model: .* causal model of ComfyUI's own"),
+        (film((SKIPS, SKIPPED), kv()), f"{SKIPS} would change nothing: under Sampler AR Video no block"),
+        (film(kv(), (SKIPS, SKIPPED)), f"{SKIPS} would change nothing: under Sampler AR Video no block"),
         (film(("Skipping", {}), kv()), "an evaluation was left out by a node that skips steps"),
         (film(kv(), ("OtherAttention", {})), r"diffusion_model\.blocks\.1\.self_attn\.forward of the network was replaced by OtherAttention"),
         (film(start(), kv(), batch=2), "one film at a time from a start image, not 2: set batch_size to 1"),
@@ -283,7 +287,23 @@ EASY: Chain = ("EasyCache", {"reuse_threshold": 0.2, "start_percent": 0.0, "end_
             r"needs noise levels that end in 0, these end in 0\.[0-9]+: do not split",
         ),
     ],
-    ids=["budget", "odd", "easycache", "lazycache", "compile", "not causal", "skipping", "attention", "batch", "block", "sampler", "mask", "sigmas"],
+    ids=[
+        "budget",
+        "odd",
+        "easycache",
+        "lazycache",
+        "compile",
+        "not causal",
+        "blocks",
+        "blocks behind",
+        "skipping",
+        "attention",
+        "batch",
+        "block",
+        "sampler",
+        "mask",
+        "sigmas",
+    ],
 )
 def test_what_cannot_work_is_refused_with_a_sentence(host: Host, graph: Graph, sentence: str) -> None:
     refused(host, graph, sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,22 @@ class CompiledInPlace(Patch):
         model.model.diffusion_model.blocks[0].compile()
         return (model,)
 
-NODE_CLASS_MAPPINGS = {one.__name__: one for one in Patch.__subclasses__()}
+class Faded(Patch):
+    def patch(self, model):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)
+        return (model,)
+
+class FrameMask:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "mask", ("MASK",)
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"frames": ("INT",), "first": ("INT",), "last": ("INT",)}})
+
+    def mask(self, frames, first, last):
+        mask = torch.zeros(frames, 8, 8)
+        mask[first:last] = 1
+        return (mask,)
+
+NODE_CLASS_MAPPINGS = {one.__name__: one for one in (*Patch.__subclasses__(), FrameMask)}
 """
 """Nodes of another pack that patch models as packs do."""
 FOREIGN = {
@@ -248,6 +263,148 @@ def test_a_text_for_the_first_steps_leaves_its_history(host: Host, plain: Graph)
     made["both"] = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": prompt, "conditioning_2": ["more", 0]}}
     guider["positive"] = ["both", 0]
     torch.testing.assert_close(host.latents(made), host.latents(plain), atol=5e-3, rtol=5e-3)
+
+
+# several noise levels in one evaluation: bidirectional attention, chunks one behind the other
+
+
+@pytest.fixture
+def staggered(plain: Graph) -> Graph:
+    """Three chunks, two steps apart."""
+    graph = put(put(plain, "FlowCacheSampler", attention=BIDIRECTIONAL, ar_step=2, solver="euler"), "RandomNoise", noise_seed=3)
+    return put(put(graph, "FlowCacheLatent", length=33), "BasicScheduler", steps=6)
+
+
+def in_sections(graph: Graph, guided: Callable[[core.Guided], Any]) -> Tensor:
+    bundle = load_bundle(dtype=torch.float32)
+    job = replace(job_of(graph), frames=33, steps=6, ar_step=2, solver="euler")
+    with torch.inference_mode():
+        made = core._made(bundle, job, job.sections(bundle), guided(core.Guided(bundle, job)), lambda chunk: None, core.NOTHING,
+                          lambda adapter, sigmas: adapter, None, None, None, None)  # fmt: skip
+    return made[0]
+
+
+@dataclass(frozen=True)
+class EachAtItsLevel(OverGuided):
+    """The prompt alone for the frames that are at `last` or below, CFG for the others; of clean latents, `kept` is kept."""
+
+    last: float = -1.0
+    kept: float = 1.0
+
+    def __call__(self, turn: Turn, x: Tensor) -> Tensor:
+        prompt, negative = turn.denoise(x.expand(2, -1, -1, -1, -1), self.context, self.branches).chunk(2)
+        levels = torch.tensor(turn.levels or (self.guided.levels[turn.step],)).view(-1, 1, 1)
+        out = torch.where(levels > self.last, negative + self.guided.job.cfg * (prompt - negative), prompt)
+        return (x - self.kept * (x - levels * out)) / levels.clamp(min=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "guided"),
+    [
+        ("CFGOverride", {"cfg": 1.0, "start_percent": 0.4, "end_percent": 1.0}, {"last": 8 * 0.6 / (1 + 7 * 0.6)}),
+        ("Faded", {}, {"kept": 0.9}),
+    ],
+)
+def test_guidance_of_a_section_sees_every_chunk_at_its_own_level(
+    host: Host, staggered: Graph, kind: str, inputs: dict[str, Any], guided: dict[str, Any]
+) -> None:
+    film = normalise(host.latents(after_loader(staggered, kind, **inputs)))
+    torch.testing.assert_close(film, in_sections(staggered, lambda usual: EachAtItsLevel(usual, **guided)), atol=2e-2, rtol=2e-2)
+    assert not torch.allclose(film[:, :, :3], normalise(host.latents(staggered))[:, :, :3], atol=0.1)
+
+
+def test_a_text_for_the_last_steps_counts_in_every_chunk_of_a_section(host: Host, staggered: Graph) -> None:
+    made = on_text(staggered, "ConditioningSetTimestepRange", start=0.0, end=0.5)
+    guider = made[node(made, "CFGGuider")]["inputs"]
+    made["late"] = {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": guider["negative"], "start": 0.5, "end": 1.0}}
+    made["both"] = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["more", 0], "conditioning_2": ["late", 0]}}
+    film, plain = host.latents(put(made, "CFGGuider", positive=["both", 0])), host.latents(staggered)
+    for first in (0, 3, 6):
+        assert not torch.allclose(film[:, :, first : first + 3], plain[:, :, first : first + 3], atol=0.1)
+
+
+def test_the_same_text_at_all_steps_in_two_pieces_is_that_text_in_every_chunk(host: Host, staggered: Graph) -> None:
+    made = on_text(staggered, "ConditioningSetTimestepRange", start=0.0, end=0.5)
+    prompt = staggered[node(staggered, "CFGGuider")]["inputs"]["positive"]
+    made["late"] = {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": prompt, "start": 0.5, "end": 1.0}}
+    made["both"] = {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["more", 0], "conditioning_2": ["late", 0]}}
+    torch.testing.assert_close(host.latents(put(made, "CFGGuider", positive=["both", 0])), host.latents(staggered), atol=5e-3, rtol=5e-3)
+
+
+# what nodes keep from one step to the next
+
+
+def momentum(graph: Graph, length: int = 21, **settings: Any) -> Graph:
+    graph = put(put(graph, "FlowCacheLatent", length=length), "FlowCacheSampler", **settings)
+    return after_loader(graph, "APG", eta=1.0, norm_threshold=5.0, momentum=-0.75)
+
+
+def test_momentum_of_guidance_is_that_of_the_chunk(host: Host, plain: Graph) -> None:
+    """The first chunk sees no other one, so it is the same however far ahead of them it is."""
+    close, apart = (host.latents(momentum(plain, ar_step=ar_step))[:, :, :3] for ar_step in (2, 5))
+    torch.testing.assert_close(close, apart, atol=5e-3, rtol=5e-3)
+    assert not torch.allclose(close, host.latents(plain)[:, :, :3], atol=0.1)
+
+
+def test_momentum_of_chunks_of_other_lengths(host: Host, plain: Graph) -> None:
+    assert torch.isfinite(host.latents(momentum(put(plain, "FlowCacheLatent", snap="off"), 29, ar_step=2))).all()
+
+
+# masks on texts
+
+
+def masked(graph: Graph, frames: int, first: int, last: int) -> Graph:
+    """The prompt within the mask, and the negative text everywhere."""
+    made = on_text(graph, "ConditioningSetMask", mask=["frames", 0], strength=1.0, set_cond_area="default")
+    made["frames"] = {"class_type": "FrameMask", "inputs": {"frames": frames, "first": first, "last": last}}
+    return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": BIDIRECTIONAL, "ar_step": 2}], ids=["block-causal", "bidirectional"])
+def test_a_mask_has_frames_of_the_film(host: Host, plain: Graph, settings: dict[str, Any]) -> None:
+    """Where the prompt counts in the first chunk alone, that chunk is as with the prompt, and the other is not."""
+    plain = put(plain, "FlowCacheSampler", **settings)
+    everywhere, first = host.latents(masked(plain, 6, 0, 6)), host.latents(masked(plain, 6, 0, 3))
+    torch.testing.assert_close(everywhere, host.latents(plain), atol=5e-3, rtol=5e-3)
+    if not settings:
+        torch.testing.assert_close(first[:, :, :3], everywhere[:, :, :3], atol=5e-3, rtol=5e-3)
+    assert not torch.allclose(first[:, :, 3:], everywhere[:, :, 3:], atol=0.1)
+
+
+def test_a_mask_of_another_length_is_refused(host: Host, plain: Graph) -> None:
+    refused(host, masked(plain, 3, 0, 3), "^AR Chunk Sampler: the mask on a text has 3 frames, and the film has 6 latent frames")
+
+
+# what this network has no place for
+
+
+def test_a_start_image_on_a_text_is_refused(host: Host, plain: Graph) -> None:
+    made, guider = copy.deepcopy(plain), plain[node(plain, "CFGGuider")]["inputs"]
+    texts = {name: guider[name] for name in ("positive", "negative")}
+    vae = node(plain, "VAEDecode")
+    made["picture"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}}
+    size = {"width": 64, "height": 64, "length": 21, "batch_size": 1}
+    made["wan"] = {"class_type": "WanImageToVideo", "inputs": {**texts, **size, "vae": plain[vae]["inputs"]["vae"], "start_image": ["picture", 0]}}
+    refused(host, put(made, "CFGGuider", positive=["wan", 0], negative=["wan", 1]), "a start image was put on a text.*AR Video Frames In gives")
+
+
+def test_a_reference_picture_on_a_text_is_refused(host: Host, plain: Graph) -> None:
+    made = on_text(plain, "ReferenceLatent", latent=[node(plain, "FlowCacheLatent"), 0])
+    refused(host, made, "a reference picture was put on a text.*AR Video Frames In gives")
+
+
+def test_steps_at_which_no_text_counts_are_refused_before_the_run(host: Host, plain: Graph) -> None:
+    made = on_text(plain, "ConditioningSetTimestepRange", start=0.0, end=0.5)
+    made["one"] = {"class_type": "BasicGuider", "inputs": {"model": [node(plain, "FlowCacheLoadModel"), 0], "conditioning": ["more", 0]}}
+    alone = put(made, "SamplerCustomAdvanced", guider=["one", 0])
+    refused(host, alone, r"^AR Chunk Sampler: at 2 steps, noise levels 0\.842 to 0\.667, no text counts .Conditioning Set Timestep")
+    assert torch.isfinite(host.latents(made)).all(), "the other text counts"
+
+
+@pytest.mark.parametrize("sampling", ["lcm", "v_prediction", "x0"])
+def test_another_kind_of_prediction_is_refused(host: Host, plain: Graph, sampling: str) -> None:
+    refused(host, after_loader(plain, "ModelSamplingDiscrete", sampling=sampling, zsnr=False), "set to another kind of prediction.*bypass that node")
+    assert torch.isfinite(host.latents(after_loader(plain, "ModelSamplingSD3", shift=5.0))).all()
 
 
 def test_an_area_of_a_text_is_refused(host: Host, plain: Graph) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -135,7 +136,8 @@ def plain(value: object, depth: int = DEPTH) -> Any:
         case type() | BuiltinFunctionType():
             return value.__qualname__
         case FunctionType():
-            held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            kept = rebound(value)
+            held = [cell.cell_contents for cell in value.__closure__ or () if cell not in kept and _is_filled(cell)]
             return [value.__qualname__, plain(held, depth - 1)]
         case MethodType():
             return [value.__qualname__, plain(value.__self__, depth - 1)]
@@ -143,6 +145,21 @@ def plain(value: object, depth: int = DEPTH) -> Any:
             return [type(value).__qualname__, plain(dict(value.state_dict(keep_vars=True)), depth - 1)]
     named = {field.name: getattr(value, field.name) for field in fields(value)} if is_dataclass(value) else getattr(value, "__dict__", {})
     return [type(value).__qualname__, plain(dict(named), depth - 1)]
+
+
+def rebound(function: Any) -> tuple[CellType, ...]:
+    """The variables from around a function that it sets itself: what it keeps from one call to the next."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells:
+        return ()
+    written = _written(code)
+    return tuple(cell for name, cell in zip(code.co_freevars, cells, strict=True) if name in written)
+
+
+def _written(code: CodeType) -> set[str]:
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    own = {str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"}
+    return own.union(*map(_written, inner))
 
 
 def _is_filled(cell: Any) -> bool:

@@ -361,6 +361,16 @@ class SeveralChunks:
     """What turns of several chunks have in common."""
 
     chunks: Sequence[Chunk]
+    start: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, slice], ...]:
+        places = ((chunk.step, chunk.start - self.start, chunk.frames) for chunk in self.chunks)
+        return tuple((step, slice(begin, begin + frames)) for step, begin, frames in places)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return ()
 
     @property
     def index(self) -> int:
@@ -414,6 +424,18 @@ class ChunkTurn:
     def reads(self) -> int:
         return max(self.chunk.index, self.session.reads)
 
+    @property
+    def start(self) -> int:
+        return self.chunk.start
+
+    @property
+    def parts(self) -> tuple[tuple[int, slice], ...]:
+        return ((self.chunk.step, slice(0, self.chunk.frames)),)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return ()
+
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         mine = self.committing and not self.run.family.guidance.inside
         return self.session.unwritten(self.chunk, branches) if mine else ()
@@ -466,7 +488,7 @@ class ChunkDenoiser:
         return len(chunks) > 1 and self.run.in_one_pass
 
     def predict_row(self, parts: Sequence[Tensor], chunks: Sequence[Chunk]) -> Sequence[Tensor]:
-        turn, x = RowTurn(chunks, self.session), torch.cat(list(parts), 2)
+        turn, x = RowTurn(chunks, chunks[0].start, self.session), torch.cat(list(parts), 2)
         return through_session(self.session, lambda: self.evaluate(turn, x)).split([chunk.frames for chunk in chunks], 2)
 
     def choose(self, chunk: Chunk, rate: Tensor) -> Tensor:
@@ -482,13 +504,17 @@ class ChunkDenoiser:
 
 @dataclass(frozen=True)
 class SectionTurn(SeveralChunks):
-    """A row of a section. `chunks`: those that move; `levels`: of every latent frame."""
+    """A row of a section. `chunks`: those that move; `of_frames`: the noise level of every latent frame."""
 
     session: SectionSession
-    levels: tuple[float, ...]
+    of_frames: tuple[float, ...]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.of_frames if len(set(self.of_frames)) > 1 else ()
 
     def denoise(self, x: Tensor, context: Tensor, branches: Branches, blocks: Hashable = None, texts: Hashable = None) -> Tensor:
-        return self.session.denoise(x, self.levels, context, branches, self.chunks)
+        return self.session.denoise(x, self.of_frames, context, branches, self.chunks)
 
 
 @dataclass(frozen=True)
@@ -508,8 +534,8 @@ class FilmDenoiser:
         self.observer.begin(self.session.report, [line for line in self.session.report.notes if line not in before])
         return plans
 
-    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        return through_session(self.session, lambda: self.evaluate(SectionTurn(row.active, self.session, levels), x))
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row, start: int) -> Tensor:
+        return through_session(self.session, lambda: self.evaluate(SectionTurn(row.active, start, self.session, levels), x))
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None:
         self.session.note(chunk, clean)

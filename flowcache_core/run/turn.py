@@ -34,6 +34,21 @@ class Turn(Protocol):
         """The chunk whose texts count: its own, or where history is made anew for a later one, that one."""
         ...
 
+    @property
+    def start(self) -> int:
+        """Latent frame of the film at which that begins which is evaluated."""
+        ...
+
+    @property
+    def parts(self) -> tuple[tuple[int, slice], ...]:
+        """Of each chunk that is evaluated for a step: the step, and its latent frames in what is evaluated."""
+        ...
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise level of every latent frame in what is evaluated, where they differ in one evaluation; empty: all have that of `step`."""
+        ...
+
     def unwritten(self, branches: Iterable[Hashable]) -> tuple[Hashable, ...]:
         """Of these branches and all that have run before, those that a committing turn has not run yet: later chunks would lack their keys."""
         ...
@@ -68,3 +83,15 @@ class WrappedTurn:
     @property
     def reads(self) -> int:
         return self.turn.reads
+
+    @property
+    def start(self) -> int:
+        return self.turn.start
+
+    @property
+    def parts(self) -> tuple[tuple[int, slice], ...]:
+        return self.turn.parts
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.turn.levels

@@ -60,8 +60,11 @@ def given_frames(mask: Tensor) -> tuple[int, int]:
     low, high = mask.amin((0, 1, 3, 4)), mask.amax((0, 1, 3, 4))
     torn = [k for k, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)) if not (a == b and a in (0.0, 1.0))]
     if torn:
+        stretched = any(a == b for k in torn for a, b in [(float(low[k]), float(high[k]))])
+        why = "; a latent that was cut after frames were given to it has the old mask, stretched: put Set Latent Noise Mask behind the cut"
         raise ValueError(
-            f"the noise mask keeps a part of latent frame {torn[0]}: whole frames are kept or generated; make the mask 0 or 1 all over a frame"
+            f"the noise mask keeps a part of latent frame {torn[0]}: whole frames are kept or generated; make the mask 0 or 1 all over a "
+            f"frame{why if stretched else ''}"
         )
     keep = [a == 0 for a in low.tolist()]
     if all(keep):

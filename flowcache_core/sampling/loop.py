@@ -287,8 +287,8 @@ class SectionDenoiser(Protocol):
 
     def settle(self, frame_s: float) -> Sequence[Plan]: ...
 
-    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row) -> Tensor:
-        """As `PredictSection`; x holds the frames of one section."""
+    def predict(self, x: Tensor, levels: tuple[float, ...], row: Row, start: int) -> Tensor:
+        """As `PredictSection`, with chunks as those of the film, where x begins at latent frame `start`."""
         ...
 
     def note(self, chunk: Chunk, clean: Tensor | None, film: Tensor) -> None: ...
@@ -347,7 +347,7 @@ def sample_sections(run: SectionDenoiser, noise: Tensor, sections: Sequence[Sect
         section, plan = sections[state.section], plans[state.section]
 
         def predict(part: Tensor, levels: tuple[float, ...], row: Row, section: Section = section) -> Tensor:
-            return run.predict(part, levels, section.over_film(row))
+            return run.predict(part, levels, section.over_film(row), section.start + section.schedule.span(row.first)[0])
 
         def note(chunk: Chunk, clean: Tensor | None, x: Tensor, section: Section = section) -> None:
             film[:, :, section.start : section.end] = x
@@ -370,5 +370,6 @@ def _section_seconds(run: SectionDenoiser, film: Tensor, section: Section, level
     """Seconds that a latent frame takes in the first section's first row, by one warm-up and one timed evaluation."""
     row = section.schedule.rows[0]
     seen, per_frame = _shown(film[:, :, section.start : section.end], section.schedule, row, (levels[0], *levels), given, given.start())
-    run.predict(seen, per_frame, row)
-    return seconds_of(lambda chunk: run.predict(seen, per_frame, row), row.active[0], film.device) / seen.shape[2]
+    start = section.schedule.span(row.first)[0]
+    run.predict(seen, per_frame, row, start)
+    return seconds_of(lambda chunk: run.predict(seen, per_frame, row, start), row.active[0], film.device) / seen.shape[2]
