@@ -41,6 +41,7 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --prompts 8 --workers 2 --json docs/bench/kv-causal.json
 	$(BENCH) long --prompts 16 --share 0.4 --workers 2 --json docs/bench/long.json
 	$(BENCH) long --arms random --prompts 16 --share 0.4 --workers 2 --json docs/bench/long-random.json
+	$(BENCH) long --arms "shorter window; even, no sink" --prompts 16 --share 0.4 --workers 2 --json docs/bench/long-sink.json
 	$(BENCH) rendered --frames 57 --json docs/bench/rendered.json
 	$(BENCH) step --steps 4 --json docs/bench/step.json
 	$(BENCH) step --steps 4 --threads 2 --json docs/bench/step-2.json

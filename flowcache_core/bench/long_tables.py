@@ -8,10 +8,15 @@ from typing import Any
 from .long import NAME, WINDOW
 from .measured import data, origin, table
 
-RIVAL = f"{NAME}-random"
-"""A run of its own, of the same films."""
-BOTH = NAME, RIVAL
-ARMS = {WINDOW: "the whole window, 5 chunks", "even": "a budget of 3 chunks, `even`", "random": "the same budget, `random`"}
+ALL = NAME, f"{NAME}-sink", f"{NAME}-random"
+"""Runs of their own, of the same films."""
+ARMS = {
+    WINDOW: "the window, 5 chunks",
+    "shorter window": "a window of 4 chunks, as long as the budget",
+    "even": "a budget of 3 chunks, `even`",
+    "even, no sink": "the same without the first chunk",
+    "random": "the same with it, `random`",
+}
 Row = dict[str, Any]
 
 
@@ -41,9 +46,9 @@ def by_stretch(names: Sequence[str], texts: Mapping[str, str], key: str, scale: 
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "long-colours": lambda: by_stretch(BOTH, ARMS, "colour", 100, 0, {"chance": "other prompts", "ceiling": "true clips"}),
-    "long-moved": lambda: by_stretch(BOTH, ARMS, "moved"),
-    "long-contrast": lambda: by_stretch(BOTH, ARMS, "contrast", digits=2),
-    "long-saturation": lambda: by_stretch(BOTH, ARMS, "saturation", digits=2),
-    "long-origin": lambda: "\n".join(map(origin, BOTH)),
+    "long-colours": lambda: by_stretch(ALL, ARMS, "colour", 100, 0, {"chance": "other prompts", "ceiling": "true clips"}),
+    "long-moved": lambda: by_stretch(ALL, ARMS, "moved"),
+    "long-contrast": lambda: by_stretch(ALL, ARMS, "contrast", digits=2),
+    "long-saturation": lambda: by_stretch(ALL, ARMS, "saturation", digits=2),
+    "long-origin": lambda: "\n".join(map(origin, ALL)),
 }

@@ -38,6 +38,7 @@ OTHERS = {
     "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --prompts 8 --workers 2',
     "long": f"{BENCH} long --prompts 16 --share 0.4 --workers 2",
     "long-random": f"{BENCH} long --arms random --prompts 16 --share 0.4 --workers 2",
+    "long-sink": f'{BENCH} long --arms "shorter window; even, no sink" --prompts 16 --share 0.4 --workers 2',
     "rendered": f"{BENCH} rendered --frames 57",
     **SCALE,
     **STEP,
