@@ -20,6 +20,8 @@ CACHES = ("easycache", "lazycache")
 COMPILE = "torch.compile"
 SAMPLING, FLOW = "model_sampling", comfy.model_sampling.CONST()
 """Name of the object on a MODEL that says what its network predicts, and what says that of a flow."""
+EXACT = 1e-6
+"""Noise levels nearer to each other than this are the same to the host, which compares them in float32."""
 SKIPPED = "SkipLayerGuidance"
 """How nodes are called whose guidance skips blocks."""
 NO_EFFECT = {"PerturbedAttentionGuidance": "it replaces the attention of a U-Net's middle block"}
@@ -173,7 +175,7 @@ def require_counting_texts(guider: Any, some: Iterable[dict[str, Any]], levels: 
     """Raises ValueError for a step at which none of the texts that are evaluated counts: there would be nothing to evaluate."""
     level_at = guider.model_patcher.get_model_object(SAMPLING).percent_to_sigma
     spans = [(_level(one, "start_percent", level_at, float("inf")), _level(one, "end_percent", level_at, 0.0)) for one in some]
-    if spans and (without := [level for level in levels if not any(end <= level <= start for start, end in spans)]):
+    if spans and (without := [level for level in levels if not any(end - EXACT <= level <= start + EXACT for start, end in spans)]):
         raise ValueError(
             f"{node}: at {len(without)} steps, noise levels {max(without):.3f} to {min(without):.3f}, no text counts (Conditioning Set Timestep "
             "Range): combine it with one that counts there"
