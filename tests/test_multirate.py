@@ -143,7 +143,7 @@ def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep
         return (x - torch.tanh(3 * target + x)) / levels[step]
 
     generator = torch.Generator().manual_seed(7)
-    walk, x = CellWalk(kind.order, levels, jumps, getattr(kind, "sums", False), generator if isinstance(kind, Renoise) else None), noise.clone()
+    walk, x = CellWalk(kind.order, levels, 23, jumps, getattr(kind, "sums", False), generator if isinstance(kind, Renoise) else None), noise.clone()
     for step in steps:
         chosen = None if step in whole else torch.stack([owner == g for g in range(groups) if step in own[g]] or [owner < 0]).any(0)
         arrived = walk.arrive(x, step)
@@ -158,7 +158,7 @@ def test_every_cell_moves_as_the_solver_moves_it_on_its_own_path(kind: Multistep
 
 
 def test_the_rate_is_the_last_change_carried_on_over_the_time_waited() -> None:
-    walk, x, levels = CellWalk(2, flow_sigmas(20)), torch.randn(2, 4, 1, 2, 2, dtype=torch.float64), flow_sigmas(20)
+    walk, x, levels = CellWalk(2, flow_sigmas(20), 19), torch.randn(2, 4, 1, 2, 2, dtype=torch.float64), flow_sigmas(20)
     cleans = []
     chosen = torch.tensor([[[True, False], [False, True]]])
     for step, some in ((0, None), (4, None), (6, chosen)):
@@ -329,7 +329,7 @@ def test_a_step_in_part_computes_no_more_than_its_part_and_at_least_a_token(part
 def test_nothing_in_a_step_reads_a_number_back() -> None:
     """It runs on the meta device, where there is none."""
     levels, policy = flow_sigmas(20), Multirate()
-    walk, waiting, x = CellWalk(2, levels), Waiting(12), torch.zeros(1, 4, 3, 4, 4, device="meta")
+    walk, waiting, x = CellWalk(2, levels, len(levels) - 2), Waiting(12), torch.zeros(1, 4, 3, 4, 4, device="meta")
     cache = KVCache((0,), KVSizes(1, 1, 2, 8, 12))
     for step, count in ((0, 12), (2, 12), (5, 4), (9, 4), (12, 12), (15, 3), (19, 12)):
         tokens, chosen = None, None

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from flowcache_core.sampling.noise import flow_sigmas
 from flowcache_core.sampling.path import Path
 from flowcache_core.sampling.plan import FORMAT, Plan, attended
 from flowcache_core.sampling.planner import evenly, least_share, plan_for, plan_in_part
-from flowcache_core.sampling.profile import Profile
+from flowcache_core.sampling.profile import DISTILLED, Profile
 from flowcache_core.sampling.schedule import ChunkSchedule
 from flowcache_core.sampling.solvers import Euler, Multistep, Solver, UniPC
 from flowcache_core.sampling.walk import CellWalk
@@ -83,7 +84,31 @@ def test_whatever_is_computed_all_it_attends_to_is_computed_in_that_row(case: tu
         for chunk in row.active:
             if plan.computes(chunk):
                 assert all(plan.computes(other) for other in attended(schedule, row, chunk, together))
-    assert all(steps[-1] == schedule.steps - 1 for steps in plan.computed if steps), "the last step is never left out"
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=CASES, share=st.floats(0.01, 1.0))
+def test_models_that_were_taught_their_last_step_compute_it(case: tuple[ChunkSchedule, bool], share: float) -> None:
+    schedule, together = case
+    plan = plan_for(replace(schedule, profile=DISTILLED), share, together=together)
+    assert all(steps[-1] == schedule.steps - 1 for steps in plan.computed if steps)
+
+
+@pytest.mark.parametrize(("together", "fifth", "eighth"), [(False, 0.211, 0.133), (True, 0.2, 0.133)])
+def test_a_small_budget_is_not_spent_on_the_last_steps(together: bool, fifth: float, eighth: float) -> None:
+    """Of 50 steps, ten or so end with the last, six or so before it; none stops far from the end."""
+    schedule = ChunkSchedule(15, 5, 50, 5)
+    more, few = ([steps[-1] for steps in plan_for(schedule, share, together).computed] for share in (fifth, eighth))
+    assert more == [49, 49, 49]
+    assert all(40 <= last < 49 for last in few)
+
+
+def test_a_small_budget_is_spread_over_the_chunks() -> None:
+    """The first chunk has at most twice the evaluations of the others, but where it is nearly whole."""
+    schedule = ChunkSchedule(15, 5, 50, 5)
+    assert [[len(steps) for steps in plan_for(schedule, share).computed] for share in (0.116, 0.133, 0.174)] == [
+        [7, 4, 4], [8, 5, 5], [10, 7, 7],
+    ]  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -402,7 +427,7 @@ def test_cells_end_as_their_chunk_does() -> None:
     levels, steps = flow_sigmas(50), (0, 9, 20, 33, 44, 49)
     field, x = flow()
     truth = walk(field, x, Path(levels, steps), Multistep())
-    cells, film = CellWalk(2, levels), x[None, :, None, None]
+    cells, film = CellWalk(2, levels, len(levels) - 2), x[None, :, None, None]
     for step in steps:
         arrived = cells.arrive(film, step)
         film, _ = cells.step(film, arrived, field(arrived[0, :, 0, 0], levels[step])[None, :, None, None], step, None)

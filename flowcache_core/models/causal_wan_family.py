@@ -18,6 +18,7 @@ from torch import Tensor
 from ..sampling.frames import FOUR_N_PLUS_1
 from ..sampling.guidance import ClassifierFree
 from ..sampling.noise import TRAIN_STEPS, steps_in_all
+from ..sampling.profile import DISTILLED
 from ..sampling.schedule import ChunkSchedule
 from .causal_wan import FPS, HORIZON
 from .causal_wan_adapter import CausalWanAdapter, WholeTimesteps, whole_timestep
@@ -123,7 +124,7 @@ def causal_wan(name: str, title: str, noise: FewSteps = FOUR, chunk_frames: int 
         claims=partial(claims, sizes=sizes),
         config_of=partial(config_of, title=title),
         release=partial(release_of, title=title, sizes=sizes),
-        layout=ChunkLayout(chunk_frames, window=horizon // chunk_frames, fps=FPS, causal=True),
+        layout=ChunkLayout(chunk_frames, window=horizon // chunk_frames, fps=FPS, causal=True, profile=DISTILLED),
         frames=FOUR_N_PLUS_1,
         latents=Latents(LATENT_CHANNELS, SPATIAL, PATCH, "Wan21"),
         noise=noise,

@@ -81,7 +81,7 @@ def best(schedule: ChunkSchedule, budget: float, part: float = 1.0) -> Plan:
     sizes = [schedule.span(k)[1] for k in range(schedule.given, schedule.chunks)]
     least, places = min(LEAST + jumps, schedule.steps), _places(schedule)
     price = [n - max(len(steps_in_part(range(n))) - jumps, 0) * (1 - part) for n in range(schedule.steps + 1)]
-    found: tuple[float, Plan] | None = None
+    found: tuple[tuple[bool, float], Plan] | None = None
     for others in _candidates(least, schedule.steps):
         counts = _counts(sizes, price, budget, others)
         if counts[0] < least:
@@ -89,10 +89,11 @@ def best(schedule: ChunkSchedule, budget: float, part: float = 1.0) -> Plan:
         if counts[0] < min(profile.ratio * others, schedule.steps) and others > least and len(sizes) > 1:
             continue
         cost, plan = _nested(schedule, places, counts)
+        uneven = counts[0] > profile.most_ratio * others
         if part == 1 and counts[0] >= profile.nearly_whole * schedule.steps and others >= profile.whole_from * schedule.steps:
-            cost = 0.0
-        if found is None or cost <= found[0]:
-            found = cost, plan
+            uneven, cost = False, 0.0
+        if found is None or (uneven, cost) <= found[0]:
+            found = (uneven, cost), plan
     return found[1] if found else _nested(schedule, places, (least,) * len(sizes))[1]
 
 
@@ -157,7 +158,7 @@ def _nested(schedule: ChunkSchedule, places: Places, counts: Sequence[int]) -> t
 @lru_cache(maxsize=1024)
 def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, from_first: bool,
           jumps: tuple[int, ...] = ()) -> tuple[float, tuple[int, ...]]:  # fmt: skip
-    """The `count` of the points, the last among them, on the path of least cost; all of them where they are fewer.
+    """The `count` of the points on the path of least cost to noise level 0; all of them where they are fewer.
 
     `from_first`: the path begins at the first of the points, else where it costs least. It leaves out none of `jumps`. Of many points only
     steps are looked at that are not far longer than the mean.
@@ -179,11 +180,14 @@ def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, fro
         jump = through.argmin(1)
         back.append(jump + 1)
         best = np.take_along_axis(through, jump[:, None], 1)[:, 0]
-    at, chosen = total - 1, [points[-1]]
-    for jumps in reversed(back):
-        at -= int(jumps[at])
+    best = best + profile.end(t)
+    best[: max((points.index(jump) for jump in jumps if jump in points), default=0)] = np.inf
+    at = int(best.argmin())
+    cost, chosen = float(best[at]), [points[at]]
+    for jump in reversed(back):
+        at -= int(jump[at])
         chosen.append(points[at])
-    return float(best[-1]), tuple(reversed(chosen))
+    return cost, tuple(reversed(chosen))
 
 
 def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
@@ -200,11 +204,8 @@ def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
 
 
 def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
-    """The plan of least cost in which every row computes all of its active chunks or none, within `budget` latent frames.
-
-    The last step of every chunk is computed.
-    """
-    profile = replace(schedule.profile, knots=schedule.profile.knots_together)
+    """The plan of least cost in which every row computes all of its active chunks or none, within `budget` latent frames."""
+    profile = schedule.profile.over_rows
     rows = schedule.rows
     chunks = range(schedule.given, schedule.chunks)
     time = np.full((len(chunks), len(rows)), np.nan)
@@ -212,21 +213,24 @@ def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
         for chunk in row.active:
             time[chunk.index - schedule.given, number] = chunk.step * CLOCK / schedule.steps
     cost = np.zeros((len(rows), len(rows)))
-    start = np.zeros(len(rows))
+    start, finish = np.zeros(len(rows)), np.zeros(len(rows))
     for t in time:
         begin, end = np.flatnonzero(~np.isnan(t))[[0, -1]]
         inside = np.where(np.isnan(t), 0.0, t)
         here = np.arange(begin, end + 1)
         cost[np.ix_(here, here)] += profile.step(inside[here][:, None], inside[here][None, :])
         cost[np.ix_(np.arange(begin), here)] += profile.start(inside[here])[None, :]
-        cost[:end, end + 1 :] = np.inf
+        cost[:begin, end + 1 :] = np.inf
+        cost[np.ix_(here, np.arange(end + 1, len(rows)))] += profile.end(inside[here])[:, None]
         start[here] += profile.start(inside[here])
         start[end + 1 :] = np.inf
+        finish[:begin] = np.inf
+        finish[here] += profile.end(inside[here])
     cost[np.tri(len(rows), dtype=bool)] = np.inf
     frames = row_frames(schedule, rows[0])
     least = len({int(np.flatnonzero(~np.isnan(t))[-1]) for t in time})
     count = min(max(int(budget // frames), least + (schedule.steps > 1)), len(rows))
-    chosen = _cheapest(cost, start, count)
+    chosen = _cheapest(cost, start, finish, count)
     computed: list[list[int]] = [[] for _ in range(schedule.chunks)]
     for number in chosen:
         for chunk in rows[number].active:
@@ -234,14 +238,14 @@ def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
     return Plan(schedule.steps, tuple(map(tuple, computed)), together=True)
 
 
-def _cheapest(cost: np.ndarray, start: np.ndarray, count: int) -> list[int]:
-    """`count` rising indices, the last of all among them, on the path of least cost; fewer where so many cannot be had."""
+def _cheapest(cost: np.ndarray, start: np.ndarray, finish: np.ndarray, count: int) -> list[int]:
+    """`count` rising indices on the path of least cost from `start` to `finish`; fewer where so many cannot be had."""
     best, back = [start], [np.zeros(len(start), int)]
     for _ in range(1, count):
         through = best[-1][:, None] + cost
         back.append(through.argmin(0))
         best.append(through.min(0))
-    at, chosen = len(start) - 1, []
+    at, chosen = int((best[-1] + finish).argmin()), []
     for m in range(count - 1, -1, -1):
         chosen.append(at)
         at = int(back[m][at])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from .path import CLOCK
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,16 @@ class Profile:
     exponent: float = 4.0
     late_start: float = 0.5
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
+    ending: float = 0.0
+    """Weight of the cost (50 - t)^(exponent / 2) of a last evaluation at t, from which the clean latent is taken; 0: always at the last step."""
+    ending_together: float = 0.0
+    """The same where whole rows are computed or skipped, which end chunks at different times."""
     first: float = 3.0
     """Weight of the first chunk, which all others look back on; theirs is 1."""
     ratio: float = 1.35
     """Evaluations of the first chunk at least, for one of the others."""
+    most_ratio: float = math.inf
+    """And at most, but where it is computed nearly whole, or nothing else uses the budget."""
     nearly_whole: float = 0.92
     """At least this part of the first chunk's steps is computed where that leaves all others at least `whole_from` of theirs."""
     whole_from: float = 0.3
@@ -29,6 +38,11 @@ class Profile:
     changes: tuple[float, ...] = ()
     """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is computed, wherever the chunks
     that it attends to are."""
+
+    @property
+    def over_rows(self) -> Profile:
+        """What whole rows cost."""
+        return replace(self, knots=self.knots_together, ending=self.ending_together)
 
     def step(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cost of the step between evaluations at times a and b."""
@@ -38,6 +52,17 @@ class Profile:
     def start(self, t: np.ndarray) -> np.ndarray:
         return self.late_start * (2 * t) ** self.exponent
 
+    def end(self, t: np.ndarray) -> np.ndarray:
+        """Cost of a last evaluation at the rising times t, of which the last is that of a chunk's last step.
 
-ORDINARY = Profile()
+        Over the step to noise level 0 the clean latent is held, which is of first order: half the exponent.
+        """
+        if self.ending == 0:
+            return np.where(t == t[-1], 0.0, np.inf)
+        return self.ending * (CLOCK - t) ** (self.exponent / 2)
+
+
+ORDINARY = Profile(ending=500.0, ending_together=200.0, most_ratio=2.0)
 """As tuned on SkyReels-V2."""
+DISTILLED = Profile()
+"""For few steps, of which every model was taught the last."""

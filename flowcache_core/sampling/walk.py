@@ -46,7 +46,8 @@ def walks(schedule: ChunkSchedule, plan: Plan, levels: tuple[float, ...], solver
     for index in range(schedule.given, schedule.chunks):
         own = rng(index - schedule.given)
         if plan.is_partial(index):
-            out[index] = CellWalk(skipping.order, levels, jumps, sums, own if isinstance(skipping, Renoise) else None)
+            last = plan.computed[index][-1]
+            out[index] = CellWalk(skipping.order, levels, last, jumps, sums, own if isinstance(skipping, Renoise) else None)
         else:
             out[index] = ChunkWalk(solver, Path(levels, plan.computed[index], jumps), own)
     return out
@@ -79,7 +80,8 @@ class CellWalk:
 
     There a cell waits, and nothing is fed to its solver, until it is computed again: then it moves over its own gap, as in
     `solvers.Multistep` along the path of its own computed steps. `order` 1 holds the clean latent over a step, as Euler does, and
-    corrects nothing; 2 takes the line through its last two values, and the corrector. `jumps` and `sums` are those of `Path` and `Path.weights`.
+    corrects nothing; 2 takes the line through its last two values, and the corrector. `last`: the chunk's last computed step, from which it
+    goes to its clean latent. `jumps` and `sums` are those of `Path` and `Path.weights`.
     `noise`: the random numbers of a chunk under `Renoise`, by which a cell goes to its clean latent and back over its gap.
     """
 
@@ -87,9 +89,9 @@ class CellWalk:
     clean: list[Tensor]
     """The clean latents of every cell's last two computed steps, the latest last."""
 
-    def __init__(self, order: int, levels: tuple[float, ...], jumps: tuple[int, ...] = (), sums: bool = False,
+    def __init__(self, order: int, levels: tuple[float, ...], last: int, jumps: tuple[int, ...] = (), sums: bool = False,
                  noise: torch.Generator | None = None) -> None:  # fmt: skip
-        self.order, self.levels, self.jumps, self.sums, self.noise = order, levels, jumps, sums, noise
+        self.order, self.levels, self.last, self.jumps, self.sums, self.noise = order, levels, last, jumps, sums, noise
         self.histories = Histories()
         self.clean = []
 
@@ -118,8 +120,7 @@ class CellWalk:
         else:
             self.clean = [torch.where(chosen, new, old) for new, old in zip((last, clean), self.clean, strict=True)]
             moved = torch.where(chosen, moved, x)
-        last_step = step == len(self.levels) - 2
-        out = self._at_zero(step) if last_step else moved
+        out = self._at_zero(step) if step == self.last else moved
         self.histories.computed(step, chosen)
         return out, self.clean[-1]
 
