@@ -182,12 +182,12 @@ def _line(points: tuple[int, ...], count: int, steps: int, profile: Profile, fro
         best = np.take_along_axis(through, jump[:, None], 1)[:, 0]
     best = best + profile.end(t)
     best[: max((points.index(jump) for jump in jumps if jump in points), default=0)] = np.inf
-    at = int(best.argmin())
-    cost, chosen = float(best[at]), [points[at]]
+    last = at = int(best.argmin())
+    chosen = [points[last]]
     for jump in reversed(back):
         at -= int(jump[at])
         chosen.append(points[at])
-    return cost, tuple(reversed(chosen))
+    return float(best[last]), tuple(reversed(chosen))
 
 
 def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
@@ -205,8 +205,10 @@ def evenly(schedule: ChunkSchedule, count: int, together: bool = False) -> Plan:
 
 def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
     """The plan of least cost in which every row computes all of its active chunks or none, within `budget` latent frames."""
-    profile = schedule.profile.over_rows
     rows = schedule.rows
+    least = len({number for number, row in enumerate(rows) if any(chunk.step == chunk.steps - 1 for chunk in row.active)})
+    count = min(max(int(budget // row_frames(schedule, rows[0])), least + (schedule.steps > 1)), len(rows))
+    profile = schedule.profile.over_rows(count / len(rows))
     chunks = range(schedule.given, schedule.chunks)
     time = np.full((len(chunks), len(rows)), np.nan)
     for number, row in enumerate(rows):
@@ -227,9 +229,6 @@ def rows_together(schedule: ChunkSchedule, budget: float) -> Plan:
         finish[:begin] = np.inf
         finish[here] += profile.end(inside[here])
     cost[np.tri(len(rows), dtype=bool)] = np.inf
-    frames = row_frames(schedule, rows[0])
-    least = len({int(np.flatnonzero(~np.isnan(t))[-1]) for t in time})
-    count = min(max(int(budget // frames), least + (schedule.steps > 1)), len(rows))
     chosen = _cheapest(cost, start, finish, count)
     computed: list[list[int]] = [[] for _ in range(schedule.chunks)]
     for number in chosen:

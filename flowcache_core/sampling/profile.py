@@ -24,7 +24,9 @@ class Profile:
     ending: float = 0.0
     """Weight of the cost (50 - t)^(exponent / 2) of a last evaluation at t, from which the clean latent is taken; 0: always at the last step."""
     ending_together: float = 0.0
-    """The same where whole rows are computed or skipped, which end chunks at different times."""
+    """The same where whole rows are computed or skipped, which end chunks at different times; of many rows the last of every chunk is among them."""
+    few_rows: float = 0.25
+    """Few rows are less than this part of all."""
     first: float = 3.0
     """Weight of the first chunk, which all others look back on; theirs is 1."""
     ratio: float = 1.35
@@ -39,10 +41,9 @@ class Profile:
     """After which parts of a chunk's steps the model goes another way at once, with other guidance: there a chunk is computed, wherever the chunks
     that it attends to are."""
 
-    @property
-    def over_rows(self) -> Profile:
-        """What whole rows cost."""
-        return replace(self, knots=self.knots_together, ending=self.ending_together)
+    def over_rows(self, share: float) -> Profile:
+        """What whole rows cost, of which this part is computed."""
+        return replace(self, knots=self.knots_together, ending=self.ending_together if share < self.few_rows else 0.0)
 
     def step(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cost of the step between evaluations at times a and b."""
