@@ -36,6 +36,10 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) kv --policies "even,even stands_for=1,even stands_for=2,even stands_for=8,random" --prompts 6 --clips 1 --json docs/bench/kv-stands-for.json
 	$(BENCH) frontier --workers 2 --json docs/bench/frontier.json
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-drawn.json
+	$(BENCH) frontier --grid usual --shares 0.12 --workers 2 --json docs/bench/frontier-eighth.json
+	$(BENCH) frontier --grid usual --attention bidirectional --prompts 4 --shares 0.2,0.12 --workers 2 --json docs/bench/frontier-rows.json
+	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --shares 0.12 --arms steps,steps-fractional,even,default --workers 2 --json docs/bench/frontier-eighth-drawn.json
+	$(BENCH) frontier --grid usual --steps 30 --prompts 1 --shares 0.3 --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-30.json
 	$(BENCH) magi --workers 2 --json docs/bench/magi.json
 	$(BENCH) causal --prompts 8 --workers 2 --json docs/bench/causal.json
 	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --prompts 8 --workers 2 --json docs/bench/kv-causal.json

@@ -11,6 +11,8 @@ from .measured import data, origin, table
 
 MAIN, DRAWN = "frontier", "frontier-drawn"
 """The run of `bench frontier` that the pages show, and the one of films that were drawn at random."""
+PARTS = {MAIN: ("frontier-eighth", "frontier-rows", "frontier-30"), DRAWN: ("frontier-eighth-drawn",)}
+"""Later runs, of which every setting and share takes the place of the same one in the first run."""
 Rows = Sequence[dict[str, Any]]
 NAMES = {
     "steps": "fewer steps, UniPC",
@@ -26,9 +28,25 @@ NAMES = {
 SETTING = ("frames", "steps", "cfg", "shift", "ar_step", "attention")
 
 
+def rows_of(name: str) -> Rows:
+    """All rows of a run, in its order; those of a setting and share that were measured again from the later run."""
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for part in (name, *PARTS.get(name, ())):
+        mine: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in data(part)["rows"]:
+            mine.setdefault(tuple(row[key] for key in (*SETTING, "share")), []).append(row)
+        places |= mine
+    return [row for rows in places.values() for row in rows]
+
+
+def origins(name: str, smallest: str) -> str:
+    """Where rows come from, those of the smallest share by a run of its own."""
+    return origin(name) + "The line of 13 %: " + origin(smallest)
+
+
 def usual(attention: str = "block-causal", name: str = MAIN) -> Rows:
     """The rows of the usual setting: that of the first row, with this attention."""
-    rows: Rows = data(name)["rows"]
+    rows = rows_of(name)
     first = {**{key: rows[0][key] for key in SETTING}, "attention": attention}
     return [row for row in rows if all(row[key] == first[key] for key in SETTING)]
 
@@ -119,7 +137,7 @@ def settings() -> str:
     """One thing changed at a time: fewer steps and ours, to the converged film."""
     first = usual()[0]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in data(MAIN)["rows"]:
+    for row in rows_of(MAIN):
         groups.setdefault(tuple(row[key] for key in SETTING), []).append(row)
     lines = []
     for setting, rows in groups.items():
@@ -159,7 +177,7 @@ def staggers() -> str:
     """How ar_step changes what a plan of the share of preset fast costs and gives."""
     first, share, lines = usual()[0], PLANS["fast"].share, []
     alike = [key for key in SETTING if key != "ar_step"]
-    for row in data(MAIN)["rows"]:
+    for row in rows_of(MAIN):
         if row["arm"] == "default" and row["share"] == share and all(row[key] == first[key] for key in alike):
             ar_step = row["steps"] if row["ar_step"] < 0 else row["ar_step"]
             each = row["each"][0]
@@ -168,14 +186,14 @@ def staggers() -> str:
 
 
 def lines() -> dict[str, list[tuple[float, float]]]:
-    """Name -> (share, PSNR to the converged film), of the arms through which all films went: means over other films are no comparison."""
+    """Name -> (share, PSNR to the converged film), of the arms through which all films went at several shares: others are no comparison."""
     out: dict[str, list[tuple[float, float]]] = {}
     for share, arms in arms_at(usual()).items():
         for arm, row in sorted(arms.items(), key=lambda one: one[0] != "default"):
             if row["prompts"] != arms["default"]["prompts"]:
                 continue
             out.setdefault(NAMES[arm].replace("*", ""), []).append((row["share_measured"] or share, row["psnr_converged"]))
-    return out
+    return {name: points for name, points in out.items() if len(points) > 1}
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -188,7 +206,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "frontier-arms": all_arms,
     "frontier-arms-bidirectional": all_arms_bidirectional,
     "frontier-settings": settings,
-    "frontier-origin": lambda: origin(MAIN),
+    "frontier-origin": lambda: origins(MAIN, "frontier-eighth"),
     "drawn": lambda: frontier(name=DRAWN),
-    "drawn-origin": lambda: origin(DRAWN),
+    "drawn-origin": lambda: origins(DRAWN, "frontier-eighth-drawn"),
+    "frontier-rows-origin": lambda: "The lines of 20 and 13 %: " + origin("frontier-rows"),
+    "frontier-30-origin": lambda: "The line of 30 steps: " + origin("frontier-30"),
 }

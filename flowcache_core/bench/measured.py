@@ -24,6 +24,14 @@ COMMANDS = {
     "frontier-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --arms steps,steps-fractional,default --workers 2",
 }
 """What makes the files that pages show of the first bundled model, all of one commit; `make measure` runs them all."""
+ANEW = {
+    "frontier-eighth": f"{BENCH} frontier --grid usual --shares 0.12 --workers 2",
+    "frontier-rows": f"{BENCH} frontier --grid usual --attention bidirectional --prompts 4 --shares 0.2,0.12 --workers 2",
+    "frontier-eighth-drawn": f"{BENCH} frontier --grid usual --prompts-file {DATA}/drawn.tsv --shares 0.12 "
+    "--arms steps,steps-fractional,even,default --workers 2",
+    "frontier-30": f"{BENCH} frontier --grid usual --steps 30 --prompts 1 --shares 0.3 --arms steps,steps-fractional,default --workers 2",
+}
+"""Of what the frontier has shown, all that changed with the plans, measured again: these rows take the place of the earlier ones."""
 SOME = "even,h2o,importance-redundancy,salience,sink-recent,random"
 SCALE = {f"scale-{devices}": f"torchrun --nproc-per-node {devices} -m flowcache_core bench scale" for devices in (2, 4)}
 STEP = {
@@ -40,6 +48,7 @@ OTHERS = {
     "long-random": f"{BENCH} long --arms random --prompts 16 --share 0.4 --workers 2",
     "long-sink": f'{BENCH} long --arms "shorter window; even, no sink" --prompts 16 --share 0.4 --workers 2',
     "rendered": f"{BENCH} rendered --frames 57",
+    **ANEW,
     **SCALE,
     **STEP,
     **ROW,
