@@ -199,7 +199,7 @@ def test_an_unknown_preset_is_refused_with_the_names() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 16, 20, 24])
 @pytest.mark.parametrize("name", PLANS)
 def test_a_preset_that_plans_serves_any_number_of_steps(name: str, steps: int) -> None:
-    """In step, within its budget where that allows two steps of every chunk, and with the last step always computed."""
+    """In step, within its budget where that allows two steps of every chunk, and no chunk ends in the first four fifths of its steps."""
     for ar_step in (0, 1, 5):
         for together in (False, True):
             schedule, rule = ChunkSchedule(11, 3, steps, ar_step, prefix=1), preset(name)
@@ -207,7 +207,7 @@ def test_a_preset_that_plans_serves_any_number_of_steps(name: str, steps: int) -
             rule.check_run(steps)
             plan = rule.plan(schedule, together).check(schedule)
             assert plan.share(schedule) <= max(rule.share, least_share(schedule, together)) + 1e-9
-            assert all(done[-1] == steps - 1 for done in plan.computed if done)
+            assert all(done[-1] == steps - 1 or done[-1] >= 0.8 * steps for done in plan.computed if done)
 
 
 def test_a_larger_budget_never_plans_less() -> None:

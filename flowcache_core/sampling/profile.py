@@ -23,6 +23,8 @@ class Profile:
     """Weight of the cost (2 t)^exponent of a first evaluation at t instead of 0."""
     ending: float = 0.0
     """Weight of the cost (50 - t)^(exponent / 2) of a last evaluation at t, from which the clean latent is taken; 0: always at the last step."""
+    earliest_end: float = 40.0
+    """No last evaluation stands before this time, but at the last step of all."""
     ending_together: float = 0.0
     """The same where whole rows are computed or skipped, which end chunks at different times; of many rows the last of every chunk is among them."""
     few_rows: float = 0.25
@@ -60,7 +62,7 @@ class Profile:
         """
         if self.ending == 0:
             return np.where(t == t[-1], 0.0, np.inf)
-        return self.ending * (CLOCK - t) ** (self.exponent / 2)
+        return np.where((t < self.earliest_end) & (t != t[-1]), np.inf, self.ending * (CLOCK - t) ** (self.exponent / 2))
 
 
 ORDINARY = Profile(ending=500.0, ending_together=200.0, most_ratio=2.0)
