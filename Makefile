@@ -41,8 +41,8 @@ measure: $(VENV)/.run ## measure all that README and docs show, at this commit, 
 	$(BENCH) frontier --grid usual --prompts-file docs/bench/drawn.tsv --shares 0.12 --arms steps,steps-fractional,even,default --workers 2 --json docs/bench/frontier-eighth-drawn.json
 	$(BENCH) frontier --grid usual --steps 30 --prompts 1 --shares 0.3 --arms steps,steps-fractional,default --workers 2 --json docs/bench/frontier-30.json
 	$(BENCH) magi --workers 2 --json docs/bench/magi.json
-	$(BENCH) causal --prompts 8 --workers 2 --json docs/bench/causal.json
-	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --prompts 8 --workers 2 --json docs/bench/kv-causal.json
+	$(BENCH) causal --prompts 16 --workers 2 --json docs/bench/causal.json
+	$(BENCH) kv --model tiny-causal --policies "even,h2o,importance-redundancy,salience,sink-recent,random" --as-computed --clips 16 --prompts 16 --workers 2 --json docs/bench/kv-causal.json
 	$(BENCH) long --prompts 16 --share 0.4 --workers 2 --json docs/bench/long.json
 	$(BENCH) long --arms random --prompts 16 --share 0.4 --workers 2 --json docs/bench/long-random.json
 	$(BENCH) long --arms "shorter window; even, no sink" --prompts 16 --share 0.4 --workers 2 --json docs/bench/long-sink.json

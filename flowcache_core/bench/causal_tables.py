@@ -13,10 +13,12 @@ from .measured import data, origin, table
 KV = "kv-causal"
 ARMS = {
     WINDOW: "the plain window of 5 chunks",
+    "shorter window": "a window of 4 chunks, as much as the budget",
     "sink-recent": "`sink-recent`",
     "sink-recent, positions grow": "`sink-recent`, positions not bounded",
     "random": "`random`, the control",
     "even": "`even`",
+    "even, no sink": "`even`, without the first chunk",
     "salience": "`salience`",
 }
 

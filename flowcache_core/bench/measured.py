@@ -42,8 +42,8 @@ STEP = {
 ROW = {"row": f"{BENCH} row", "row-wide": f"{BENCH} row --model skyreels-1.3b --layers 1 --size 256 --rows 3"}
 OTHERS = {
     "magi": f"{BENCH} magi --workers 2",
-    "causal": f"{BENCH} causal --prompts 8 --workers 2",
-    "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --prompts 8 --workers 2',
+    "causal": f"{BENCH} causal --prompts 16 --workers 2",
+    "kv-causal": f'{BENCH} kv --model tiny-causal --policies "{SOME}" --as-computed --clips 16 --prompts 16 --workers 2',
     "long": f"{BENCH} long --prompts 16 --share 0.4 --workers 2",
     "long-random": f"{BENCH} long --arms random --prompts 16 --share 0.4 --workers 2",
     "long-sink": f'{BENCH} long --arms "shorter window; even, no sink" --prompts 16 --share 0.4 --workers 2',
