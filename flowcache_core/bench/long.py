@@ -48,6 +48,9 @@ SHORTER = "shorter window"
 """As long as the budget: what a sliding window of so many chunks keeps."""
 
 
+POLICIES = (StreamingLLM(), Random(), Even(), Salience())
+
+
 @dataclass(frozen=True)
 class Arm:
     """What history keeps: all that the window holds (None), or a budget. `grows`: positions are what they are, however far back; `sink`: latent
@@ -67,11 +70,10 @@ class Arm:
 
 ARMS = {
     WINDOW: Arm(),
-    StreamingLLM.name: Arm(StreamingLLM()),
-    "sink-recent, positions grow": Arm(StreamingLLM(), grows=True),
     SHORTER: Arm(StreamingLLM(), sink=0),
     "even, no sink": Arm(Even(), sink=0),
-    **{policy.name: Arm(policy) for policy in (Random(), Even(), Salience())},
+    **{policy.name: Arm(policy) for policy in POLICIES},
+    **{f"{policy.name}, positions grow": Arm(policy, grows=True) for policy in POLICIES},
 }
 MEASURES = ("colour", "chance", "ceiling", "moved", "contrast", "saturation")
 Values = dict[str, Any]
