@@ -82,8 +82,8 @@ def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q * q.shape[-1] ** -0.5
     if k.shape[2] <= FEW_KEYS:
         return (q @ k.mT).softmax(-1) @ v
-    heads = zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True)
-    return torch.stack([(mine @ keys.mT).softmax(-1) @ values for mine, keys, values in heads]).unflatten(0, q.shape[:2])
+    heads = zip(*(x.flatten(0, 1).unbind() for x in (q, k, v)), strict=True)
+    return torch.stack([mine.mm(keys.mT).softmax(-1).mm(values) for mine, keys, values in heads]).unflatten(0, q.shape[:2])
 
 
 PYTORCH = Kernel("PyTorch", by_pytorch)

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 Wanted = Literal["auto", "triton", "torch"]
+WORDS: tuple[Wanted, ...] = get_args(Wanted)
 T = TypeVar("T")
 Capability = tuple[int, int]
 """Compute capability of an NVIDIA card, such as (9, 0)."""
@@ -53,10 +54,9 @@ class Path:
 def wanted() -> Wanted:
     """Raises ValueError for a word that is none of the three."""
     word = os.environ.get(VARIABLE, "") or "auto"
-    for known in get_args(Wanted):
-        if word == known:
-            return known
-    raise ValueError(f"{VARIABLE} is {word!r}: set it to one of {', '.join(get_args(Wanted))}, or leave it out")
+    if word not in WORDS:
+        raise ValueError(f"{VARIABLE} is {word!r}: set it to one of {', '.join(WORDS)}, or leave it out")
+    return word
 
 
 def interpreted() -> bool:
@@ -75,9 +75,14 @@ def path_for(device: torch.device, operation: str = EVERY) -> Path:
         case "triton" if interpreted():
             pass
         case _ if device.type != "cuda":
-            return Path("torch", f"Triton kernels are for CUDA, and the device is {device.type}")
+            return _without_cuda(device.type)
     why = _off.get(EVERY) or _off.get(operation)
     return Path("torch", why) if why else Path("triton")
+
+
+@cache
+def _without_cuda(kind: str) -> Path:
+    return Path("torch", f"Triton kernels are for CUDA, and the device is {kind}")
 
 
 def by_triton(operation: str, module: str, device: torch.device, call: Callable[[Any], T | None]) -> T | None:

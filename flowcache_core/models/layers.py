@@ -16,6 +16,7 @@ from ..network import LayerAttention, Slots
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(queries, keys, values, input [B, T, dim]), each but the last [B, heads, T, head_dim] -> [B, heads, T, head_dim]: `Attend` of one layer."""
+TEXTBOOK = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 KNOWN = ("torch.nn.modules.linear", "torch.nn.modules.normalization", "comfy.ops")
 """Modules of Python whose layers compute what their name says. Those of ComfyUI do as long as they neither cast nor patch a weight in the call."""
 IN_THE_CALL = ("comfy_cast_weights", "weight_function", "bias_function")
@@ -40,14 +41,26 @@ def plain(layer: nn.Module, x: Tensor) -> bool:
 
     Not so with hooks, with another forward or another kind of weight, and where gradients are wanted.
     """
-    known = isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm) and type(layer).forward.__module__ in KNOWN
-    casts = type(layer) is OnePlusNorm
-    if not (known or casts) or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    kind, own = type(layer), vars(layer)
+    casts = kind is OnePlusNorm
+    if not (casts or (isinstance(layer, TEXTBOOK) and kind.forward.__module__ in KNOWN)):
         return False
-    weights = [weight for weight in (getattr(layer, name, None) for name in ("weight", "bias")) if weight is not None]
-    learning = torch.is_grad_enabled() and any(one.requires_grad for one in (x, *weights))
-    alike = all(type(weight) is nn.Parameter and (casts or weight.dtype == x.dtype) and weight.device == x.device for weight in weights)
-    return alike and not learning and not any(getattr(layer, name, None) for name in IN_THE_CALL)
+    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return False
+    weights = own["_parameters"]
+    if "weight" not in weights:
+        return False
+    for name in IN_THE_CALL:
+        if own[name] if name in own else getattr(kind, name, None):
+            return False
+    for weight in (weights["weight"], weights.get("bias")):
+        if weight is None:
+            continue
+        if type(weight) is not nn.Parameter or weight.device != x.device or not (casts or weight.dtype == x.dtype):
+            return False
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def projected(layer: nn.Module, x: Tensor, activation: Activation = "none") -> Tensor:
