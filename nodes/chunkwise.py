@@ -25,7 +25,7 @@ from .within import within_schema
 NODE = CHUNKWISE_NODE
 DEFAULT = "balanced"
 """Of a new node. A saved workflow that names no preset was made before there were any, and means custom."""
-NEWER = ("rescale",)
+NEWER = ("rescale", "positions")
 """Fields that workflows saved before they existed do without."""
 OFF, SHARE, SPEED_UP, SECONDS = "off", "computed share", "speed-up", "seconds"
 

@@ -33,7 +33,7 @@ WHOLE = {"token": "token by token", "frame": "whole latent frames at a time", "c
 
 def _inputs() -> list[Any]:
     """Budget, unit, policy and dtype in sight; then what is folded away, the newest last."""
-    shown, folded = ([one for one in widgets(Compressor) if bool(one.advanced) is away] for away in (False, True))
+    shown, (*folded, positions) = ([one for one in widgets(Compressor) if bool(one.advanced) is away] for away in (False, True))
     policy = io.Combo.Input("policy", options=[kind.name for kind in KV_POLICIES], default=DEFAULT,
                             tooltip="By which score history is kept once the budget is full. The node's help says what each looks at.")  # fmt: skip
     heads = [name for name in folder_paths.get_filename_list(HEADS) if name.endswith(".safetensors")]
@@ -49,7 +49,7 @@ def _inputs() -> list[Any]:
                                "evaluation in 5 is saved, and later chunks look back on the last noisy step. The help page has what that "
                                "cost tiny-causal."),
     ]  # fmt: skip
-    return [*shown[:2], policy, *shown[2:], *folded, *more]
+    return [*shown[:2], policy, *shown[2:], *folded, *more, positions]
 
 
 class KVCompressor(io.ComfyNode):
@@ -107,6 +107,7 @@ def _summary(compressor: Compressor, settings: str) -> str:
         *([f"what is kept of the rest counts for what went, each for up to {compressor.policy.stands_for:g}"]
           if isinstance(compressor.policy, SamplingKVPolicy) and compressor.policy.stands_for > 1 else []),
         f"{first}{latest} always {'stay' if sink or recent > 1 else 'stays'}; chunks that are being denoised come on top",
+        *(["what is older than the trained window counts as lying as far back as it does"] if compressor.positions == "as they are" else []),
         *([f"{compressor.soft:.0%} of the budget holds means of what is given up"] if compressor.soft else []),
         f"keys and values are stored {'as computed' if compressor.dtype == 'as computed' else f'in {compressor.dtype}'}, {where}",
     ])  # fmt: skip

@@ -9,7 +9,20 @@ import pytest
 import torch
 
 from flowcache_core.bench import long
-from flowcache_core.bench.long import ARMS, SHORTER, WINDOW, job_of, lasting_scenes, long_film, present, rows_of, saturation, scene_of, stretches
+from flowcache_core.bench.long import (
+    ARMS,
+    SHORTER,
+    WINDOW,
+    job_of,
+    lasting_scenes,
+    long_film,
+    motion,
+    present,
+    rows_of,
+    saturation,
+    scene_of,
+    stretches,
+)
 from flowcache_core.models.bundle import BUNDLED, load_bundle
 from flowcache_core.models.causal_wan_family import SELF_FORCING
 from flowcache_core.models.family import Family
@@ -33,6 +46,15 @@ def test_a_true_clip_shows_its_colours_and_no_others() -> None:
         film = render(scene)
         assert present(film, own) == 1
         assert present(film, [colour for colour in COLOURS if colour not in own]) == 0
+
+
+def test_what_changes_from_frame_to_frame_is_counted_in_grey_levels() -> None:
+    film = torch.zeros(3, 3, 4, 4)
+    assert motion(film) == 0
+    film[1] = 0.5
+    assert motion(film) == pytest.approx(127.5)
+    film[2] = 1
+    assert motion(film) == pytest.approx(127.5)
 
 
 def test_ten_seconds_are_twenty_chunks_of_the_bundled_model() -> None:
@@ -105,7 +127,7 @@ def test_a_minute_of_every_bundled_model_fits_its_window(family: Family) -> None
 def test_the_bundled_model_is_measured_arm_by_arm(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "STRETCH", 2)
     found = long.run(arguments("--seconds", "4", "--prompts", "2", "--steps", "2"))
-    assert [(row["arm"], row["until"]) for row in found["rows"]] == [(WINDOW, 2), (WINDOW, 4), ("even", 2), ("even", 4)]
+    assert [(row["arm"], row["until"]) for row in found["rows"]] == [(arm, until) for arm in long.SHOWN for until in (2, 4)]
     assert all(row["ceiling"][0] == 1 for row in found["rows"])
     assert found["model"] == "tiny-skyreels"
 

@@ -17,7 +17,7 @@ from flowcache_core.kv.compressor import Budget, Compressor
 from flowcache_core.kv.evict import select
 from flowcache_core.kv.keeper import Keeper
 from flowcache_core.kv.layout import Capacity, Layout, capacity
-from flowcache_core.kv.policy import KVView
+from flowcache_core.kv.policy import KVView, Positions
 from flowcache_core.kv.scores.expected import ExpectedAttention, QueryMoments
 from flowcache_core.kv.scores.salience import Salience, head_at
 from flowcache_core.models.attention import BlockCausal
@@ -291,11 +291,14 @@ def test_what_is_carried_moves_with_its_slot(net: SkyReelsV2, texts: Tensor, noi
     film(net, texts, noise_of(18), schedule, budget(8 * FRAME, FRAME, 3 * FRAME, Counting()), watch=watch)
 
 
-def test_history_beyond_the_horizon_counts_as_just_within_it(net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf) -> None:
-    """Against keys of the far chunk rotated anew, in one dense attention."""
+@pytest.mark.parametrize("positions", ["within the window", "as they are"])
+def test_history_beyond_the_horizon_counts_as_just_within_it_or_as_far_as_it_is(
+    net: SkyReelsV2, texts: Tensor, noise_of: NoiseOf, positions: Positions
+) -> None:
+    """Against keys of the far chunk rotated anew, or as they were, in one dense attention."""
     layers: list[tuple[Tensor, ...]] = []
     schedule, clean = ChunkSchedule(12, 3, 2, 2, 2), noise_of(12)
-    with Session(SkyReelsAdapter(net), schedule, flow_sigmas(2), (4, 4), budget=budget(9 * FRAME)) as session:
+    with Session(SkyReelsAdapter(net), schedule, flow_sigmas(2), (4, 4), budget=replace(budget(9 * FRAME), positions=positions)) as session:
         for index in range(4):
             chunk = schedule.at(index, 2)
             attend = session._kv.attention((0,), chunk)
@@ -311,11 +314,12 @@ def test_history_beyond_the_horizon_counts_as_just_within_it(net: SkyReelsV2, te
 
             adapter.forward(Call(clean[:, :, chunk.start : chunk.start + 3], 0.0, chunk, net.text_kv(texts[:1]), 24), spy)
             session.commit(chunk)
+    nearest = 9 - 3 if positions == "within the window" else 0
     for layer in range(2):
         parts = layers[layer::2]
         q, k, _, out = parts[3]
         keys = [
-            rotate(rotate(part[1], rope_table(3 * i, 3, 2, 2).conj()), rope_table(max(3 * i, 9 - 3), 3, 2, 2)) for i, part in enumerate(parts[:3])
+            rotate(rotate(part[1], rope_table(3 * i, 3, 2, 2).conj()), rope_table(max(3 * i, nearest), 3, 2, 2)) for i, part in enumerate(parts[:3])
         ]
         expected = torch.nn.functional.scaled_dot_product_attention(q, torch.cat([*keys, k], 2), torch.cat([p[2] for p in parts], 2))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -54,7 +54,7 @@ def test_saved_workflows_keep_their_inputs_in_order(host: Host) -> None:
     both = host.ask(f"/object_info/{KIND}")[KIND]["input"]
     inputs = both["required"]
     assert list(inputs) == ["model", *SETTINGS]
-    assert list(both["optional"]) == ["policy_settings", "salience_head", "clean_pass"]
+    assert list(both["optional"]) == ["policy_settings", "salience_head", "clean_pass", "positions"]
     assert [name for name, spec in inputs.items() if spec[1].get("advanced")] == ["sink", "recent", "granularity", "offload", "soft"]
     assert inputs["policy"][1]["default"] == "even"
 

@@ -88,7 +88,8 @@ def turned(start: int, count: int, seed: int, clean: bool, step: int) -> Tensor:
 
 
 def over(settled: SequentialFilm, kept: Callable[[int], list[int]], weight: Callable[[int], Tensor] | None = None, branch: str = "a") -> list[Tensor]:
-    """Attention of every chunk over the history tokens `kept`, which lie as far back as the horizon has it, and over itself."""
+    """Attention of every chunk over the history tokens `kept`, which lie as far back as the budget has it, and over itself."""
+    within = settled.budget.positions == "within the window"
     out, room, noise = [], HORIZON - settled.schedule.chunk_frames, 0 if settled.clean_pass else STEPS
     for index in range(settled.schedule.chunks):
         start, count = settled.schedule.span(index)
@@ -97,7 +98,7 @@ def over(settled: SequentialFilm, kept: Callable[[int], list[int]], weight: Call
         keys, values = made(300, seed=hash_of(branch))[1:, ..., tokens, :]
         starts = [settled.schedule.span(i)[0] for i in range(settled.schedule.chunks)]
         chunk_of = [max(s for s in starts if s <= int(t) // FRAME) for t in tokens]
-        nearer = torch.tensor([max(start - s - room, 0) for s in chunk_of])
+        nearer = torch.tensor([max(start - s - room, 0) if within else 0 for s in chunk_of])
         places = [rope_table(int(t) // FRAME + int(m), 1, 2, 2)[int(t) % FRAME] for t, m in zip(tokens, nearer, strict=True)]
         phases = torch.stack(places) if places else torch.empty(0, DIM // 2, dtype=torch.complex64)
         keys, values = torch.cat([rotate(keys, phases) + noise, k], 2), values - noise
@@ -143,8 +144,9 @@ def test_the_attention_in_force_is_used() -> None:
     assert seen == [tokens for before in (0, 12, 24) for tokens in [before + 12] * (STEPS + (before < 24)) * LAYERS]
 
 
-def test_sink_and_newest_stay_and_what_is_farther_than_the_horizon_counts_as_just_within_it() -> None:
-    settled = film(30, 7, sink=1)
+@pytest.mark.parametrize("positions", ["within the window", "as they are"])
+def test_sink_and_newest_stay_and_count_as_just_within_the_horizon_or_as_far_as_they_are(positions: str) -> None:
+    settled = film(30, 7, sink=1, positions=positions)
 
     def kept(before: int) -> list[int]:
         tokens = list(range(before))

@@ -1,15 +1,15 @@
 """`bench long`: does what was asked for stay in a long film? Films of a minute of held-out scenes in which nothing leaves for good.
 
 Of every ten seconds the last chunks are looked at: which prompted colours are there, how far the mean picture has moved from that of the first
-chunk, how much contrast and saturation there is for that of the first chunk, and PSNR to the film of the plain window. The arms differ in what
-history keeps. `chance`: the colours of another prompt; `ceiling`: the same of the true clip.
+chunk, how much contrast and saturation there is for that of the first chunk, how much changes from frame to frame, and PSNR to the film of the plain
+window. The arms differ in what history keeps. `chance`: the colours of another prompt; `ceiling` and `true_motion`: the same of the true clip.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..device import fast_dtype
 from ..kv.compressor import Compressor
-from ..kv.policy import KVPolicy
+from ..kv.policy import KVPolicy, Positions
 from ..kv.scores.even import Even
 from ..kv.scores.random import Random
 from ..kv.scores.salience import Salience
@@ -53,19 +53,16 @@ POLICIES = (StreamingLLM(), Random(), Even(), Salience())
 
 @dataclass(frozen=True)
 class Arm:
-    """What history keeps: all that the window holds (None), or a budget. `grows`: positions are what they are, however far back; `sink`: latent
-    frames of the film's beginning that the budget keeps."""
+    """What history keeps: all that the window holds (None), or a budget. `sink`: latent frames of the film's beginning that the budget keeps."""
 
     policy: KVPolicy | None = None
-    grows: bool = False
     sink: int = SINK
+    positions: Positions = "within the window"
 
     def made(self, bundle: Bundle, job: Job, budget: float, share: float) -> tuple[Tensor, Any]:
         """-> latents, report. `budget`: in chunks; `share`: see `plan_of`."""
-        if self.grows:
-            chunks = job.schedule(bundle).chunks
-            bundle = replace(bundle, layout=replace(bundle.layout, window=chunks))
-        return generate(bundle, job, plan_of(share), compressor=Compressor(self.policy, budget, sink=self.sink) if self.policy else None)
+        history = Compressor(self.policy, budget, sink=self.sink, positions=self.positions) if self.policy else None
+        return generate(bundle, job, plan_of(share), compressor=history)
 
 
 ARMS = {
@@ -73,9 +70,10 @@ ARMS = {
     SHORTER: Arm(StreamingLLM(), sink=0),
     "even, no sink": Arm(Even(), sink=0),
     **{policy.name: Arm(policy) for policy in POLICIES},
-    **{f"{policy.name}, positions grow": Arm(policy, grows=True) for policy in POLICIES},
+    **{f"{policy.name}, positions grow": Arm(policy, positions="as they are") for policy in POLICIES},
 }
-MEASURES = ("colour", "chance", "ceiling", "moved", "contrast", "saturation")
+SHOWN = (WINDOW, "even", "even, positions grow")
+MEASURES = ("colour", "chance", "ceiling", "moved", "contrast", "saturation", "motion", "true_motion")
 Values = dict[str, Any]
 
 
@@ -89,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ar-step", type=int, help="default: one chunk after the other, so that history is all that the window holds")
     parser.add_argument("--budget", type=float, default=3.0, help="history of the arms that have a budget, in chunks (default %(default)s)")
-    parser.add_argument("--arms", default=f"{WINDOW}; even", help=f"which arms, separated by semicolons, of {'; '.join(ARMS)} (default: %(default)s)")
+    parser.add_argument("--arms", default="; ".join(SHOWN), help=f"which arms, separated by semicolons, of {'; '.join(ARMS)} (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="films made side by side, each on its share of the cores (default %(default)s)")
 
 
@@ -183,7 +181,7 @@ def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: floa
         true = render(scene, pixels.pixel(end) - len(film), len(film))
         out.append({"colour": present(film, own), "chance": present(film, others), "ceiling": present(true, own),
                     "moved": float((film.mean(0) - first.mean(0)).abs().mean()) * 255, "contrast": float(film.std() / first.std()),
-                    "saturation": float(saturation(film) / saturation(first))})  # fmt: skip
+                    "saturation": float(saturation(film) / saturation(first)), "motion": motion(film), "true_motion": motion(true)})  # fmt: skip
         pictures.append((film * 255).round().byte())
     found = returns(latents, job.schedule(bundle), SINK)
     return {"stretches": out, "pictures": pictures, "returned": found.chunks[0], "nearest": found.nearest[0], "seconds": report.wall_s,
@@ -193,6 +191,11 @@ def long_film(bundle: Bundle, which: tuple[int, str], seconds: int, budget: floa
 def saturation(film: Tensor) -> Tensor:
     """Of a film [T, 3, H, W]: the mean distance of the channels of a pixel."""
     return (film.amax(1) - film.amin(1)).mean()
+
+
+def motion(film: Tensor) -> float:
+    """Of a film [T, 3, H, W] in 0..1: the mean change from frame to frame, in grey levels of 255."""
+    return float((film[1:] - film[:-1]).abs().mean()) * 255
 
 
 def rows_of(arm: str, films: Sequence[Values], window: Sequence[Values] | None) -> list[Values]:

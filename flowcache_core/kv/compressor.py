@@ -14,7 +14,7 @@ from .cache import Branches, KVCache, KVSizes
 from .codec import codec_of
 from .layout import Layout
 from .packed import PackedCache
-from .policy import STORED, Granularity, KVPolicy, RememberingKVPolicy, Stored, Unit, fitted
+from .policy import STORED, Granularity, KVPolicy, Positions, RememberingKVPolicy, Stored, Unit, fitted
 
 BOOKKEEPING = 12
 """Bytes by which the keeper knows a slot: the number of its token, and its last score."""
@@ -39,6 +39,10 @@ class Compressor:
     offload: bool = setting(False, "Keep history in the computer's memory and bring it to the GPU a layer at a time.", advanced=True)
     soft: float = setting(0.0, "Share of the budget for what is given up: each of these slots holds the mean of a group of neighbours that go. 0: "
                           "they leave nothing behind.", low=0.0, high=0.5, step=0.01, advanced=True)  # fmt: skip
+    positions: Positions = setting("within the window", "How far back history counts as lying that is older than the trained window. within the "
+                                   "window: just within it, no farther than the model has learnt. as they are: as far as it is. The help page has "
+                                   "what either did to films of a minute.",
+                                   options=("within the window", "as they are"), advanced=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
@@ -72,7 +76,8 @@ class Compressor:
         whole = {"token": 1, "frame": frame_tokens, "chunk": frame_tokens * chunk_frames}[self.granularity]
         slots = int(frames * frame_tokens + 1e-6)
         slots = max(slots // whole * whole, least * frame_tokens)
-        return Budget(slots, self.sink * frame_tokens, recent * frame_tokens, self.granularity, policy, self.dtype, self.offload, self.soft)
+        return Budget(slots, self.sink * frame_tokens, recent * frame_tokens, self.granularity, policy, self.dtype, self.offload, self.soft,
+                      self.positions)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class Budget:
     dtype: Stored = "as computed"
     offload: bool = False
     soft: float = 0.0
+    positions: Positions = "within the window"
 
     def cache_of(self, sizes: KVSizes, layout: Layout) -> Callable[[Branches], KVCache]:
         """How the caches of a run are made."""

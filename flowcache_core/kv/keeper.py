@@ -1,8 +1,8 @@
 """History under a budget: it lets the policy score slots while a chunk commits, and says which stay, how far away they count as and for how many.
 
 Slots are chosen per layer, branch and film; the heads of a layer share the choice, so that the positions of a layer's slots
-are known. A chunk that lies farther back than the network has seen in training counts as just within that horizon: queries
-are turned for it, stored keys never are.
+are known. Unless its positions are to be as they are, a chunk that lies farther back than the network has seen in training counts as just
+within that horizon: queries are turned for it, stored keys never are.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class Keeper:
         return {index for layers in self._kept.values() for kept in layers for film in kept.runs for index, _, _ in film}
 
     def segments(self, layer: int, branch: Hashable, chunk: Chunk) -> list[list[Segment]]:
-        """Per film the slots of history that are beyond the horizon of a chunk, oldest first; [] where none is."""
+        """Per film the slots of history that are to count as within the horizon of a chunk and lie beyond it, oldest first; [] where none is."""
+        if self.budget.positions == "as they are":
+            return [[]] * self.films
         kept = self._kept[branch][layer].runs if branch in self._kept else []
         key = layer, branch, chunk.index
         if key not in self._segments:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Unit = Literal["chunks", "seconds", "GiB"]
 Granularity = Literal["token", "frame", "chunk"]
 Stored = Literal["as computed", "fp8", "int8", "int4"]
+Positions = Literal["within the window", "as they are"]
 STORED: tuple[Stored, ...] = ("as computed", "fp8", "int8", "int4")
 
 
