@@ -44,6 +44,8 @@ SINK = 3
 FRAMES_SEEN = 5
 """Frames in which a colour has to be, as in the figures of the model card."""
 WINDOW = "window"
+WHOLE = "whole film"
+"""What ComfyUI's own sampler keeps."""
 SHORTER = "shorter window"
 """As long as the budget: what a sliding window of so many chunks keeps."""
 
@@ -53,15 +55,18 @@ POLICIES = (StreamingLLM(), Random(), Even(), Salience())
 
 @dataclass(frozen=True)
 class Arm:
-    """What history keeps: all that the window holds (None), or a budget. `sink`: latent frames of the film's beginning that the budget keeps."""
+    """What history keeps: all that the window holds (None), or a budget. `sink`: latent frames of the film's beginning that the budget keeps;
+    `whole`: the budget has room for all of the film."""
 
     policy: KVPolicy | None = None
     sink: int = SINK
     positions: Positions = "within the window"
+    whole: bool = False
 
     def made(self, bundle: Bundle, job: Job, budget: float, share: float) -> tuple[Tensor, Any]:
         """-> latents, report. `budget`: in chunks; `share`: see `plan_of`."""
-        history = Compressor(self.policy, budget, sink=self.sink, positions=self.positions) if self.policy else None
+        room = job.schedule(bundle).chunks if self.whole else budget
+        history = Compressor(self.policy, room, sink=self.sink, positions=self.positions) if self.policy else None
         return generate(bundle, job, plan_of(share), compressor=history)
 
 
@@ -69,6 +74,7 @@ ARMS = {
     WINDOW: Arm(),
     SHORTER: Arm(StreamingLLM(), sink=0),
     "even, no sink": Arm(Even(), sink=0),
+    WHOLE: Arm(Even(), positions="as they are", whole=True),
     **{policy.name: Arm(policy) for policy in POLICIES},
     **{f"{policy.name}, positions grow": Arm(policy, positions="as they are") for policy in POLICIES},
 }
