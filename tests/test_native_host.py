@@ -101,6 +101,12 @@ def test_beyond_the_trained_length_the_sink_counts_as_just_within_it(host: Host)
     assert 0 < 50 * (kept - turned).abs().max() < (kept - as_ever).abs().max()
 
 
+def test_with_positions_as_they_are_it_counts_as_far_as_it_is_and_a_budget_for_everything_is_the_sampler_alone(host: Host) -> None:
+    everything, budget = ({**settings, "positions": "as they are"} for settings in ({}, SEVEN))
+    assert torch.equal(host.latents(film(kv(**budget), frames=27)), host.latents(film(gathered(), frames=27)))
+    assert torch.equal(host.latents(film(kv(**everything), frames=27)), host.latents(film(frames=27)))
+
+
 @pytest.mark.parametrize("texts", [(8, 12), (8, 8)], ids=["one after the other", "side by side"])
 @pytest.mark.parametrize("settings", [{}, SEVEN], ids=["everything", "sink and recent"])
 def test_guidance_is_two_runs_combined(host: Host, texts: tuple[int, int], settings: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flowcache_core.kv.compressor import Compressor
+from flowcache_core.kv.policy import Positions
 from flowcache_core.kv.scores.streaming import StreamingLLM
 from flowcache_core.models.attention import BlockCausal
 from flowcache_core.models.bundle import Bundle
@@ -320,15 +321,17 @@ def test_a_film_longer_than_the_window_is_the_released_one(name: str, tmp_path: 
     assert (generate(longer, job)[0] - mine)[:, :, 21:].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("config", "window"), [("longlive_inference.yaml", 8), ("longlive_inference_infinity.yaml", 0)])
-def test_a_longlive_film_with_its_sink_is_the_released_one(config: str, window: int, tmp_path: Path) -> None:
-    """The sink as far away as it is, where the window is as long as the film; with the family's own at the window's edge, as in endless films."""
+@pytest.mark.parametrize(
+    ("config", "positions"), [("longlive_inference.yaml", "as they are"), ("longlive_inference_infinity.yaml", "within the window")]
+)
+def test_a_longlive_film_with_its_sink_is_the_released_one(config: str, positions: Positions, tmp_path: Path) -> None:
+    """The sink as far away as it is, or at the window's edge, as in endless films."""
     code = released("longlive")
     settings = settings_in(code, config)
     history = {key: settings[key] for key in ("local_attn_size", "sink_size")}
     generator = wrapped(code, use_infinite_attention="infinity" in config, **history)
-    bundle, job = bundled(generator, LONGLIVE, tmp_path, window=window), job_of(LONGLIVE, 24)
-    mine, _ = generate(bundle, job, compressor=Compressor(StreamingLLM(), 3.0, sink=3))
+    bundle, job = bundled(generator, LONGLIVE, tmp_path), job_of(LONGLIVE, 24)
+    mine, _ = generate(bundle, job, compressor=Compressor(StreamingLLM(), 3.0, sink=3, positions=positions))
     same(mine, published_film(code, generator, settings, job.noise(bundle)))
     assert (generate(bundle, job)[0] - mine)[:, :, 12:].abs().max() > 1e-2
 
